@@ -1,0 +1,72 @@
+# The only door: everything a developer or a machine runs is a target here. `make help` lists them.
+# Each target installs what it lacks and is quick when nothing is missing.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+VENV ?= .venv
+ifndef PYTHON
+PYTHON := $(shell tools/find-python.sh)
+endif
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PYTEST_ARGS ?=
+C_SOURCES := $(wildcard incfs/*.c incfs/*.h)
+# Compared with mkfs and losetup, a user's PATH may lack the sbin directories; the tests call both.
+export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
+
+.PHONY: help setup system system-test test lint sweep demo bench wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.extension-built ## install what is missing, make $(VENV), build and install incfs into it (editable)
+
+system:
+	@tools/system-packages.sh setup $(PYTHON)
+
+system-test: system
+	@tools/system-packages.sh test $(PYTHON)
+
+# Order-only: the packages are looked at each time (milliseconds), but rebuild nothing by themselves.
+$(VENV)/.installed: pyproject.toml setup.py | system
+	@$(BIN)/python -c '' 2>/dev/null || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "installing incfs and its libraries into $(VENV)"
+	@$(PIP) install --upgrade 'pip>=24'
+	@INCFS_WERROR=1 $(PIP) install --editable '.[test]'
+	@touch $@
+
+$(VENV)/.extension-built: $(VENV)/.installed $(C_SOURCES)
+	@echo "building the C extension"
+	@INCFS_WERROR=1 $(BIN)/python setup.py --quiet build_ext --inplace --force
+	@touch $@
+
+lint: setup ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+sweep: ## take away dead mounts that killed tests left
+	@tools/sweep-mounts.sh
+
+test: setup system-test lint sweep ## lint, then every test (PYTEST_ARGS=... narrows them)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: setup ## the main job on this machine's own files: examples/quickstart.sh
+	examples/quickstart.sh
+
+bench: setup ## the benchmarks
+	for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+wheel: setup ## build a wheel into dist/ and try it in a fresh environment
+	@rm -rf dist build/wheel-check
+	@$(PIP) wheel --no-deps --wheel-dir dist .
+	@$(PYTHON) -m venv build/wheel-check
+	@build/wheel-check/bin/python -m pip --quiet --disable-pip-version-check install dist/incfs-*.whl
+	@cd build && wheel-check/bin/python -c 'import incfs.fusext as f; assert f.install(), "the extension is not in place"'
+	@ls dist
+
+clean: ## remove everything that was built
+	rm -rf $(VENV) build dist incfs.egg-info incfs/*.so .coverage .coverage.* htmlcov .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
