@@ -1,0 +1,90 @@
+"""The body of a journal record: an ordered list of changes, and small blocks' data.  Pure.
+
+A body is msgpack ``[changes, data]``.  A change is one of
+
+    ["map", volume id, [first virtual block, count, address, checksums, ...]]
+    ["put", kind, record]
+    ["drop", kind, [numbers]]
+    ["fold", volume id, generation, older generation, [page indexes]]
+    ["empty", volume id, [page indexes]]
+
+``data`` holds the blocks of all stored runs in order, or is empty: then they are in the
+images already.  Applying the same list to the same tables always gives the same result.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from incfs.codec import Entries, entry_runs, pack, unpack
+from incfs.errors import FormatError
+from incfs.model import HOLE, PAGE_BLOCKS, SealedPage
+
+Change = list[Any]
+_MAX_BLOCK = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class MapRun:
+    """Consecutive virtual blocks that were mapped together."""
+
+    first_block: int
+    block_count: int
+    address: int
+    checksums: tuple[int, ...]
+
+
+def map_change(volume_id: int, pages: list[SealedPage]) -> Change:
+    """Describe the mappings appended to one volume."""
+    flat: list[Any] = []
+    for page in pages:
+        entries: Entries = {c.index: (c.address, c.checksum) for c in page.appended}
+        for first, count, address in entry_runs(entries):
+            crcs = [entries[i][1] for i in range(first, first + count)] if address > HOLE else []
+            flat += (page.page_index * PAGE_BLOCKS + first, count, address, struct.pack(f"<{len(crcs)}I", *crcs))
+    return ["map", volume_id, flat]
+
+
+def map_runs(flat: Any) -> Iterator[MapRun]:
+    """Decode the runs of a "map" change.
+
+    Raises:
+        FormatError: Not runs.
+    """
+    if not isinstance(flat, list) or len(flat) % 4:
+        raise FormatError("journal: map change is not a list of quadruples")
+    for position in range(0, len(flat), 4):
+        first, count, address, packed = flat[position : position + 4]
+        if not (isinstance(first, int) and isinstance(count, int) and isinstance(address, int)):
+            raise FormatError("journal: map run holds something other than integers")
+        if not (0 <= first < _MAX_BLOCK and 0 < count <= PAGE_BLOCKS and 0 <= address < 1 << 64):
+            raise FormatError(f"journal: map run out of range: {first}, {count}, {address}")
+        if not isinstance(packed, bytes) or len(packed) != (4 * count if address > HOLE else 0):
+            raise FormatError("journal: map run has the wrong number of checksums")
+        yield MapRun(first, count, address, struct.unpack(f"<{len(packed) // 4}I", packed))
+
+
+def encode_body(changes: list[Change], data: bytes) -> bytes:
+    """Make the body of a journal record."""
+    return pack([changes, data])
+
+
+def decode_body(body: bytes) -> tuple[list[Change], bytes]:
+    """Undo ``encode_body``.
+
+    Raises:
+        FormatError: Not a list of changes.
+    """
+    value = unpack(body)
+    if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], list) and isinstance(value[1], bytes)):
+        raise FormatError("journal: record body is not [changes, data]")
+    for change in value[0]:
+        if not (isinstance(change, list) and len(change) >= 3 and change[0] in _LENGTHS):
+            raise FormatError(f"journal: unknown change {str(change)[:80]}")
+        if len(change) != _LENGTHS[change[0]]:
+            raise FormatError(f"journal: change {change[0]} has {len(change)} parts")
+    return value[0], value[1]
+
+
+_LENGTHS = {"map": 3, "put": 3, "drop": 3, "fold": 5, "empty": 3}

@@ -1,0 +1,186 @@
+"""Bytes of the tables: sealed values, map pages, records.  Pure.
+
+Owns the encodings that ``docs/FORMAT.md`` documents.  Decoding any bytes gives a value or
+``FormatError``, never another exception.
+"""
+
+import struct
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import msgpack
+from crc32c import crc32c as checksum
+
+from incfs.errors import FormatError
+from incfs.model import HOLE, PAGE_BLOCKS
+
+__all__ = ["checksum", "decode_entries", "encode_entries", "entry_runs", "open_value", "pack", "seal_value", "unpack"]
+
+Entries = dict[int, tuple[int, int]]
+"""Mappings of one page: index -> (address, crc32c)."""
+
+Record = TypeVar("Record")
+
+_RUNS = 1
+_RAW = 2
+_RAW_ABOVE_RUNS = 96
+"""With more runs than this the raw form is smaller: a run costs about 16 bytes, a raw entry 12."""
+_CRC = struct.Struct("<I")
+
+
+def seal_value(key: bytes, body: bytes) -> bytes:
+    """Append the CRC32C of key and body, so that a value under a wrong key is noticed too."""
+    return body + _CRC.pack(checksum(body, checksum(key)))
+
+
+def open_value(key: bytes, value: bytes) -> bytes:
+    """Undo ``seal_value``.
+
+    Raises:
+        FormatError: The checksum does not match.
+    """
+    if len(value) < _CRC.size:
+        raise FormatError(f"table value of key {key.hex()} is cut off at {len(value)} bytes", key=key.hex())
+    body = value[: -_CRC.size]
+    if _CRC.unpack_from(value, len(body))[0] != checksum(body, checksum(key)):
+        raise FormatError(f"table value of key {key.hex()} is damaged: wrong checksum", key=key.hex())
+    return body
+
+
+def pack(value: Any) -> bytes:
+    """Encode plain values with msgpack."""
+    return bytes(msgpack.packb(value, use_bin_type=True))
+
+
+def unpack(data: bytes) -> Any:
+    """Decode msgpack.
+
+    Raises:
+        FormatError: Not one well-formed msgpack value, or nested or sized beyond its own bytes.
+    """
+    try:
+        return msgpack.unpackb(data, raw=False, strict_map_key=False)
+    except (ValueError, msgpack.UnpackException, UnicodeDecodeError) as error:
+        raise FormatError(f"not valid msgpack: {error}") from error
+
+
+def entry_runs(entries: Entries) -> Iterator[tuple[int, int, int]]:
+    """Group mappings of consecutive indexes: consecutive addresses, or the same hole or inherit.
+
+    Yields:
+        (first index, number of entries, first address), ascending.
+    """
+    first = count = first_address = 0
+    for index in sorted(entries):
+        address = entries[index][0]
+        expected = first_address if first_address <= HOLE else first_address + count
+        if count and index == first + count and address == expected:
+            count += 1
+            continue
+        if count:
+            yield first, count, first_address
+        first, count, first_address = index, 1, address
+    if count:
+        yield first, count, first_address
+
+
+def _checksums(entries: Entries, first: int, count: int) -> bytes:
+    return struct.pack(f"<{count}I", *(entries[i][1] for i in range(first, first + count)))
+
+
+def encode_entries(entries: Entries) -> bytes:
+    """Encode the mappings of one page: runs in msgpack when few, raw arrays when many."""
+    runs = list(entry_runs(entries))
+    if len(runs) <= _RAW_ABOVE_RUNS:
+        flat: list[Any] = []
+        for first, count, address in runs:
+            flat += (first, count, address, _checksums(entries, first, count) if address > HOLE else b"")
+        return bytes([_RUNS]) + pack(flat)
+    present = 0
+    addresses, checksums = array("Q"), array("I")
+    for index in sorted(entries):
+        present |= 1 << index
+        address, crc = entries[index]
+        addresses.append(address)
+        checksums.append(crc)
+    return bytes([_RAW]) + present.to_bytes(PAGE_BLOCKS // 8, "little") + addresses.tobytes() + checksums.tobytes()
+
+
+def decode_entries(data: bytes) -> Entries:
+    """Undo ``encode_entries``.
+
+    Raises:
+        FormatError: Wrong kind, length or index.
+    """
+    if data[:1] == bytes([_RUNS]):
+        return _decode_runs(unpack(data[1:]))
+    if data[:1] == bytes([_RAW]):
+        return _decode_raw(data)
+    raise FormatError(f"map page of unknown encoding {data[:1].hex() or '(empty)'}")
+
+
+def _decode_raw(data: bytes) -> Entries:
+    bitmap_end = 1 + PAGE_BLOCKS // 8
+    present = int.from_bytes(data[1:bitmap_end], "little")
+    count = present.bit_count()
+    if len(data) != bitmap_end + 12 * count:
+        raise FormatError(f"raw map page has {len(data)} bytes, expected {bitmap_end + 12 * count}")
+    addresses, checksums = array("Q"), array("I")
+    addresses.frombytes(data[bitmap_end : bitmap_end + 8 * count])
+    checksums.frombytes(data[bitmap_end + 8 * count :])
+    indexes = (i for i in range(PAGE_BLOCKS) if present >> i & 1)
+    return dict(zip(indexes, zip(addresses, checksums, strict=True), strict=True))
+
+
+def _decode_runs(flat: Any) -> Entries:
+    if not isinstance(flat, list) or len(flat) % 4:
+        raise FormatError("map page runs are not a list of quadruples")
+    entries: Entries = {}
+    for position in range(0, len(flat), 4):
+        first, count, address, packed = flat[position : position + 4]
+        if not (isinstance(first, int) and isinstance(count, int) and isinstance(address, int)):
+            raise FormatError("map page run holds something other than integers")
+        stored = address > HOLE
+        if not (0 <= first and 0 < count <= PAGE_BLOCKS - first and 0 <= address < 1 << 64):
+            raise FormatError(f"map page run out of range: first {first}, count {count}, address {address}")
+        if not isinstance(packed, bytes) or len(packed) != (4 * count if stored else 0):
+            raise FormatError(f"map page run of {count} blocks has the wrong number of checksums")
+        crcs = struct.unpack(f"<{count}I", packed) if stored else (0,) * count
+        for i in range(count):
+            entries[first + i] = (address + i if stored else address, crcs[i])
+    return entries
+
+
+def encode_record(record: Any) -> dict[str, Any]:
+    """Turn a frozen record of ``model`` into a plain map for ``pack``."""
+    return {name: dict(v) if isinstance(v, Mapping) else v for name, v in asdict(record).items()}
+
+
+def decode_record(kind: type[Record], value: Any) -> Record:
+    """Undo ``encode_record``, checking the type of every field.
+
+    Raises:
+        FormatError: Not a map, a field missing, unknown or of the wrong type.
+    """
+    if not isinstance(value, dict):
+        raise FormatError(f"{kind.__name__} record is not a map")
+    hints = get_type_hints(kind)
+    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]  # every kind is a dataclass
+    if set(value) != names:
+        raise FormatError(f"{kind.__name__} record has the wrong fields: {sorted(map(str, set(value) ^ names))}")
+    for name, item in value.items():
+        if not _fits(item, hints[name]):
+            raise FormatError(f"{kind.__name__} record: field {name} is {item!r}")
+    return kind(**value)
+
+
+def _fits(item: Any, hint: Any) -> bool:
+    hint = getattr(hint, "__supertype__", hint)
+    if get_origin(hint) is UnionType:
+        return any(_fits(item, part) for part in get_args(hint))
+    if get_origin(hint) is not None:
+        return isinstance(item, dict)
+    return type(item) is hint

@@ -1,0 +1,154 @@
+"""The values that incfs is about: volumes, snapshots, storage volumes and their limits.
+
+Owns the frozen records and the rules for names.  No I/O, no clock, no randomness.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, NewType
+
+from incfs.errors import InvalidName
+
+VolumeId = NewType("VolumeId", int)
+"""1 .. 2^32-1, never used twice in a pool."""
+Generation = NewType("Generation", int)
+"""Number of a snapshot within its volume, rising, 1 .. 2^32-1; 0 stands for the live volume."""
+MapId = NewType("MapId", int)
+"""A readable table: ``volume_id << 32 | generation``; generation 0 is the live volume."""
+StorageId = NewType("StorageId", int)
+"""1 .. 65535."""
+Address = NewType("Address", int)
+"""A storage address: ``storage_id << 48 | block_index``, or INHERIT, or HOLE."""
+
+INHERIT: Final = Address(0)
+"""Reads the origin at the same offset; zeros when there is no origin."""
+HOLE: Final = Address(1)
+"""Reads as zeros even if the origin has data."""
+
+PAGE_BLOCKS: Final = 512
+"""Consecutive virtual blocks whose mappings form one map page."""
+MIN_BLOCK_BYTES: Final = 64
+"""Smallest block the core accepts; the command line asks for at least 512."""
+MAX_BLOCK_BYTES: Final = 65536
+DEFAULT_BLOCK_BYTES: Final = 4096
+MAX_VOLUME_BYTES: Final = (1 << 63) - MAX_BLOCK_BYTES
+"""8 EiB less one block: offsets stay within a signed 64-bit integer."""
+MAX_NAME_BYTES: Final = 200
+MAX_XATTR_BYTES: Final = 65536
+"""All extended attributes of one volume together."""
+
+
+def map_id(volume_id: VolumeId, generation: Generation = Generation(0)) -> MapId:
+    """Name the table of a live volume (generation 0) or of one of its snapshots."""
+    return MapId(volume_id << 32 | generation)
+
+
+def split_map_id(value: MapId) -> tuple[VolumeId, Generation]:
+    """Undo ``map_id``."""
+    return VolumeId(value >> 32), Generation(value & 0xFFFFFFFF)
+
+
+def validate_name(name: str, *, what: str = "volume") -> str:
+    """Return ``name`` if it may name a volume or a snapshot.
+
+    Raises:
+        InvalidName: Not 1-200 bytes of UTF-8, a forbidden character, or a leading '.' or '-'.
+    """
+    if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= MAX_NAME_BYTES:
+        raise InvalidName(f"{what} name must be 1 to {MAX_NAME_BYTES} bytes long", name=name)
+    bad = next((c for c in name if c in "/@#" or not c.isprintable()), None)
+    if bad is not None:
+        raise InvalidName(f"{what} name {name!r} must not contain {bad!r}", name=name)
+    if name[0] in ".-":
+        raise InvalidName(f"{what} name {name!r} must not begin with {name[0]!r}", name=name)
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A virtual volume: a named sparse byte space."""
+
+    id: VolumeId
+    uuid: str
+    name: str
+    """Empty once the volume is being removed: its name is free again."""
+    size_bytes: int
+    mapped_blocks: int
+    """Blocks of the current contents that occupy storage, as of the last seal."""
+    mode: int
+    """Permission bits only."""
+    uid: int
+    gid: int
+    created_ns: int
+    modified_ns: int
+    changed_ns: int
+    accessed_ns: int
+    newest_generation: Generation = Generation(0)
+    """Generation of the newest snapshot that still exists; 0 without one."""
+    last_generation: Generation = Generation(0)
+    """Highest generation ever given out."""
+    trim_from_bytes: int | None = None
+    """Mappings at and beyond this offset are still to be dropped (interrupted shrink)."""
+    xattrs: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def map_id(self) -> MapId:
+        """The live table."""
+        return map_id(self.id)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A named, immutable point of a volume."""
+
+    volume_id: VolumeId
+    generation: Generation
+    uuid: str
+    name: str
+    """Empty once the snapshot is being removed."""
+    size_bytes: int
+    mapped_blocks: int
+    """Blocks that occupied storage at the time of the snapshot."""
+    created_ns: int
+    held_blocks: int = 0
+    """Stored blocks in this snapshot's increment."""
+    tag: str = ""
+
+    @property
+    def map_id(self) -> MapId:
+        """The snapshot's table."""
+        return map_id(self.volume_id, self.generation)
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A storage volume: one backing image file."""
+
+    id: StorageId
+    uuid: str
+    path: str
+    """Relative to the pool directory when inside it, else absolute."""
+    capacity_blocks: int
+    """Most blocks the image may grow to."""
+    created_ns: int
+    storage_class: str = ""
+    redundancy: str = "none"
+    """What lies below the image: none, raid1, raid5, raid6, raid10."""
+
+
+class Appended(NamedTuple):
+    """One mapping appended to a page: the new one and the one it replaced."""
+
+    index: int
+    address: int
+    checksum: int
+    old_address: int
+    old_checksum: int
+
+
+class SealedPage(NamedTuple):
+    """The mappings appended to one page of a live volume since the last seal."""
+
+    map_id: MapId
+    page_index: int
+    appended: list[Appended]
