@@ -1,0 +1,207 @@
+"""Files of the host: the only place where file descriptors are read, written and synced.
+
+Owns short reads and writes, EINTR, sparse operations and the translation of ``OSError``:
+ENOSPC and EDQUOT become ``NoSpace``, everything else ``BackingError``.  A crash simulator
+or fault injector replaces ``Backing`` and is handed every operation in order.
+"""
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from incfs.errors import AlreadyExists, BackingError, IncfsError, NoSpace
+
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def translate(error: OSError, path: Path, action: str) -> IncfsError:
+    """Turn an ``OSError`` of the host into an incfs error that names file and action."""
+    text = f"cannot {action} {path}: {os.strerror(error.errno or errno.EIO)}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(f"{text}; free space on the filesystem of {path.parent}", path=str(path))
+    if error.errno == errno.EEXIST:
+        return AlreadyExists(text, path=str(path))
+    return BackingError(text, path=str(path), host_errno=error.errno)
+
+
+class File:
+    """One open file of the host.
+
+    Concurrency: reads, writes and syncs may run in any thread.
+    """
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path = path
+        self._fd = fd
+        self._nowait_flag = os.RWF_NOWAIT
+
+    def fileno(self) -> int:
+        """Give the descriptor, for locks and statistics."""
+        return self._fd
+
+    def pread(self, offset_bytes: int, length_bytes: int) -> bytes:
+        """Read exactly that range.
+
+        Raises:
+            BackingError: The host failed, or the file ends inside the range.
+        """
+        data = self._call("read", os.pread, self._fd, length_bytes, offset_bytes)
+        if len(data) == length_bytes:
+            return bytes(data)
+        pieces = [data]
+        missing = length_bytes - len(data)
+        while missing and pieces[-1]:
+            pieces.append(self._call("read", os.pread, self._fd, missing, offset_bytes + length_bytes - missing))
+            missing -= len(pieces[-1])
+        if missing:
+            end = offset_bytes + length_bytes - missing
+            raise BackingError(f"{self.path} ends at byte {end}, expected {end + missing}", path=str(self.path))
+        return b"".join(pieces)
+
+    def pread_cached(self, offset_bytes: int, length_bytes: int) -> bytes | None:
+        """Read the range if that needs no waiting for the disk, else return None."""
+        buffer = bytearray(length_bytes)
+        try:
+            count = os.preadv(self._fd, [buffer], offset_bytes, self._nowait_flag)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno in _UNSUPPORTED and self._nowait_flag:
+                self._nowait_flag = 0  # tmpfs and others: their reads do not wait anyway
+                return self.pread(offset_bytes, length_bytes)
+            raise translate(error, self.path, "read") from error
+        return bytes(buffer) if count == length_bytes else None
+
+    def pwrite(self, offset_bytes: int, data: bytes | memoryview) -> None:
+        """Write all of ``data``.
+
+        Durability: none until ``sync``.  A failure may leave any prefix written.
+        """
+        written = self._call("write", os.pwrite, self._fd, data, offset_bytes)
+        while written < len(data):
+            rest = memoryview(data)[written:]
+            count = self._call("write", os.pwrite, self._fd, rest, offset_bytes + written)
+            if not count:
+                raise BackingError(f"cannot write {self.path}: the host wrote nothing", path=str(self.path))
+            written += count
+
+    def sync(self) -> None:
+        """Make everything written to this file durable, its length included.
+
+        Raises:
+            BackingError: The sync failed.  Never call it again on this file (I10): the kernel
+                may have dropped the pages and would report success.
+        """
+        self._call("sync", os.fdatasync, self._fd)
+
+    def truncate(self, length_bytes: int) -> None:
+        """Set the file's length; the part that is new reads as zeros."""
+        self._call("resize", os.ftruncate, self._fd, length_bytes)
+
+    def allocate(self, offset_bytes: int, length_bytes: int, *, keep_size: bool = False) -> None:
+        """Reserve host space for a range and make the file at least that long.
+
+        A filesystem that cannot reserve only gets the length.
+        """
+        if self._fallocate("grow", _FALLOC_FL_KEEP_SIZE if keep_size else 0, offset_bytes, length_bytes):
+            return
+        if not keep_size and self.length_bytes() < offset_bytes + length_bytes:
+            self.truncate(offset_bytes + length_bytes)
+
+    def punch(self, offset_bytes: int, length_bytes: int) -> bool:
+        """Give a range back to the host; it reads as zeros.  False where the host cannot."""
+        return self._fallocate(
+            "punch a hole in", _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset_bytes, length_bytes
+        )
+
+    def length_bytes(self) -> int:
+        """Tell the file's length."""
+        return int(self._call("examine", os.fstat, self._fd).st_size)
+
+    def allocated_bytes(self) -> int:
+        """Tell how much host space the file occupies."""
+        return int(self._call("examine", os.fstat, self._fd).st_blocks) * 512
+
+    def host_free_bytes(self) -> int:
+        """Tell how much space the file's filesystem has left for us."""
+        status = self._call("examine", os.fstatvfs, self._fd)
+        return int(status.f_bavail * status.f_frsize)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._fd)
+
+    def _fallocate(self, action: str, mode: int, offset_bytes: int, length_bytes: int) -> bool:
+        while _libc.fallocate(self._fd, mode, offset_bytes, length_bytes):
+            code = ctypes.get_errno()
+            if code in _UNSUPPORTED:
+                return False
+            if code != errno.EINTR:
+                raise translate(OSError(code, os.strerror(code)), self.path, action)
+        return True
+
+    def _call(self, action: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except OSError as error:
+            raise translate(error, self.path, action) from error
+
+
+class Backing:
+    """Opens files and changes directories on the host."""
+
+    def open(self, path: Path) -> File:
+        """Open an existing file for reading and writing."""
+        return self._open(path, os.O_RDWR)
+
+    def create(self, path: Path) -> File:
+        """Create a file, mode 0600, that must not exist.
+
+        Durability: the name is durable after ``sync_directory``.
+        """
+        return self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+
+    def _open(self, path: Path, flags: int) -> File:
+        try:
+            return File(path, os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        except OSError as error:
+            raise translate(error, path, "create" if flags & os.O_CREAT else "open") from error
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Rename atomically over ``target``."""
+        try:
+            os.replace(source, target)
+        except OSError as error:
+            raise translate(error, target, "replace") from error
+
+    def remove(self, path: Path) -> None:
+        """Delete a file."""
+        try:
+            path.unlink()
+        except OSError as error:
+            raise translate(error, path, "remove") from error
+
+    def make_directory(self, path: Path) -> None:
+        """Create a directory, mode 0700, with its parents, unless it exists."""
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise translate(error, path, "create directory") from error
+
+    def sync_directory(self, path: Path) -> None:
+        """Make creations, renames and removals in a directory durable."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise translate(error, path, "sync directory") from error

@@ -1,0 +1,257 @@
+"""The journal: committed but not yet checkpointed changes, in two alternating segments.
+
+Owns ``journal.0`` and ``journal.1``: framing, scanning, the torn tail.  Knows nothing of
+what a record means.
+
+Invariants:
+    1. Segment n lives in file n mod 2; its header is durable before any of its records.
+    2. Record k+1 is written only after record k is durable, so a valid record behind an
+       invalid one is damage, not a torn tail.
+    3. A record carries its segment's random nonce: bytes of users that happen to look like
+       a record, and records of an earlier use of the file, are never taken for one.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+from incfs.backing import Backing, File
+from incfs.codec import checksum
+from incfs.errors import FormatError, JournalDamaged
+
+SECTOR_BYTES = 512
+MAX_RECORD_BYTES = 1 << 30
+_SEGMENT = struct.Struct("<8sHxxI16sQQQ")
+_SEGMENT_MAGIC = b"INCFSJN\0"
+_VERSION = 1
+_RECORD = struct.Struct("<4sIQQI")
+_RECORD_MAGIC = b"JREC"
+_CRC = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One use of a journal file."""
+
+    number: int
+    start_sequence: int
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True)
+class JournalRecord:
+    """One committed record."""
+
+    sequence: int
+    body: bytes
+    offset_bytes: int
+
+
+def journal_paths(directory: Path) -> tuple[Path, Path]:
+    """Name the two files."""
+    return directory / "journal.0", directory / "journal.1"
+
+
+def encode_segment(pool: UUID, segment: Segment) -> bytes:
+    """Make the header sector of a segment."""
+    head = _SEGMENT.pack(
+        _SEGMENT_MAGIC, _VERSION, SECTOR_BYTES, pool.bytes, segment.number, segment.start_sequence, segment.nonce
+    )
+    return (head + _CRC.pack(checksum(head))).ljust(SECTOR_BYTES, b"\0")
+
+
+def decode_segment(pool: UUID, sector: bytes) -> Segment | None:
+    """Undo ``encode_segment``; None for a header that is damaged or never was written.
+
+    Raises:
+        FormatError: A sound header, but of another pool or a newer version.
+    """
+    if len(sector) < _SEGMENT.size + _CRC.size:
+        return None
+    magic, version, sector_bytes, owner, number, start, nonce = _SEGMENT.unpack_from(sector)
+    if magic != _SEGMENT_MAGIC or _CRC.unpack_from(sector, _SEGMENT.size)[0] != checksum(sector[: _SEGMENT.size]):
+        return None
+    if owner != pool.bytes:
+        raise FormatError(f"the journal belongs to pool {UUID(bytes=owner)}, not to {pool}")
+    if version != _VERSION or sector_bytes != SECTOR_BYTES:
+        raise FormatError(f"journal version {version} with sectors of {sector_bytes} bytes is not supported")
+    return Segment(number, start, nonce)
+
+
+def encode_record(sequence: int, nonce: int, body: bytes) -> bytes:
+    """Frame one record, padded to whole sectors so that later appends never rewrite it."""
+    head = _RECORD.pack(_RECORD_MAGIC, len(body), sequence, nonce, checksum(body))
+    framed = head + _CRC.pack(checksum(head)) + body
+    return framed.ljust(-len(framed) % SECTOR_BYTES + len(framed), b"\0")
+
+
+_HEAD_BYTES = _RECORD.size + _CRC.size
+
+
+def decode_record(file: File, offset_bytes: int, length_bytes: int, nonce: int) -> tuple[JournalRecord, int] | None:
+    """Read the record at ``offset_bytes``: (record, offset behind it), or None if none is sound."""
+    if offset_bytes + _HEAD_BYTES > length_bytes:
+        return None
+    head = file.pread(offset_bytes, _HEAD_BYTES)
+    magic, size, sequence, found, body_crc = _RECORD.unpack_from(head)
+    if magic != _RECORD_MAGIC or found != nonce or size > MAX_RECORD_BYTES:
+        return None
+    if _CRC.unpack_from(head, _RECORD.size)[0] != checksum(head[: _RECORD.size]):
+        return None
+    start = offset_bytes + _HEAD_BYTES
+    if start + size > length_bytes:
+        return None
+    body = file.pread(start, size)
+    if checksum(body) != body_crc:
+        return None
+    end = start + size
+    return JournalRecord(sequence, body, offset_bytes), end + -end % SECTOR_BYTES
+
+
+class Journal:
+    """The two segment files of one pool.
+
+    Concurrency: one caller at a time; any thread.
+    """
+
+    def __init__(self, pool: UUID, files: tuple[File, File]) -> None:
+        self._pool = pool
+        self._files = files
+        self._segment = Segment(0, 0, 0)
+        self._end_bytes = SECTOR_BYTES
+
+    @classmethod
+    def create(cls, backing: Backing, directory: Path, pool: UUID, *, segment_bytes: int, nonce: int) -> None:
+        """Make both files, written full of zeros, and start segment 1 at sequence 1.
+
+        Zeros rather than holes: appending then changes no metadata of the host's filesystem,
+        which halves the cost of a flush.
+        """
+        for number, path in enumerate(journal_paths(directory)):
+            file = backing.create(path)
+            try:
+                step = min(segment_bytes, 1 << 20)
+                for offset in range(0, segment_bytes, step):
+                    file.pwrite(offset, bytes(min(step, segment_bytes - offset)))
+                if number == 1:
+                    file.pwrite(0, encode_segment(pool, Segment(1, 1, nonce)))
+                file.sync()
+            finally:
+                file.close()
+
+    @classmethod
+    def open(cls, backing: Backing, directory: Path, pool: UUID) -> "Journal":
+        """Open both files; ``replay`` must follow."""
+        first, second = journal_paths(directory)
+        opened = backing.open(first)
+        try:
+            return cls(pool, (opened, backing.open(second)))
+        except BaseException:
+            opened.close()
+            raise
+
+    @property
+    def segment(self) -> Segment:
+        """The segment that takes new records."""
+        return self._segment
+
+    @property
+    def used_bytes(self) -> int:
+        """Size of the current segment so far."""
+        return self._end_bytes
+
+    def replay(self, segment_number: int, sequence: int) -> Iterator[JournalRecord]:
+        """Yield the committed records after ``sequence``, and be ready to append behind them.
+
+        Args:
+            segment_number: The segment that was current at the last checkpoint.
+            sequence: The last one that the checkpoint contains.
+
+        Raises:
+            JournalDamaged: A segment is missing, or a record before the tail is damaged.
+        """
+        segment = self._header(segment_number)
+        if segment is None:
+            path = self._file(segment_number).path
+            raise JournalDamaged(f"{path} does not hold journal segment {segment_number}; it is damaged or stale")
+        expected = sequence + 1
+        following = self._header(segment_number + 1)
+        for current in (segment, following):
+            if current is None:
+                return
+            if current.start_sequence > expected:
+                raise JournalDamaged(
+                    f"journal record {expected} is missing: segment {current.number} "
+                    f"starts at {current.start_sequence}"
+                )
+            self._segment = current
+            for record in self._scan(current):
+                if record.sequence >= expected:
+                    yield record
+                    expected = record.sequence + 1
+
+    def _scan(self, segment: Segment) -> Iterator[JournalRecord]:
+        file = self._file(segment.number)
+        length = file.length_bytes()
+        offset, expected = SECTOR_BYTES, segment.start_sequence
+        while (found := decode_record(file, offset, length, segment.nonce)) and found[0].sequence == expected:
+            record, offset = found
+            expected += 1
+            yield record
+        self._end_bytes = offset
+        self._refuse_later_records(file, segment, offset, length, expected)
+
+    def _refuse_later_records(self, file: File, segment: Segment, offset: int, length: int, expected: int) -> None:
+        nonce = struct.pack("<Q", segment.nonce)
+        for chunk_offset in range(offset, length, 1 << 20):
+            chunk = file.pread(chunk_offset, min(1 << 20, length - chunk_offset))
+            for position in range(0, len(chunk), SECTOR_BYTES):
+                if chunk[position : position + 4] != _RECORD_MAGIC or chunk[position + 16 : position + 24] != nonce:
+                    continue
+                later = decode_record(file, chunk_offset + position, length, segment.nonce)
+                if later and later[0].sequence >= expected:
+                    raise JournalDamaged(
+                        f"{file.path}: record {expected} at byte {offset} is damaged, "
+                        f"but record {later[0].sequence} behind it is sound"
+                    )
+
+    def start_segment(self, start_sequence: int, nonce: int) -> None:
+        """Send the records that follow to the other file.
+
+        Durability: the header is durable on return.  The file's earlier segment must be
+        contained in a checkpoint already.
+        """
+        segment = Segment(self._segment.number + 1, start_sequence, nonce)
+        file = self._file(segment.number)
+        file.pwrite(0, encode_segment(self._pool, segment))
+        file.sync()
+        self._segment = segment
+        self._end_bytes = SECTOR_BYTES
+
+    def append(self, sequence: int, body: bytes) -> None:
+        """Append one record.
+
+        Durability: the record is durable on return.
+        """
+        framed = encode_record(sequence, self._segment.nonce, body)
+        file = self._file(self._segment.number)
+        file.pwrite(self._end_bytes, framed)
+        file.sync()
+        self._end_bytes += len(framed)
+
+    def close(self) -> None:
+        """Close both files."""
+        for file in self._files:
+            file.close()
+
+    def _file(self, segment_number: int) -> File:
+        return self._files[segment_number % 2]
+
+    def _header(self, segment_number: int) -> Segment | None:
+        file = self._file(segment_number)
+        if file.length_bytes() < SECTOR_BYTES:
+            return None
+        segment = decode_segment(self._pool, file.pread(0, SECTOR_BYTES))
+        return segment if segment and segment.number == segment_number else None

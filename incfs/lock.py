@@ -1,0 +1,37 @@
+"""The pool's lock: one process at a time.
+
+An ``flock`` on ``POOL/lock``: the kernel drops it with the process, so a crash leaves
+nothing to clean up.
+"""
+
+import fcntl
+import os
+from pathlib import Path
+
+from incfs.backing import translate
+from incfs.errors import PoolLocked
+
+LOCK_NAME = "lock"
+
+
+class PoolLock:
+    """Holds the lock from creation to ``release``."""
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / LOCK_NAME
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise translate(error, path, "open") from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._fd, 20, 0).strip().decode("ascii", "replace") or "unknown"
+            os.close(self._fd)
+            raise PoolLocked(f"pool {directory} is in use by process {holder}", pid=holder) from error
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Let the next process have the pool."""
+        os.close(self._fd)

@@ -1,0 +1,382 @@
+"""The incremental log: where each virtual block's data is, now and at every snapshot.
+
+Owns the LMDB environment (the only importer of ``lmdb``; its errors never leave here), the
+lookup tables, the increments, and the overlay of changes since the last checkpoint.  Never
+touches storage volumes: it says which addresses became unreachable, the store frees them.
+
+Invariants:
+    1. A lookup table holds the *sealed* current contents: no write that is not sealed yet.
+    2. A virtual block is in the increment of the newest snapshot S exactly if its mapping
+       was replaced since S.  So each stored block is in one table once (I9).
+    3. Pages are read from LMDB and composed with the overlay in one step of the owner
+       thread, or fetched in a worker and composed only if no checkpoint ended in between.
+"""
+
+import struct
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from incfs.codec import Entries, decode_entries, encode_entries, open_value, pack, seal_value, unpack
+from incfs.errors import BackingError, FormatError, NoSpace
+from incfs.model import HOLE, INHERIT, Appended
+from incfs.overlay import Layer, Overlay, TableKey
+
+LMDB_LIB_VERSION = 0
+"""Engine 0.9: ``lmdb`` 3 bundles two, whose files differ."""
+DATABASES = ("meta", "map", "inc", "space", "volume", "snapshot", "storage")
+INITIAL_MAP_BYTES = 1 << 30
+_MAP_KEY = struct.Struct(">IQ")
+_INC_KEY = struct.Struct(">IIQ")
+_CHECKPOINT_KEY = b"checkpoint"
+_SPACE_KEY = struct.Struct(">HQ")
+
+
+def page_key(table: TableKey, page_index: int) -> tuple[str, bytes]:
+    """Name the database and the key of a page."""
+    if table.generation:
+        return "inc", _INC_KEY.pack(*table, page_index)
+    return "map", _MAP_KEY.pack(table.volume_id, page_index)
+
+
+def space_key(storage_id: int, group_index: int) -> bytes:
+    """Make the key of a bitmap of live blocks."""
+    return _SPACE_KEY.pack(storage_id, group_index)
+
+
+@dataclass(frozen=True, slots=True)
+class Puts:
+    """What one checkpoint writes besides pages: database -> key -> value (None deletes)."""
+
+    values: dict[str, dict[bytes, bytes | None]]
+
+
+class Tables:
+    """The LMDB environment.
+
+    Concurrency: any number of readers in any thread; one writer.
+    """
+
+    def __init__(self, path: Path, *, map_bytes: int = INITIAL_MAP_BYTES) -> None:
+        self._path = path
+        self._reader_count = 0
+        self._readers_changed = threading.Condition()
+        with self._translated("open"):
+            self._env = lmdb.open(
+                str(path),
+                subdir=False,
+                map_size=map_bytes,
+                max_dbs=len(DATABASES),
+                mode=0o600,
+                max_readers=64,
+                lib_version=LMDB_LIB_VERSION,
+            )
+            self._databases = {name: self._env.open_db(name.encode()) for name in DATABASES}
+        self._grow_map_if_needed()
+
+    @contextmanager
+    def _translated(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except lmdb.MapFullError as error:
+            raise NoSpace(f"the metadata map of {self._path} is full") from error
+        except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError) as error:
+            raise FormatError(f"cannot {action} {self._path}: {error}") from error
+        except (lmdb.Error, OSError) as error:
+            raise BackingError(f"cannot {action} {self._path}: {error}") from error
+
+    @contextmanager
+    def reading(self) -> Iterator["Reader"]:
+        """Give a consistent view of the last checkpoint."""
+        with self._readers_changed:
+            self._reader_count += 1
+        try:
+            with self._translated("read"), self._env.begin() as transaction:
+                yield Reader(transaction, self._databases)
+        finally:
+            with self._readers_changed:
+                self._reader_count -= 1
+                self._readers_changed.notify_all()
+
+    def write(self, layer: Layer, puts: Puts) -> None:
+        """Fold a frozen layer and other values into the tables, in one transaction.
+
+        Durability: all of it is durable on return, or nothing of it is visible.
+        Cost: proportional to the pages in ``layer``.
+        """
+        self._grow_map_if_needed()
+        with self._translated("write"), self._env.begin(write=True) as transaction:
+            for table in sorted(layer):
+                for page_index in sorted(layer[table]):
+                    self._fold(transaction, table, page_index, layer)
+            for database, values in puts.values.items():
+                for key in sorted(values):
+                    self._put(transaction, database, key, values[key])
+
+    def _fold(self, transaction: Any, table: TableKey, page_index: int, layer: Layer) -> None:
+        database, key = page_key(table, page_index)
+        patch = layer[table][page_index]
+        stored: Entries = {}
+        if not patch.is_whole:
+            value = transaction.get(key, db=self._databases[database])
+            stored = decode_entries(open_value(key, value)) if value is not None else {}
+        entries = patch.apply(stored)
+        if not table.generation:
+            entries = {index: entry for index, entry in entries.items() if entry[0] != INHERIT}
+        self._put(transaction, database, key, encode_entries(entries) if entries else None)
+
+    def _put(self, transaction: Any, database: str, key: bytes, body: bytes | None) -> None:
+        if body is None:
+            transaction.delete(key, db=self._databases[database])
+        else:
+            transaction.put(key, seal_value(key, body), db=self._databases[database])
+
+    def _grow_map_if_needed(self) -> None:
+        """Keep half of the map free: LMDB cannot even delete in a full one.
+
+        It is remapped only while nobody reads, as LMDB demands.
+        """
+        if self.used_bytes() * 2 <= self.map_bytes():
+            return
+        with self._readers_changed, self._translated("grow the map of"):
+            self._readers_changed.wait_for(lambda: not self._reader_count)
+            self._env.set_mapsize(self.map_bytes() * 4)
+
+    def used_bytes(self) -> int:
+        """Tell how much of the map has ever been used."""
+        return int(self._env.info()["last_pgno"] + 1) * int(self._env.stat()["psize"])
+
+    def map_bytes(self) -> int:
+        """Tell the size of the map."""
+        return int(self._env.info()["map_size"])
+
+    def close(self) -> None:
+        """Close the environment."""
+        self._env.close()
+
+
+class Reader:
+    """One read transaction over the tables."""
+
+    def __init__(self, transaction: Any, databases: dict[str, Any]) -> None:
+        self._transaction = transaction
+        self._databases = databases
+
+    def get(self, database: str, key: bytes) -> bytes | None:
+        """Read one value.
+
+        Raises:
+            FormatError: Its checksum is wrong.
+        """
+        value = self._transaction.get(key, db=self._databases[database])
+        return None if value is None else open_value(key, value)
+
+    def items(self, database: str, start: bytes = b"", prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Yield (key, sealed value) from the first key at or after ``start``, while it has the prefix."""
+        with self._transaction.cursor(db=self._databases[database]) as cursor:
+            if not cursor.set_range(max(start, prefix)):
+                return
+            for key, value in cursor:
+                if not key.startswith(prefix):
+                    return
+                yield bytes(key), bytes(value)
+
+    def page(self, table: TableKey, page_index: int) -> Entries:
+        """Read the mappings of one page; empty when there is none."""
+        database, key = page_key(table, page_index)
+        body = self.get(database, key)
+        return {} if body is None else decode_entries(body)
+
+    def page_indexes(self, table: TableKey, start: int = 0) -> Iterator[int]:
+        """Yield the stored pages of a table from ``start`` on."""
+        database, first = page_key(table, start)
+        for key, _ in self.items(database, first, first[:-8]):
+            yield int.from_bytes(key[-8:], "big")
+
+    def pages(self, table: TableKey) -> Iterator[tuple[int, Entries]]:
+        """Yield every stored page of a table."""
+        database, first = page_key(table, 0)
+        for key, value in self.items(database, first, first[:-8]):
+            yield int.from_bytes(key[-8:], "big"), decode_entries(open_value(key, value))
+
+    def bodies(self, database: str) -> Iterator[bytes]:
+        """Yield the verified values of a database, in the order of their keys."""
+        for key, value in self.items(database):
+            yield open_value(key, value)
+
+    def space(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (storage volume id, group index, bits) of every bitmap of live blocks."""
+        for key, value in self.items("space"):
+            if len(key) != _SPACE_KEY.size:
+                raise FormatError(f"bitmap under a bad key {key.hex()}")
+            yield *_SPACE_KEY.unpack(key), int.from_bytes(open_value(key, value), "little")
+
+    def checkpoint(self) -> tuple[int, int]:
+        """Read (sequence of the last commit contained, journal segment that follows)."""
+        body = self.get("meta", _CHECKPOINT_KEY)
+        value = unpack(body) if body is not None else None
+        match value:
+            case {"sequence": int(sequence), "segment": int(segment)}:
+                return sequence, segment
+        raise FormatError("the tables hold no valid checkpoint record")
+
+
+class IncrementalLog:
+    """The mappings of every volume: looked up, appended, moved between tables.
+
+    Concurrency: the owner thread only, but for ``fetch``.
+    """
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._overlay = Overlay()
+        self._replaced: dict[tuple[int, int], tuple[int, int]] = {}
+        """(volume, page) -> (generation of the newest snapshot, indexes in its increment)."""
+        self._emptied_to: dict[TableKey, int] = {}
+        self.epoch = 0
+        """Rises when a checkpoint ends: pages fetched before are stale."""
+
+    def append(self, volume_id: int, newest_generation: int, page_index: int, changes: Iterable[Appended]) -> list[int]:
+        """Append mappings of one page; the replaced ones move into the increment or become free.
+
+        Args:
+            volume_id: The volume.
+            newest_generation: Of its newest snapshot; 0 without one.
+            page_index: The page.
+            changes: Each index at most once.
+
+        Returns:
+            The stored addresses that nothing refers to any more.
+        """
+        live = self._overlay.patch(TableKey(volume_id), page_index).entries
+        replaced = self._replaced_bits(volume_id, newest_generation, page_index) if newest_generation else -1
+        freed: list[int] = []
+        kept: Entries = {}
+        for change in changes:
+            live[change.index] = change.address, change.checksum
+            if not replaced >> change.index & 1:
+                kept[change.index] = change.old_address, change.old_checksum
+                replaced |= 1 << change.index
+            elif change.old_address > HOLE:
+                freed.append(change.old_address)
+        if kept:
+            self._overlay.patch(TableKey(volume_id, newest_generation), page_index).entries.update(kept)
+            self._replaced[volume_id, page_index] = newest_generation, replaced
+        return freed
+
+    def _replaced_bits(self, volume_id: int, generation: int, page_index: int) -> int:
+        known, bits = self._replaced.get((volume_id, page_index), (0, 0))
+        if known != generation:
+            bits = sum(1 << index for index in self.entries(TableKey(volume_id, generation), page_index))
+            self._replaced[volume_id, page_index] = generation, bits
+        return bits
+
+    def forget(self, volume_id: int, page_index: int) -> None:
+        """Drop what is cached of a page; it is read again when needed."""
+        self._replaced.pop((volume_id, page_index), None)
+
+    def entries(self, table: TableKey, page_index: int) -> Entries:
+        """Read one page of one table as it stands."""
+        stored: Entries = {}
+        if not self._overlay.hides(table, page_index):
+            with self._tables.reading() as reader:
+                stored = reader.page(table, page_index)
+        return self._overlay.compose(table, page_index, stored)
+
+    def fetch(self, chain: Sequence[TableKey], page_index: int) -> list[Entries]:
+        """Read the stored form of one page of several tables.  Any thread."""
+        with self._tables.reading() as reader:
+            return [reader.page(table, page_index) for table in chain]
+
+    def resolve(self, chain: Sequence[TableKey], page_index: int, stored: Sequence[Entries]) -> Entries:
+        """Give a page as a snapshot (or the live volume) sees it.
+
+        Args:
+            chain: The increments from the snapshot on, oldest first, then the lookup table.
+            page_index: The page.
+            stored: What ``fetch`` returned for the same chain, in the same epoch.
+        """
+        resolved: Entries = {}
+        for table, entries in zip(chain, stored, strict=True):
+            resolved = {**self._overlay.compose(table, page_index, entries), **resolved}
+        return resolved
+
+    def page_indexes(self, table: TableKey, start: int = 0, limit: int | None = None) -> list[int]:
+        """List pages that may hold mappings, ascending from ``start``, at most ``limit`` of them."""
+        changed = sorted({index for index in self._overlay.pages(table) if index >= start})[:limit]
+        with self._tables.reading() as reader:
+            stored = []
+            for index in reader.page_indexes(table, start):
+                if limit is not None and len(stored) >= limit:
+                    break
+                stored.append(index)
+        return sorted({*changed, *stored})[:limit]
+
+    def occupied_pages(self, table: TableKey, limit: int) -> list[int]:
+        """List pages that do hold mappings, at most ``limit``, for a table that is being emptied.
+
+        It goes on where the last call for the table ended, and begins again at the end, since
+        emptied pages stay listed until a checkpoint.
+        """
+        start = self._emptied_to.get(table, 0)
+        found: list[int] = []
+        while len(found) < limit and (listed := self.page_indexes(table, start, limit)):
+            found += [index for index in listed if self.entries(table, index)]
+            start = listed[-1] + 1
+        if not found and self._emptied_to.pop(table, 0):
+            return self.occupied_pages(table, limit)
+        if found:
+            self._emptied_to[table] = start
+        return found
+
+    def fold(self, volume_id: int, generation: int, older_generation: int, page_index: int) -> tuple[list[int], int]:
+        """Move one page of a snapshot's increment to that of its older neighbour.
+
+        Returns:
+            The addresses that became free, and how many stored blocks the neighbour gained.
+        """
+        table = TableKey(volume_id, generation)
+        moved = self.entries(table, page_index)
+        self._overlay.replace(table, page_index, {})
+        self.forget(volume_id, page_index)
+        if not older_generation:
+            return [address for address, _ in moved.values() if address > HOLE], 0
+        older = TableKey(volume_id, older_generation)
+        known = self.entries(older, page_index)
+        gained = {index: entry for index, entry in moved.items() if index not in known}
+        if gained:
+            self._overlay.patch(older, page_index).entries.update(gained)
+        freed = [entry[0] for index, entry in moved.items() if index in known and entry[0] > HOLE]
+        return freed, sum(address > HOLE for address, _ in gained.values())
+
+    def drop_page(self, volume_id: int, page_index: int) -> list[int]:
+        """Empty one page of a lookup table whose volume is gone; return what became free."""
+        table = TableKey(volume_id)
+        dropped = self.entries(table, page_index)
+        self._overlay.replace(table, page_index, {})
+        self.forget(volume_id, page_index)
+        return [address for address, _ in dropped.values() if address > HOLE]
+
+    def freeze(self) -> Layer:
+        """Start a checkpoint: later changes go to a new layer."""
+        return self._overlay.freeze()
+
+    def thaw(self) -> None:
+        """End a checkpoint: its layer is in the tables now."""
+        self._overlay.thaw()
+        self.epoch += 1
+
+    @property
+    def overlay_pages(self) -> int:
+        """Changed pages held in memory until the next checkpoint."""
+        return self._overlay.page_count
+
+
+def meta_put(values: dict[str, Any]) -> dict[bytes, bytes | None]:
+    """Encode the checkpoint's own facts for ``Puts``."""
+    return {_CHECKPOINT_KEY: pack(values)}
