@@ -1,0 +1,134 @@
+"""The slow half of a commit and of a checkpoint: what reaches the disk, in which order.
+
+Both are made by the store on the owner thread; their ``run*`` methods touch only what was
+frozen for them, so a worker thread may execute them while the owner goes on.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from incfs.backing import Backing
+from incfs.blocks import split_address
+from incfs.catalog import Record, RecordId, record_puts
+from incfs.changes import Change, MapRun, encode_body, map_runs
+from incfs.codec import checksum
+from incfs.errors import ChecksumMismatch
+from incfs.journal import Journal
+from incfs.log import Puts, Tables, meta_put, space_key
+from incfs.model import HOLE, StorageId
+from incfs.overlay import Layer
+from incfs.pool import Pool
+
+_PAGE_COST_BYTES = 16384
+"""Most that folding one map page can add to the tables' file: the page and its branch."""
+
+
+def stored_runs(changes: list[Change]) -> Iterator[MapRun]:
+    """Yield the runs of a record that have data, in the order of the record's data."""
+    for change in changes:
+        if change[0] == "map":
+            yield from (run for run in map_runs(change[2]) if run.address > HOLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One journal record in the making."""
+
+    sequence: int
+    changes: list[Change]
+    pool: Pool
+    journal: Journal
+    block_bytes: int
+    small_bytes: int
+    """Up to this much data goes into the record."""
+
+    def run(self) -> None:
+        """Make the changes durable: data first or inside the record, then the record (I2).
+
+        Durability: durable on return.
+
+        Raises:
+            BackingError: A write or sync failed; the pool must become read-only.
+            ChecksumMismatch: The host returned other data than was just written.
+        """
+        runs = list(stored_runs(self.changes))
+        data = b""
+        if sum(run.block_count for run in runs) * self.block_bytes <= self.small_bytes:
+            data = b"".join(self._read_back(run) for run in runs)
+        else:
+            self.pool.sync()
+        self.journal.append(self.sequence, encode_body(self.changes, data))
+
+    def _read_back(self, run: MapRun) -> bytes:
+        storage_id, block_index = split_address(run.address)
+        volume = self.pool.volumes[storage_id]
+        data = volume.read_blocks(block_index, run.block_count)
+        for i, crc in enumerate(run.checksums):
+            if checksum(data[i * self.block_bytes : (i + 1) * self.block_bytes]) != crc:
+                raise ChecksumMismatch(
+                    f"{volume.file.path}: block {block_index + i} differs from what was written to it a moment ago"
+                )
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One fold of the journal into the tables."""
+
+    commit: Commit | None
+    sequence: int
+    segment_number: int
+    """The journal segment that holds what comes after ``sequence``."""
+    nonce: int
+    layer: Layer
+    records: dict[RecordId, Record | None]
+    groups: dict[tuple[StorageId, int], int]
+    freed: list[int]
+    pool: Pool
+    journal: Journal
+    tables: Tables
+    backing: Backing
+    tables_path: Path
+
+    def run_commit(self) -> None:
+        """Make the checkpoint's own commit durable and start the next journal segment.
+
+        Raises:
+            BackingError: As ``Commit.run``.
+        """
+        if self.commit is not None:
+            self.commit.run()
+        self.journal.start_segment(self.sequence + 1, self.nonce)
+
+    def reserve(self) -> None:
+        """Make sure that the host has room for the tables to grow.
+
+        LMDB reports a full disk as an I/O error, when it is too late: ask beforehand.
+
+        Raises:
+            NoSpace: It has not; nothing was changed, and it may be asked again.
+        """
+        pages = sum(len(pages) for pages in self.layer.values()) + len(self.groups) + len(self.records)
+        file = self.backing.open(self.tables_path)
+        try:
+            file.allocate(file.length_bytes(), (1 << 20) + pages * _PAGE_COST_BYTES, keep_size=True)
+        finally:
+            file.close()
+
+    def run_fold(self) -> None:
+        """Make all data durable, then the tables.
+
+        Atomicity: one LMDB transaction; before its commit the journal still has everything.
+
+        Raises:
+            BackingError: As ``Commit.run``.
+        """
+        self.pool.sync()
+        values = record_puts(self.records)
+        values["space"] = {
+            space_key(*key): bits.to_bytes((bits.bit_length() + 7) // 8, "little") if bits else None
+            for key, bits in self.groups.items()
+        }
+        values["meta"] = meta_put({"sequence": self.sequence, "segment": self.segment_number})
+        self.tables.write(self.layer, Puts(values))

@@ -1,0 +1,396 @@
+"""The data plane: resident map pages, and whole blocks read and written through them.
+
+Owns the *current* contents of open tables, writes that are not sealed yet included, and the
+leases that new blocks come from.  It never decides: what it cannot serve whole it refuses
+untouched, and the control plane (the store) loads a page, grants a lease and asks again.
+This Python implementation is the specification.
+
+Invariants:
+    1. A block is rewritten in place only while it is *fresh*: allocated since the last seal (I1).
+    2. A mapping changes only after the data it names was written.
+    3. Every block that is returned matched its checksum (I4).
+"""
+
+from array import array
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from incfs.blocks import split_address, split_pages
+from incfs.codec import Entries, checksum
+from incfs.errors import ChecksumMismatch, IncfsError
+from incfs.model import HOLE, INHERIT, PAGE_BLOCKS, Appended, MapId, SealedPage, StorageId
+
+
+class BlockFile(Protocol):
+    """What the data plane needs of a storage volume."""
+
+    def read_blocks(self, block_index: int, block_count: int) -> bytes: ...
+    def read_blocks_cached(self, block_index: int, block_count: int) -> bytes | None: ...
+    def write_blocks(self, block_index: int, data: bytes | memoryview) -> None: ...
+
+
+class Refused(Exception):
+    """The request was not begun; the control plane must act first."""
+
+
+class NotResident(Refused):
+    """A map page is missing: load it and ask again."""
+
+    def __init__(self, map_id: MapId, page_index: int) -> None:
+        self.map_id = map_id
+        self.page_index = page_index
+
+
+class LeaseExhausted(Refused):
+    """Too few leased blocks: grant at least ``block_count`` more and ask again."""
+
+    def __init__(self, map_id: MapId, block_count: int) -> None:
+        self.map_id = map_id
+        self.block_count = block_count
+
+
+class ReadWouldWait(Refused):
+    """The disk must be read: call ``warm`` in a worker thread and ask again."""
+
+    def __init__(self, file: BlockFile, block_index: int, block_count: int) -> None:
+        self._extent = block_index, block_count
+        self._file = file
+
+    def warm(self) -> None:
+        """Bring the blocks into the page cache."""
+        self._file.read_blocks(*self._extent)
+
+
+@dataclass(slots=True)
+class Page:
+    """One resident map page."""
+
+    addresses: "array[int]"
+    checksums: "array[int]"
+    hole: int
+    """What a discarded block becomes: INHERIT where there is no origin, else HOLE."""
+    fresh: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Indexes changed since the last seal -> the (address, checksum) that was replaced."""
+    used: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Everything appended between two seals, ordered by table and virtual block."""
+
+    pages: list[SealedPage]
+    dropped: list[int]
+    """Addresses taken from a lease and discarded again: no mapping ever named them."""
+
+
+class _Placement(NamedTuple):
+    """One block of a write: where it goes."""
+
+    page: Page
+    index: int
+    block: bytes | None
+    """None for a hole."""
+    address: int
+    is_new: bool
+
+
+class DataPlane:
+    """Block input and output through resident pages.  Owner thread."""
+
+    def __init__(self, block_bytes: int, files: Mapping[StorageId, BlockFile]) -> None:
+        self._block_bytes = block_bytes
+        self._files = files
+        self._zeros = bytes(block_bytes)
+        self._pages: dict[tuple[MapId, int], Page] = {}
+        self._dirty: dict[tuple[MapId, int], Page] = {}
+        self._leases: dict[MapId, deque[tuple[int, int]]] = {}
+        self._dropped: list[int] = []
+        self._mapped_delta: dict[MapId, int] = {}
+        self.fresh_count = 0
+        """Mappings appended since the last seal."""
+
+    # Resident pages
+
+    def load(self, map_id: MapId, page_index: int, entries: Entries, *, hole: int = INHERIT) -> None:
+        """Make a page resident."""
+        assert (map_id, page_index) not in self._pages
+        addresses = array("Q", bytes(8 * PAGE_BLOCKS))
+        checksums = array("I", bytes(4 * PAGE_BLOCKS))
+        for index, (address, crc) in entries.items():
+            addresses[index] = address
+            checksums[index] = crc
+        self._pages[map_id, page_index] = Page(addresses, checksums, hole)
+
+    def evict(self, map_id: MapId) -> None:
+        """Forget every page and lease of a table; nothing of it may be unsealed."""
+        for key in [key for key in self._pages if key[0] == map_id]:
+            assert key not in self._dirty
+            del self._pages[key]
+
+    def shrink(self, page_count: int) -> list[tuple[MapId, int]]:
+        """Evict pages that were not used lately until at most ``page_count`` are left.
+
+        Pages with unsealed mappings stay.  Returns the evicted ones.
+        """
+        evicted = []
+        for key in list(self._pages) if len(self._pages) > page_count else ():
+            page = self._pages.pop(key)
+            if page.used or page.fresh:
+                page.used = False
+                self._pages[key] = page
+                continue
+            evicted.append(key)
+            if len(self._pages) <= page_count:
+                break
+        return evicted
+
+    @property
+    def page_count(self) -> int:
+        """Resident pages."""
+        return len(self._pages)
+
+    def is_resident(self, map_id: MapId, page_index: int) -> bool:
+        """Tell whether a page is resident."""
+        return (map_id, page_index) in self._pages
+
+    def _page(self, map_id: MapId, page_index: int) -> Page:
+        page = self._pages.get((map_id, page_index))
+        if page is None:
+            raise NotResident(map_id, page_index)
+        page.used = True
+        return page
+
+    # Leases
+
+    def grant(self, map_id: MapId, address: int, block_count: int) -> None:
+        """Give a table free blocks to write into."""
+        self._leases.setdefault(map_id, deque()).append((address, block_count))
+
+    def revoke(self, map_id: MapId | None = None) -> list[int]:
+        """Take back the unused leased blocks of one table, or of all."""
+        tables = list(self._leases) if map_id is None else [map_id]
+        runs = [run for table in tables for run in self._leases.pop(table, ())]
+        return [address + i for address, count in runs for i in range(count)]
+
+    def _take(self, map_id: MapId, block_count: int) -> list[int]:
+        lease = self._leases.get(map_id, deque())
+        if sum(count for _, count in lease) < block_count:
+            raise LeaseExhausted(map_id, block_count)
+        taken: list[int] = []
+        while len(taken) < block_count:
+            address, count = lease.popleft()
+            step = min(count, block_count - len(taken))
+            taken += range(address, address + step)
+            if step < count:
+                lease.appendleft((address + step, count - step))
+        return taken
+
+    # Blocks
+
+    def read(self, map_id: MapId, first_block: int, block_count: int, *, wait: bool = False) -> bytes:
+        """Read whole blocks; holes and inherited blocks without an origin read as zeros.
+
+        Args:
+            map_id: The table.
+            first_block: First virtual block.
+            block_count: At least 1.
+            wait: Read the disk here rather than refuse.
+
+        Raises:
+            NotResident: A page must be loaded first.
+            ReadWouldWait: The disk must be read first.
+            ChecksumMismatch: A block is not what was written.
+            BackingError: The host failed.
+        """
+        pieces = []
+        for page_index, start, count in split_pages(first_block, block_count):
+            page = self._page(map_id, page_index)
+            for index, address, run in _runs(page.addresses, start, count):
+                if address <= HOLE:
+                    pieces.append(self._zeros if run == 1 else bytes(run * self._block_bytes))
+                    continue
+                data = self._read_run(address, run, wait=wait)
+                self._verify(map_id, page_index * PAGE_BLOCKS + index, address, data, page.checksums[index : index + run])
+                pieces.append(data)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _read_run(self, address: int, count: int, *, wait: bool) -> bytes:
+        storage_id, block_index = split_address(address)
+        file = self._files[storage_id]
+        if wait:
+            return file.read_blocks(block_index, count)
+        data = file.read_blocks_cached(block_index, count)
+        if data is None:
+            raise ReadWouldWait(file, block_index, count)
+        return data
+
+    def _verify(self, map_id: MapId, virtual_block: int, address: int, data: bytes, expected: "array[int]") -> None:
+        size = self._block_bytes
+        for i, crc in enumerate(expected):
+            found = checksum(data if len(expected) == 1 else data[i * size : (i + 1) * size])
+            if found != crc:
+                storage_id, block_index = split_address(address + i)
+                raise ChecksumMismatch(
+                    f"virtual block {virtual_block + i} of table {map_id >> 32}.{map_id & 0xFFFFFFFF}: block "
+                    f"{block_index} of storage volume {storage_id} has CRC32C {found:08x}, expected {crc:08x}; "
+                    f"restore the range from a snapshot or a replica",
+                    map_id=map_id,
+                    virtual_block=virtual_block + i,
+                    storage=storage_id,
+                    block=block_index,
+                )
+
+    def write(self, map_id: MapId, first_block: int, data: bytes) -> None:
+        """Write whole blocks: new ones to leased blocks, fresh ones in place, zeros as holes.
+
+        Atomicity: if it raises ``Refused`` nothing changed.  After another error a prefix of
+        the range may be written, as with write(2).
+
+        Raises:
+            NotResident: A page must be loaded first.
+            LeaseExhausted: More blocks must be granted first.
+            NoSpace: The host has no room; nothing else is harmed.
+            BackingError: The host failed to write.
+        """
+        placements = self._place(map_id, first_block, data)
+        position = 0
+        try:
+            while position < len(placements):
+                run = _contiguous(placements, position)
+                if placements[position].block is not None:
+                    self._write_run(map_id, placements, position, run)
+                else:
+                    for placement in placements[position : position + run]:
+                        self._set(map_id, placement.page, placement.index, placement.page.hole, 0)
+                position += run
+        finally:
+            self._mark_dirty(map_id, first_block, len(placements))
+
+    def _place(self, map_id: MapId, first_block: int, data: bytes) -> list[_Placement]:
+        size, zeros = self._block_bytes, self._zeros
+        placements = []
+        new_count = 0
+        for page_index, start, count in split_pages(first_block, len(data) // size):
+            page = self._page(map_id, page_index)
+            for index in range(start, start + count):
+                block = data[len(placements) * size : (len(placements) + 1) * size]
+                if block == zeros:
+                    placements.append(_Placement(page, index, None, 0, False))
+                    continue
+                address = page.addresses[index]
+                is_new = address <= HOLE or index not in page.fresh
+                new_count += is_new
+                placements.append(_Placement(page, index, block, address, is_new))
+        addresses = iter(self._take(map_id, new_count) if new_count else ())
+        return [p._replace(address=next(addresses)) if p.is_new else p for p in placements]
+
+    def _write_run(self, map_id: MapId, placements: list[_Placement], position: int, run: int) -> None:
+        members = placements[position : position + run]
+        storage_id, block_index = split_address(members[0].address)
+        data = members[0].block if run == 1 else b"".join(p.block or b"" for p in members)
+        assert data is not None
+        try:
+            self._files[storage_id].write_blocks(block_index, data)
+        except IncfsError:
+            self._dropped += [p.address for p in placements[position:] if p.is_new]
+            self._reread_fresh(members)
+            raise
+        for member in members:
+            assert member.block is not None
+            self._set(map_id, member.page, member.index, member.address, checksum(member.block))
+
+    def _reread_fresh(self, members: list[_Placement]) -> None:
+        """After a failed rewrite in place the blocks are a mix of old and new: take them as they are."""
+        for member in members:
+            if not member.is_new:
+                storage_id, block_index = split_address(member.address)
+                member.page.checksums[member.index] = checksum(self._files[storage_id].read_blocks(block_index, 1))
+
+    def discard(self, map_id: MapId, first_block: int, block_count: int) -> None:
+        """Let whole blocks read as zeros.
+
+        Raises:
+            NotResident: A page must be loaded first.
+        """
+        spans = [(self._page(map_id, index), start, count) for index, start, count in split_pages(first_block, block_count)]
+        for page, start, count in spans:
+            for index in range(start, start + count):
+                self._set(map_id, page, index, page.hole, 0)
+        self._mark_dirty(map_id, first_block, block_count)
+
+    def _set(self, map_id: MapId, page: Page, index: int, address: int, crc: int) -> None:
+        old = page.addresses[index]
+        if old == address:
+            page.checksums[index] = crc
+            return
+        if index not in page.fresh:
+            page.fresh[index] = old, page.checksums[index]
+            self.fresh_count += 1
+        elif old > HOLE:
+            self._dropped.append(old)
+        page.addresses[index] = address
+        page.checksums[index] = crc
+        delta = (address > HOLE) - (old > HOLE)
+        if delta:
+            self._mapped_delta[map_id] = self._mapped_delta.get(map_id, 0) + delta
+
+    def _mark_dirty(self, map_id: MapId, first_block: int, block_count: int) -> None:
+        for page_index, _, _ in split_pages(first_block, block_count):
+            page = self._pages[map_id, page_index]
+            if page.fresh:
+                self._dirty[map_id, page_index] = page
+
+    def mapped_delta(self, map_id: MapId) -> int:
+        """Blocks that the table gained or lost since the last seal."""
+        return self._mapped_delta.get(map_id, 0)
+
+    def seal(self) -> Batch:
+        """Hand over the mappings appended since the last seal; their blocks become immutable.
+
+        Atomicity: one point in time over all tables.
+        """
+        pages = []
+        for (map_id, page_index), page in sorted(self._dirty.items()):
+            appended = [
+                Appended(index, page.addresses[index], page.checksums[index], *replaced)
+                for index, replaced in sorted(page.fresh.items())
+                if page.addresses[index] != replaced[0]
+            ]
+            page.fresh = {}
+            if appended:
+                pages.append(SealedPage(map_id, page_index, appended))
+        dropped, self._dropped = self._dropped, []
+        self._dirty = {}
+        self._mapped_delta = {}
+        self.fresh_count = 0
+        return Batch(pages, dropped)
+
+
+def _runs(addresses: "array[int]", start: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (index, address, blocks) of each stretch that is one extent, or one kind of zeros."""
+    end = start + count
+    while start < end:
+        address = addresses[start]
+        step = address > HOLE
+        stop, expected = start + 1, address + step
+        while stop < end and addresses[stop] == expected:
+            stop += 1
+            expected += step
+        yield start, address, stop - start
+        start = stop
+
+
+def _contiguous(placements: list[_Placement], position: int) -> int:
+    """Count the placements from ``position`` on that one host write, or one discard, covers."""
+    first = placements[position]
+    end = position + 1
+    while end < len(placements):
+        follower = placements[end]
+        if (follower.block is None) != (first.block is None):
+            break
+        if first.block is not None and follower.address != first.address + end - position:
+            break
+        end += 1
+    return end - position

@@ -1,0 +1,268 @@
+"""Create a pool; open one, replaying what its journal has beyond the last checkpoint.
+
+Replay is deterministic and changes nothing durable before its own checkpoint, but for block
+data that records carry (which it writes to where it belongs, as often as it is cut off).
+"""
+
+import contextlib
+import time
+import uuid as uuids
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from uuid import UUID
+
+from incfs.backing import Backing
+from incfs.blocks import split_address
+from incfs.catalog import KINDS, record_from, record_puts
+from incfs.changes import Change, MapRun, decode_body, map_runs
+from incfs.errors import AlreadyExists, FormatError, UsageError
+from incfs.journal import Journal, JournalRecord
+from incfs.lock import PoolLock
+from incfs.log import LMDB_LIB_VERSION, Puts, Tables, meta_put
+from incfs.model import (
+    DEFAULT_BLOCK_BYTES,
+    HOLE,
+    PAGE_BLOCKS,
+    Appended,
+    Generation,
+    SealedPage,
+    Storage,
+    StorageId,
+    VolumeId,
+    map_id,
+)
+from incfs.overlay import TableKey
+from incfs.pool import Pool
+from incfs.store import TABLES_NAME, Options, Store, new_nonce
+from incfs.superblock import SUPERBLOCK_NAME, Superblock, is_block_size, read_superblock, write_superblock
+
+DEFAULT_JOURNAL_BYTES = 16 << 20
+MIN_JOURNAL_BYTES = 64 << 10
+IMAGES_NAME = "images"
+UNLIMITED_BLOCKS = 1 << 47
+"""Capacity of a storage volume without a limit of its own: its host filesystem is the limit."""
+
+
+def create_pool(
+    directory: Path,
+    *,
+    block_bytes: int = DEFAULT_BLOCK_BYTES,
+    capacity_bytes: int | None = None,
+    directories: Sequence[Path] = (),
+    journal_bytes: int = DEFAULT_JOURNAL_BYTES,
+    backing: Backing | None = None,
+) -> Superblock:
+    """Make a pool with one storage volume in each image directory.
+
+    Args:
+        directory: Made if missing; must be empty otherwise.
+        block_bytes: A power of two, 64 to 65536.
+        capacity_bytes: Most that all storage volumes together may grow to; None for no limit.
+        directories: Where the images go; ``DIRECTORY/images`` without any.
+        journal_bytes: Size of each of the two journal segments, at least 64 KiB.
+        backing: The host's files, unless a test brings its own.
+
+    Durability: durable on return.
+    Atomicity: until the superblock is written, last, the directory is not a pool.
+
+    Raises:
+        UsageError: A size makes no sense.
+        AlreadyExists: The directory is not empty.
+        BackingError, NoSpace: The host failed.
+    """
+    if not is_block_size(block_bytes):
+        raise UsageError(f"block size must be a power of two from 64 to 65536 bytes, not {block_bytes}")
+    if journal_bytes < MIN_JOURNAL_BYTES or journal_bytes % 4096:
+        raise UsageError(f"journal size must be a multiple of 4096 of at least {MIN_JOURNAL_BYTES}")
+    if capacity_bytes is not None and capacity_bytes < block_bytes * max(1, len(directories)):
+        raise UsageError(f"capacity of {capacity_bytes} bytes is less than one block per storage volume")
+    backing = backing or Backing()
+    backing.make_directory(directory)
+    if any(directory.iterdir()):
+        kind = "a pool already" if (directory / SUPERBLOCK_NAME).exists() else "not empty"
+        raise AlreadyExists(f"{directory} is {kind}; choose another directory", path=str(directory))
+    superblock = Superblock(str(uuids.uuid4()), block_bytes, journal_bytes, LMDB_LIB_VERSION, time.time_ns())
+    pool = Pool(directory, UUID(superblock.uuid), block_bytes, backing)
+    records = []
+    places = list(directories) or [directory / IMAGES_NAME]
+    for number, place in enumerate(places, 1):
+        backing.make_directory(place)
+        capacity = None if capacity_bytes is None else capacity_bytes // len(places)
+        record = new_storage(superblock, directory, place, StorageId(number), capacity_bytes=capacity)
+        pool.create_image(record)
+        records.append(record)
+    Journal.create(
+        backing, directory, UUID(superblock.uuid), segment_bytes=journal_bytes, nonce=new_nonce()
+    )
+    tables = Tables(directory / TABLES_NAME)
+    try:
+        values = record_puts({("storage", (record.id,)): record for record in records})
+        tables.write({}, Puts({**values, "meta": meta_put({"sequence": 0, "segment": 1})}))
+    finally:
+        tables.close()
+    write_superblock(backing, directory, superblock)
+    return superblock
+
+
+def new_storage(
+    superblock: Superblock,
+    directory: Path,
+    path: Path,
+    storage_id: StorageId,
+    *,
+    capacity_bytes: int | None = None,
+    storage_class: str = "",
+    redundancy: str = "none",
+) -> Storage:
+    """Describe a new storage volume.
+
+    Args:
+        superblock: Of the pool.
+        directory: Of the pool.
+        path: The image file, or a directory to make it in.
+        storage_id: A free one.
+        capacity_bytes: Most that the image may grow to; None for no limit.
+        storage_class: What placement rules call it.
+        redundancy: What lies below it.
+    """
+    path = path.resolve()
+    if path.is_dir():
+        path = path / f"incfs-{superblock.uuid[:8]}-{storage_id}.img"
+    home = directory.resolve()
+    stored = path.relative_to(home) if path.is_relative_to(home) else path
+    blocks = UNLIMITED_BLOCKS if capacity_bytes is None else capacity_bytes // superblock.block_bytes
+    return Storage(
+        storage_id, str(uuids.uuid4()), str(stored), blocks, time.time_ns(), storage_class, redundancy
+    )
+
+
+def open_store(directory: Path, options: Options | None = None, backing: Backing | None = None) -> Store:
+    """Open a pool: take its lock, check it, recover it.
+
+    Raises:
+        NotAPool, UnsupportedFormat, FormatError: The directory is no pool this incfs can read.
+        PoolLocked: Another process has it open.
+        ImageMismatch: An image is missing, truncated or another one.
+        JournalDamaged: Committed changes are lost; nothing was touched.
+    """
+    backing = backing or Backing()
+    superblock = read_superblock(backing, directory)
+    with contextlib.ExitStack() as stack:
+        lock = PoolLock(directory)
+        stack.callback(lock.release)
+        store = Store(directory, superblock, backing, lock, options or Options())
+        stack.pop_all()
+        stack.callback(store.abandon)
+        sequence, segment = _load(store)
+        replayed = _replay(store, segment, sequence)
+        store.pool.verify_lengths()
+        store.fold_recovered(replayed)
+        stack.pop_all()
+        return store
+
+
+def _load(store: Store) -> tuple[int, int]:
+    with store.tables.reading() as reader:
+        for kind in KINDS:
+            for body in reader.bodies(kind):
+                store.catalog.load(kind, body)
+        for record in store.catalog.storages.values():
+            store.pool.attach(record)
+        for storage_id, group_index, bits in reader.space():
+            store.pool.volume(StorageId(storage_id)).load(group_index, bits)
+        return reader.checkpoint()
+
+
+def _replay(store: Store, segment: int, sequence: int) -> int:
+    for record in store.journal.replay(segment, sequence):
+        apply_record(store, record)
+        sequence = record.sequence
+    return sequence
+
+
+def apply_record(store: Store, record: JournalRecord) -> None:
+    """Apply one journal record to memory, and the data it carries to the images."""
+    changes, data = decode_body(record.body)
+    blocks = _DataCursor(data, store.block_bytes)
+    for change in changes:
+        _apply(store, change, blocks)
+    if blocks.left:
+        raise FormatError(f"journal record {record.sequence} has {blocks.left} bytes of data too many")
+
+
+class _DataCursor:
+    """Hands out the data of a record run by run."""
+
+    def __init__(self, data: bytes, block_bytes: int) -> None:
+        self._data = data
+        self._block_bytes = block_bytes
+        self._position = 0
+        self.has_data = bool(data)
+
+    @property
+    def left(self) -> int:
+        return len(self._data) - self._position
+
+    def take(self, block_count: int) -> bytes:
+        end = self._position + block_count * self._block_bytes
+        if end > len(self._data):
+            raise FormatError("journal record carries less data than its mappings need")
+        data, self._position = self._data[self._position : end], end
+        return data
+
+
+def _apply(store: Store, change: Change, blocks: _DataCursor) -> None:
+    match change:
+        case ["map", int(volume_id), flat]:
+            _apply_map(store, VolumeId(volume_id), list(map_runs(flat)), blocks)
+        case ["put", kind, value]:
+            record = record_from(kind, value)
+            store.catalog.put(record)
+            if isinstance(record, Storage) and record.id not in store.pool.volumes:
+                store.pool.attach(record)
+        case ["drop", str(kind), [*numbers]]:
+            store.catalog.drop((kind, tuple(numbers)))
+        case ["fold", int(volume_id), int(generation), int(older), [*pages]]:
+            store.apply_fold(VolumeId(volume_id), Generation(generation), Generation(older), pages)
+        case ["empty", int(volume_id), [*pages]]:
+            store.apply_empty(VolumeId(volume_id), pages)
+        case _:
+            raise FormatError(f"journal: malformed change {str(change)[:80]}")
+
+
+def _apply_map(store: Store, volume_id: VolumeId, runs: list[MapRun], blocks: _DataCursor) -> None:
+    for run in runs:
+        if run.address > HOLE:
+            storage_id, block_index = split_address(run.address)
+            volume = store.pool.volume(storage_id)
+            if blocks.has_data:
+                volume.write_blocks(block_index, blocks.take(run.block_count))
+            store.pool.adopt(range(run.address, run.address + run.block_count))
+    pages = [_sealed(store, volume_id, index, members) for index, members in _by_page(runs)]
+    store.append_mappings(store.catalog.volume(volume_id), pages)
+
+
+def _by_page(runs: list[MapRun]) -> Iterator[tuple[int, list[MapRun]]]:
+    members: list[MapRun] = []
+    for run in runs:
+        if members and members[0].first_block // PAGE_BLOCKS != run.first_block // PAGE_BLOCKS:
+            yield members[0].first_block // PAGE_BLOCKS, members
+            members = []
+        members.append(run)
+    if members:
+        yield members[0].first_block // PAGE_BLOCKS, members
+
+
+def _sealed(store: Store, volume_id: VolumeId, page_index: int, runs: list[MapRun]) -> SealedPage:
+    old = store.log.entries(TableKey(volume_id), page_index)
+    appended = [
+        Appended(
+            index := run.first_block % PAGE_BLOCKS + i,
+            run.address + i if run.address > HOLE else run.address,
+            run.checksums[i] if run.checksums else 0,
+            *old.get(index, (0, 0)),
+        )
+        for run in runs
+        for i in range(run.block_count)
+    ]
+    return SealedPage(map_id(volume_id), page_index, appended)
