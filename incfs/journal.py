@@ -217,6 +217,14 @@ class Journal:
                         f"but record {later[0].sequence} behind it is sound"
                     )
 
+    def records(self) -> Iterator[JournalRecord]:
+        """Yield the records of the current segment, changing nothing.  Any thread."""
+        segment, end = self._segment, self._end_bytes
+        offset = SECTOR_BYTES
+        while found := decode_record(self._file(segment.number), offset, end, segment.nonce):
+            record, offset = found
+            yield record
+
     def start_segment(self, start_sequence: int, nonce: int) -> None:
         """Send the records that follow to the other file.
 

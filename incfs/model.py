@@ -34,6 +34,9 @@ DEFAULT_BLOCK_BYTES: Final = 4096
 MAX_VOLUME_BYTES: Final = (1 << 63) - MAX_BLOCK_BYTES
 """8 EiB less one block: offsets stay within a signed 64-bit integer."""
 MAX_NAME_BYTES: Final = 200
+MAX_STORAGE_ID: Final = 65535
+REDUNDANCIES: Final = ("none", "raid1", "raid5", "raid6", "raid10")
+"""What may lie below an image."""
 MAX_XATTR_BYTES: Final = 65536
 """All extended attributes of one volume together."""
 

@@ -15,14 +15,16 @@ from incfs.backing import Backing
 from incfs.blocks import split_address
 from incfs.catalog import KINDS, record_from, record_puts
 from incfs.changes import Change, MapRun, decode_body, map_runs
-from incfs.errors import AlreadyExists, FormatError, UsageError
+from incfs.errors import AlreadyExists, FormatError, LimitExceeded, UsageError
 from incfs.journal import Journal, JournalRecord
 from incfs.lock import PoolLock
 from incfs.log import LMDB_LIB_VERSION, Puts, Tables, meta_put
 from incfs.model import (
     DEFAULT_BLOCK_BYTES,
     HOLE,
+    MAX_STORAGE_ID,
     PAGE_BLOCKS,
+    REDUNDANCIES,
     Appended,
     Generation,
     SealedPage,
@@ -134,6 +136,36 @@ def new_storage(
     return Storage(
         storage_id, str(uuids.uuid4()), str(stored), blocks, time.time_ns(), storage_class, redundancy
     )
+
+
+def make_storage(
+    store: Store, path: Path, *, capacity_bytes: int | None, storage_class: str, redundancy: str
+) -> Storage:
+    """Create the image of another storage volume; the caller puts its record.  Any thread.
+
+    Raises:
+        UsageError: The capacity is less than a block, or the redundancy is unknown.
+        AlreadyExists: The file is there already.
+        LimitExceeded: The pool has 65535 storage volumes.
+    """
+    if redundancy not in REDUNDANCIES:
+        raise UsageError(f"unknown redundancy {redundancy!r}; known are {', '.join(REDUNDANCIES)}")
+    if capacity_bytes is not None and capacity_bytes < store.block_bytes:
+        raise UsageError(f"capacity of {capacity_bytes} bytes is less than one block")
+    storage_id = StorageId(max(store.catalog.storages, default=0) + 1)
+    if storage_id > MAX_STORAGE_ID:
+        raise LimitExceeded(f"a pool can have {MAX_STORAGE_ID} storage volumes")
+    record = new_storage(
+        store.superblock,
+        store.directory,
+        path,
+        storage_id,
+        capacity_bytes=capacity_bytes,
+        storage_class=storage_class,
+        redundancy=redundancy,
+    )
+    store.pool.create_image(record)
+    return record
 
 
 def open_store(directory: Path, options: Options | None = None, backing: Backing | None = None) -> Store:

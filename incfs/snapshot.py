@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from incfs.errors import AlreadyExists, LimitExceeded, UsageError
-from incfs.model import HOLE, PAGE_BLOCKS, Generation, Snapshot, VolumeId, validate_name
+from incfs.model import HOLE, INHERIT, PAGE_BLOCKS, Generation, Snapshot, VolumeId, validate_name
 from incfs.overlay import TableKey
 from incfs.store import Store
-from incfs.volume import Extent, extents, page_entries
+from incfs.volume import Extent, join_extents, page_entries
 
 
 def create(store: Store, wanted: Sequence[tuple[VolumeId, str]]) -> list[Snapshot]:
@@ -75,57 +75,41 @@ def remove(store: Store, volume_id: VolumeId, name: str) -> None:
     store.change(replace(store.catalog.snapshot(volume_id, name), name=""))
 
 
-def diff(store: Store, volume_id: VolumeId, older: Snapshot | None, newer: Snapshot) -> Iterator[Extent]:
-    """Yield the stretches that may differ between two snapshots, as ``newer`` has them.
+def _increments_between(store: Store, older: Snapshot, newer: Snapshot) -> list[TableKey]:
+    if older.generation > newer.generation:
+        raise UsageError(f"snapshot {older.name} is newer than {newer.name}; swap them")
+    return [
+        TableKey(newer.volume_id, taken.generation)
+        for taken in store.catalog.snapshots(newer.volume_id, removed=True)
+        if older.generation <= taken.generation < newer.generation
+    ]
 
-    Without ``older``: everything that is stored in ``newer``.
-    Each step looks at one page; do not keep the iterator across other changes.
+
+def changed_pages(store: Store, older: Snapshot | None, newer: Snapshot) -> list[int]:
+    """List the map pages in which two snapshots may differ; without ``older``, those with data.
+
     Cost: proportional to what was written between the two (I7).
 
     Raises:
         UsageError: ``older`` is not older.
     """
-    if older is None:
-        yield from (extent for extent in extents(store, newer.map_id) if extent.address > HOLE)
-        return
-    if older.generation > newer.generation:
-        raise UsageError(f"snapshot {older.name} is newer than {newer.name}; swap them")
-    tables = [
-        TableKey(volume_id, snapshot.generation)
-        for snapshot in store.catalog.snapshots(volume_id, removed=True)
-        if older.generation <= snapshot.generation < newer.generation
-    ]
-    pages = sorted({page for table in tables for page in store.log.page_indexes(table)})
-    for page_index in pages:
-        changed = {index for table in tables for index in store.log.entries(table, page_index)}
-        yield from _changed_extents(store, newer, page_index, changed)
+    tables = store.catalog.chain(newer.map_id) if older is None else _increments_between(store, older, newer)
+    return sorted({page for table in tables for page in store.log.page_indexes(table)})
 
 
-def _changed_extents(store: Store, newer: Snapshot, page_index: int, changed: set[int]) -> Iterator[Extent]:
-    if not changed:
-        return
-    block = store.block_bytes
+def changed_extents(store: Store, older: Snapshot | None, newer: Snapshot, page_index: int) -> Iterator[Extent]:
+    """Yield the stretches of one page that may differ, as ``newer`` has them."""
     entries = page_entries(store, newer.map_id, page_index)
-    run: Extent | None = None
+    if older is None:
+        changed = {index for index, (address, _) in entries.items() if address > HOLE}
+    else:
+        tables = _increments_between(store, older, newer)
+        changed = {index for table in tables for index in store.log.entries(table, page_index)}
+    joined: list[Extent] = []
+    block = store.block_bytes
     for index in sorted(changed):
         start = (page_index * PAGE_BLOCKS + index) * block
         length = min(block, newer.size_bytes - start)
-        if length <= 0:
-            break
-        address = entries.get(index, (0, 0))[0]
-        if run and _continues(run, start, address, block):
-            run = replace(run, length_bytes=run.length_bytes + length)
-            continue
-        if run:
-            yield run
-        run = Extent(start, length, address)
-    if run:
-        yield run
-
-
-def _continues(run: Extent, start: int, address: int, block: int) -> bool:
-    if run.offset_bytes + run.length_bytes != start:
-        return False
-    if run.address <= HOLE or address <= HOLE:
-        return run.address <= HOLE and address <= HOLE
-    return address == run.address + run.length_bytes // block
+        if length > 0:
+            join_extents(joined, Extent(start, length, entries.get(index, (INHERIT, 0))[0]), block)
+    yield from joined

@@ -11,6 +11,7 @@ Invariants:
     3. After a failure (``fail``) nothing is written any more (I10).
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -34,9 +35,13 @@ from incfs.model import HOLE, Generation, MapId, SealedPage, Volume, VolumeId, s
 from incfs.pool import DEFAULT_EXTEND_BYTES, Pool, PunchPlan
 from incfs.superblock import Superblock
 
+logger = logging.getLogger(__name__)
+
 TABLES_NAME = "tables.mdb"
 _SEAL_AT = 1024
 """Unsealed mappings that trigger a seal: bounds how long one keeps the owner thread."""
+_PAGE_WEIGHT = 64
+"""What a folded or emptied page counts as among the pending mappings."""
 _MAX_LEASE_BLOCKS = 2048
 
 
@@ -75,6 +80,8 @@ class Store:
         self.failure: IncfsError | None = None
         self.clock: Callable[[], int] = time.time_ns
         """Nanoseconds since 1970, for the records' times."""
+        self.pending_mappings = 0
+        """Mappings appended since the last commit was begun."""
         self.sequence = 0
         """Of the last commit begun."""
         self.durable_sequence = 0
@@ -88,6 +95,7 @@ class Store:
         self._pending: list[Change] = []
         self._touched: dict[RecordId, None] = {}
         self._lease_blocks: dict[MapId, int] = {}
+        self._folded_sequence = 0
         self._commit: Commit | None = None
         self._checkpoint: Checkpoint | None = None
 
@@ -99,8 +107,10 @@ class Store:
     # Failsafe
 
     def fail(self, error: IncfsError) -> None:
-        """Refuse every change from now on (I10); the first reason is kept."""
-        self.failure = self.failure or error
+        """Refuse every change from now on (I10); the first reason is kept and logged."""
+        if self.failure is None:
+            logger.error("pool %s is read-only from now on: %s", self.directory, error)
+            self.failure = error
 
     def require_writable(self) -> None:
         """Refuse when the pool is read-only.
@@ -157,6 +167,7 @@ class Store:
             by_volume.setdefault(split_map_id(page.map_id)[0], []).append(page)
         for volume_id, pages in by_volume.items():
             self._pending.append(map_change(volume_id, pages))
+            self.pending_mappings += sum(len(page.appended) for page in pages)
             self.append_mappings(self.catalog.volume(volume_id), pages)
 
     def append_mappings(self, volume: Volume, pages: list[SealedPage]) -> None:
@@ -180,6 +191,7 @@ class Store:
         """Move pages of a removed snapshot's increment to its older neighbour, or free them."""
         older = self.catalog.older_generation(volume_id, generation)
         self._pending.append(["fold", volume_id, generation, older, page_indexes])
+        self.pending_mappings += len(page_indexes) * _PAGE_WEIGHT
         self.apply_fold(volume_id, generation, older, page_indexes)
 
     def apply_fold(self, volume_id: VolumeId, generation: Generation, older: Generation, pages: Iterable[int]) -> None:
@@ -196,6 +208,7 @@ class Store:
     def empty(self, volume_id: VolumeId, page_indexes: list[int]) -> None:
         """Drop pages of a removed volume's lookup table."""
         self._pending.append(["empty", volume_id, page_indexes])
+        self.pending_mappings += len(page_indexes) * _PAGE_WEIGHT
         self.apply_empty(volume_id, page_indexes)
 
     def apply_empty(self, volume_id: VolumeId, page_indexes: Iterable[int]) -> None:
@@ -278,7 +291,7 @@ class Store:
         if not self._pending:
             return None
         self.sequence += 1
-        changes, self._pending = self._pending, []
+        changes, self._pending, self.pending_mappings = self._pending, [], 0
         self._commit = Commit(
             self.sequence, changes, self.pool, self.journal, self.block_bytes, self.options.small_commit_bytes
         )
@@ -342,6 +355,7 @@ class Store:
         """Note that the tables contain the checkpoint; its freed blocks may be used again."""
         assert checkpoint is self._checkpoint
         self._checkpoint = None
+        self._folded_sequence = checkpoint.sequence
         self.log.thaw()
         return self.pool.plan_reuse(checkpoint.freed)
 
@@ -349,6 +363,11 @@ class Store:
     def has_uncommitted(self) -> bool:
         """Whether a commit would write anything."""
         return bool(self._pending or self._touched or self.plane.fresh_count)
+
+    @property
+    def has_unfolded(self) -> bool:
+        """Whether a checkpoint would write anything."""
+        return self.has_uncommitted or self.durable_sequence > self._folded_sequence
 
     @property
     def wants_checkpoint(self) -> bool:

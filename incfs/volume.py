@@ -399,6 +399,18 @@ def extents(store: Store, table: MapId, start_bytes: int = 0) -> Iterator[Extent
         yield Extent(position, size - position, INHERIT)
 
 
+def join_extents(extents: list[Extent], following: Extent, block_bytes: int) -> None:
+    """Append an extent, or lengthen the last one when it goes on there."""
+    last = extents[-1] if extents else None
+    if last is not None and last.offset_bytes + last.length_bytes == following.offset_bytes:
+        is_stored = last.address > HOLE
+        expected = last.address + last.length_bytes // block_bytes
+        if is_stored == (following.address > HOLE) and (not is_stored or following.address == expected):
+            extents[-1] = replace(last, length_bytes=last.length_bytes + following.length_bytes)
+            return
+    extents.append(following)
+
+
 def page_entries(store: Store, table: MapId, page_index: int) -> Entries:
     """Resolve one page of a live volume or a snapshot, as sealed."""
     chain = store.catalog.chain(table)

@@ -1,0 +1,143 @@
+"""Group commit and checkpoints, for many tasks at once.
+
+Owns the one task that begins commits.  Callers that arrive while a commit runs share the
+next one.  A checkpoint's slow half runs beside later commits.
+
+Locks: none.  The task itself is the exclusion; everything else is one step of the trio
+thread.  Worker threads get only what the store froze for them.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+from incfs.checkpoint import Checkpoint
+from incfs.errors import IncfsError, NoSpace
+from incfs.store import Store, new_nonce
+
+logger = logging.getLogger(__name__)
+_NO_SPACE_RETRY_S = 1.0
+
+Result = TypeVar("Result")
+
+
+async def offload(work: Callable[[], Result]) -> Result:
+    """Run slow work in a worker thread; not interrupted by cancellation."""
+    return await trio.to_thread.run_sync(work)
+
+
+class _Round:
+    """One commit and those who wait for it."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.error: IncfsError | None = None
+
+
+class Committer:
+    """Makes everything written so far durable, for whoever asks."""
+
+    def __init__(self, store: Store, nursery: trio.Nursery) -> None:
+        self._store = store
+        self._nursery = nursery
+        self._next = _Round()
+        self._wake = trio.Event()
+        self._wants_checkpoint = False
+        self._checkpoint_done = trio.Event()
+        self._checkpoint_done.set()
+
+    async def commit(self) -> None:
+        """Wait until everything written before the call is durable.
+
+        Raises:
+            PoolReadOnly: The pool had failed before.
+            BackingError: This commit failed, and the pool with it.
+        """
+        self._store.require_writable()
+        current = self._next
+        self._wake.set()
+        await current.done.wait()
+        if current.error is not None:
+            raise current.error
+
+    def commit_soon(self) -> None:
+        """Ask for a commit without waiting for it."""
+        self._wake.set()
+
+    def checkpoint_soon(self) -> None:
+        """Ask for a checkpoint without waiting for it."""
+        self._wants_checkpoint = True
+        self._wake.set()
+
+    async def checkpoint(self) -> None:
+        """Wait until a checkpoint that begins after the call has ended, its freed blocks included.
+
+        Raises:
+            PoolReadOnly, BackingError: As ``commit``.
+        """
+        await self._checkpoint_done.wait()
+        self._wants_checkpoint = True
+        await self.commit()
+        await self._checkpoint_done.wait()
+        self._store.require_writable()
+
+    async def run(self) -> None:
+        """Commit whenever asked; never returns."""
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            current, self._next = self._next, _Round()
+            try:
+                with trio.CancelScope(shield=True):
+                    await self._commit_or_checkpoint()
+            except IncfsError as error:
+                self._store.fail(error)
+                current.error = error
+            finally:
+                current.done.set()
+            if self._store.failure is None and self._store.wants_checkpoint and not self._store.is_checkpointing:
+                self.checkpoint_soon()
+
+    async def _commit_or_checkpoint(self) -> None:
+        store = self._store
+        if self._wants_checkpoint and not store.is_checkpointing:
+            self._wants_checkpoint = False
+            checkpoint = store.begin_checkpoint(new_nonce())
+            self._checkpoint_done = trio.Event()
+            try:
+                await offload(checkpoint.run_commit)
+            except BaseException:
+                self._checkpoint_done.set()
+                raise
+            store.end_checkpoint_commit(checkpoint)
+            self._nursery.start_soon(self._fold, checkpoint)
+        elif (commit := store.begin_commit()) is not None:
+            await offload(commit.run)
+            store.end_commit(commit)
+
+    async def _fold(self, checkpoint: Checkpoint) -> None:
+        try:
+            with trio.CancelScope(shield=True):
+                await self._wait_for_room(checkpoint)
+                await offload(checkpoint.run_fold)
+                plan = self._store.end_checkpoint(checkpoint)
+                await offload(lambda: self._store.pool.punch(plan))
+                self._store.pool.punched(plan)
+        except IncfsError as error:
+            self._store.fail(error)
+        finally:
+            self._checkpoint_done.set()
+
+    async def _wait_for_room(self, checkpoint: Checkpoint) -> None:
+        """A full metadata disk harms nothing: the journal has everything until there is room."""
+        told = False
+        while True:
+            try:
+                return await offload(checkpoint.reserve)
+            except NoSpace as error:
+                if not told:
+                    logger.warning("checkpoint waits for room: %s", error)
+                told = True
+                await trio.sleep(_NO_SPACE_RETRY_S)

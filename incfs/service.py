@@ -1,0 +1,542 @@
+"""The pool as tasks see it: every operation, awaited; locks, worker threads, background work.
+
+Owns the trio side of an open pool.  The core below is synchronous and belongs to the trio
+thread; only what may block on a disk runs in worker threads.
+"""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import trio
+
+from incfs import recovery, snapshot, status, volume
+from incfs.check import Checker, CheckReport, Progress
+from incfs.committer import Committer, offload
+from incfs.dataplane import LeaseExhausted, NotResident, ReadWouldWait
+from incfs.errors import Busy, IncfsError, NoData, NoSpace
+from incfs.model import Generation, MapId, Snapshot, Volume, VolumeId, split_map_id
+from incfs.store import Options, Store
+from incfs.volume import Extent, TrimPending
+
+Result = TypeVar("Result")
+
+_COMMIT_AT_MAPPINGS = 16384
+"""Uncommitted mappings that trigger a commit: bounds its record and the memory."""
+_RECLAIM_PAGES = 8
+"""Map pages that one step of the reclaim task handles."""
+_CACHED_READ_TRIES = 3
+_COPY_BYTES = 1 << 20
+_MAX_COPY_BYTES = 1 << 30
+
+
+class MountHook(Protocol):
+    """What the mount does for the service: changes that the kernel must see go through it."""
+
+    async def sync_volume(self, name: str) -> None:
+        """Flush what the kernel has cached of a volume."""
+
+    async def resize_volume(self, name: str, size_bytes: int) -> None:
+        """Truncate through the mount."""
+
+    async def rename_volume(self, old: str, new: str) -> None:
+        """Rename through the mount."""
+
+    async def remove_volume(self, name: str) -> None:
+        """Unlink through the mount."""
+
+    async def rename_snapshot(self, volume: str, old: str, new: str) -> None:
+        """Rename through the mount."""
+
+    async def remove_snapshot(self, volume: str, name: str) -> None:
+        """Unlink through the mount."""
+
+
+class Service:
+    """An open pool for many tasks.
+
+    Concurrency: the trio thread.  Data operations may be cancelled at any await; a change of
+    volumes or snapshots that has begun is completed.
+    """
+
+    def __init__(self, store: Store, nursery: trio.Nursery) -> None:
+        self._store = store
+        self._committer = Committer(store, nursery)
+        self._space_lock = trio.Lock()
+        self._handles: dict[MapId, list[str]] = {}
+        self._reclaim_wanted = trio.Event()
+        self._reclaim_idle = trio.Event()
+        self.mounted: MountHook | None = None
+
+    # Look-ups
+
+    @property
+    def directory(self) -> Path:
+        """The pool directory."""
+        return self._store.directory
+
+    @property
+    def block_bytes(self) -> int:
+        """Size of a block."""
+        return self._store.block_bytes
+
+    def facts(self) -> dict[str, Any]:
+        """Report the pool's identity, sizes and state."""
+        return status.pool_facts(self._store)
+
+    def storages(self) -> list[dict[str, Any]]:
+        """Report every storage volume."""
+        return [status.storage_facts(self._store, s) for s in self._store.catalog.storages.values()]
+
+    def volumes(self) -> list[Volume]:
+        """List the volumes by name."""
+        return sorted((v for v in self._store.catalog.volumes.values() if v.name), key=lambda v: v.name)
+
+    def volume(self, name: str) -> Volume:
+        """Look up a volume by name or ``uuid:...``."""
+        return self._store.catalog.volume_named(name)
+
+    def volume_by_id(self, volume_id: VolumeId) -> Volume:
+        """Look up a volume, also one that was unlinked but is open."""
+        return self._store.catalog.volume(volume_id)
+
+    def snapshots(self, volume_id: VolumeId) -> list[Snapshot]:
+        """List a volume's snapshots, oldest first."""
+        return self._store.catalog.snapshots(volume_id)
+
+    def snapshot(self, volume_id: VolumeId, name: str) -> Snapshot:
+        """Look up a snapshot by name or ``uuid:...``."""
+        return self._store.catalog.snapshot(volume_id, name)
+
+    def snapshot_by_generation(self, volume_id: VolumeId, generation: Generation) -> Snapshot:
+        """Look up a snapshot by its number."""
+        return self._store.catalog.snapshot_by_generation(volume_id, generation)
+
+    def mapped_bytes(self, table: MapId) -> int:
+        """Tell how much of a volume or snapshot is stored, unsealed writes included."""
+        volume_id, generation = split_map_id(table)
+        if generation:
+            blocks = self.snapshot_by_generation(volume_id, generation).mapped_blocks
+        else:
+            blocks = self.volume_by_id(volume_id).mapped_blocks + self._store.plane.mapped_delta(table)
+        return blocks * self.block_bytes
+
+    # Open files
+
+    def open_handle(self, table: MapId, holder: str) -> None:
+        """Note that a file is open: it stays readable although its name goes."""
+        self._handles.setdefault(table, []).append(holder)
+
+    def close_handle(self, table: MapId) -> None:
+        """Note that one is closed."""
+        holders = self._handles[table]
+        holders.pop()
+        if not holders:
+            del self._handles[table]
+            self._reclaim_wanted.set()
+
+    def holders(self, volume_id: VolumeId) -> list[str]:
+        """Name who has the volume or one of its snapshots open."""
+        return [h for table, held in self._handles.items() if split_map_id(table)[0] == volume_id for h in held]
+
+    # Data
+
+    async def read(self, table: MapId, offset_bytes: int, length_bytes: int) -> bytes:
+        """Read a range; short only at the end of the volume."""
+        return await self._drive(lambda wait: volume.read(self._store, table, offset_bytes, length_bytes, wait=wait))
+
+    async def write(self, table: MapId, offset_bytes: int, data: bytes) -> int:
+        """Write a range; the volume grows when it ends behind its size.
+
+        Durability: none until ``commit``.
+        """
+        data = bytes(data)
+        written = await self._drive(lambda wait: volume.write(self._store, table, offset_bytes, data, wait=wait))
+        if self._store.pending_mappings >= _COMMIT_AT_MAPPINGS:
+            self._committer.commit_soon()
+        return written
+
+    async def discard(self, table: MapId, offset_bytes: int, length_bytes: int) -> None:
+        """Let a range read as zeros and give its space back; the size stays."""
+        end = offset_bytes + length_bytes
+        while offset_bytes < end:
+            start = offset_bytes
+            offset_bytes = await self._drive(lambda wait: volume.discard(self._store, table, start, end, wait=wait))  # noqa: B023 - called at once
+            await trio.lowlevel.checkpoint()
+
+    async def seek(self, table: MapId, offset_bytes: int, *, data: bool) -> int:
+        """Find the next data, or hole, at or after an offset; the end counts as a hole.
+
+        Raises:
+            NoData: At or behind the end, or no data follows.
+        """
+        found = False
+        while not found:
+            found, offset_bytes = volume.seek(self._store, table, offset_bytes, data=data)
+            await trio.lowlevel.checkpoint()
+        return offset_bytes
+
+    async def clone_range(
+        self, source: MapId, source_bytes: int, target: MapId, target_bytes: int, length_bytes: int
+    ) -> int:
+        """Copy a range inside the pool; holes stay holes.  Give the bytes copied (at most 1 GiB)."""
+        end = min(source_bytes + min(length_bytes, _MAX_COPY_BYTES), self._store.catalog.size_bytes(source))
+        shift = target_bytes - source_bytes
+        position = source_bytes
+        while position < end:
+            data_start = min(end, await self._next_data(source, position, end))
+            if data_start > position:
+                await self._clear(target, position + shift, data_start - position)
+                position = data_start
+                continue
+            data = await self.read(source, position, min(_COPY_BYTES, end - position))
+            position += await self.write(target, position + shift, data)
+        return max(0, end - source_bytes)
+
+    async def _next_data(self, table: MapId, position: int, end: int) -> int:
+        try:
+            return await self.seek(table, position, data=True)
+        except NoData:
+            return end
+
+    async def _clear(self, table: MapId, offset_bytes: int, length_bytes: int) -> None:
+        await self.discard(table, offset_bytes, length_bytes)
+        volume_id, _ = split_map_id(table)
+        if self.volume_by_id(volume_id).size_bytes < offset_bytes + length_bytes:
+            await self.resize_volume(volume_id, offset_bytes + length_bytes)
+
+    async def commit(self) -> None:
+        """Make everything written before the call durable.
+
+        Durability: durable on return.
+        """
+        await self._committer.commit()
+
+    async def checkpoint(self) -> None:
+        """Fold the journal into the tables and give freed space back."""
+        await self._committer.checkpoint()
+
+    async def _drive(self, request: Callable[[bool], Result]) -> Result:
+        for attempt in count():
+            try:
+                return request(attempt > _CACHED_READ_TRIES)
+            except NotResident as refusal:
+                await self._load(refusal.map_id, refusal.page_index)
+            except LeaseExhausted as refusal:
+                await self._make_space(refusal.map_id, refusal.block_count)
+            except ReadWouldWait as refusal:
+                await offload(refusal.warm)
+            except TrimPending as refusal:
+                await self._trim(refusal.volume_id)
+        raise AssertionError("unreachable")
+
+    async def _load(self, table: MapId, page_index: int) -> None:
+        """Load a page, unless a checkpoint or a snapshot came between: then the caller asks again."""
+        log, catalog = self._store.log, self._store.catalog
+        chain, epoch = catalog.chain(table), log.epoch
+        stored = await offload(lambda: log.fetch(chain, page_index))
+        if self._store.plane.is_resident(table, page_index):
+            return
+        if epoch == log.epoch and chain == catalog.chain(table):
+            self._store.install(table, page_index, log.resolve(chain, page_index, stored))
+
+    async def _make_space(self, table: MapId, block_count: int) -> None:
+        async with self._space_lock:
+            try:
+                while not self._store.grant(table, block_count):
+                    await offload(self._store.grow)
+            except NoSpace as error:
+                await self._scrape_space(table, block_count, error)
+
+    async def _scrape_space(self, table: MapId, block_count: int, error: NoSpace) -> None:
+        """The images cannot grow: use what others leased, what was removed, what was freed."""
+        self._store.reclaim_leases()
+        if self._store.grant(table, block_count):
+            return
+        await self._reclaim_idle.wait()
+        await self.checkpoint()
+        if not self._store.grant(table, block_count):
+            raise error
+
+    async def _trim(self, volume_id: VolumeId) -> None:
+        while not await self._drive(lambda wait: volume.trim(self._store, volume_id, wait=wait)):
+            await trio.lowlevel.checkpoint()
+
+    # Volumes
+
+    async def create_volume(
+        self, name: str, size_bytes: int = 0, *, mode: int = 0o600, uid: int = 0, gid: int = 0
+    ) -> Volume:
+        """Add a volume that reads as zeros."""
+        created = volume.create(self._store, name, size_bytes, mode=mode, uid=uid, gid=gid)
+        await self.commit()
+        return created
+
+    async def resize_volume(self, volume_id: VolumeId, size_bytes: int, *, shrink: bool = False) -> Volume:
+        """Set a volume's size; what lies behind a smaller one is lost."""
+        await self._drive(lambda _: volume.resize(self._store, volume_id, size_bytes, shrink=shrink))
+        await self._trim(volume_id)
+        await self.commit()
+        return self.volume_by_id(volume_id)
+
+    async def rename_volume(self, volume_id: VolumeId, new_name: str, *, replace: bool = False) -> Volume:
+        """Give a volume another name; with ``replace`` over one that has it."""
+        renamed = volume.rename(self._store, volume_id, new_name, over=replace)
+        self._reclaim_wanted.set()
+        await self.commit()
+        return renamed
+
+    async def exchange_volumes(self, first_id: VolumeId, second_id: VolumeId) -> None:
+        """Swap the names of two volumes."""
+        volume.exchange(self._store, first_id, second_id)
+        await self.commit()
+
+    async def remove_volume(self, volume_id: VolumeId, *, snapshots: bool = False) -> None:
+        """Remove a volume: its name at once, its blocks in the background when it is closed.
+
+        Raises:
+            Busy: It has snapshots, and ``snapshots`` is false or one of them is open.
+        """
+        for taken in self.snapshots(volume_id) if snapshots else ():
+            self._require_closed(taken)
+        volume.remove(self._store, volume_id, snapshots=snapshots)
+        self._reclaim_wanted.set()
+        await self.commit()
+
+    async def set_attributes(self, volume_id: VolumeId, **attributes: int) -> Volume:
+        """Change mode, uid, gid, accessed_ns, modified_ns; durable with the next commit."""
+        return volume.set_attributes(self._store, volume_id, **attributes)
+
+    async def set_xattr(self, volume_id: VolumeId, name: str, value: bytes) -> None:
+        """Set an extended attribute; durable with the next commit."""
+        xattrs = self.volume_by_id(volume_id).xattrs
+        volume.set_xattrs(self._store, volume_id, {**xattrs, name: value})
+
+    async def remove_xattr(self, volume_id: VolumeId, name: str) -> None:
+        """Remove an extended attribute; durable with the next commit."""
+        xattrs = self.volume_by_id(volume_id).xattrs
+        volume.set_xattrs(self._store, volume_id, {key: value for key, value in xattrs.items() if key != name})
+
+    # Snapshots
+
+    async def create_snapshots(self, wanted: Sequence[tuple[VolumeId, str]]) -> list[Snapshot]:
+        """Take snapshots of several volumes at one point in time, in one commit.
+
+        Every write that was acknowledged before the call is in them, also those that only
+        the kernel has yet.
+        """
+        if self.mounted is not None:
+            for volume_id, _ in wanted:
+                await self.mounted.sync_volume(self.volume_by_id(volume_id).name)
+        taken = snapshot.create(self._store, wanted)
+        await self.commit()
+        return taken
+
+    async def rename_snapshot(self, volume_id: VolumeId, old: str, new: str) -> Snapshot:
+        """Give a snapshot another name."""
+        renamed = snapshot.rename(self._store, volume_id, old, new)
+        await self.commit()
+        return renamed
+
+    async def remove_snapshot(self, volume_id: VolumeId, name: str) -> None:
+        """Remove a snapshot: its name at once, its blocks in the background.
+
+        Raises:
+            Busy: It is open.
+        """
+        self._require_closed(self.snapshot(volume_id, name))
+        snapshot.remove(self._store, volume_id, name)
+        self._reclaim_wanted.set()
+        await self.commit()
+
+    def _require_closed(self, taken: Snapshot) -> None:
+        holders = self._handles.get(taken.map_id)
+        if holders:
+            whose = f"{self.volume_by_id(taken.volume_id).name}@{taken.name}"
+            raise Busy(f"snapshot {whose} is open by {', '.join(holders)}; close it first", holders=list(holders))
+
+    async def diff(self, volume_id: VolumeId, from_name: str | None, to_name: str) -> list[dict[str, Any]]:
+        """List the stretches that may differ between two snapshots, as the newer one has them."""
+        newer = self.snapshot(volume_id, to_name)
+        older = None if from_name is None else self.snapshot(volume_id, from_name)
+        pinned = [s.map_id for s in (older, newer) if s is not None]
+        for table in pinned:
+            self.open_handle(table, "snapshot diff")
+        try:
+            found: list[Extent] = []
+            for page in snapshot.changed_pages(self._store, older, newer):
+                found += snapshot.changed_extents(self._store, older, newer, page)
+                await trio.lowlevel.checkpoint()
+            return [status.extent_document(extent) for extent in found]
+        finally:
+            for table in pinned:
+                self.close_handle(table)
+
+    async def extents(self, table: MapId, start_bytes: int, limit: int) -> list[dict[str, Any]]:
+        """List where a volume or snapshot is stored, at most ``limit`` stretches from ``start_bytes``."""
+        found: list[Extent] = []
+        size = self._store.catalog.size_bytes(table)
+        while start_bytes < size and len(found) < limit:
+            for extent, _ in zip(volume.extents(self._store, table, start_bytes), range(_RECLAIM_PAGES), strict=False):
+                volume.join_extents(found, extent, self.block_bytes)
+                start_bytes = extent.offset_bytes + extent.length_bytes
+            await trio.lowlevel.checkpoint()
+        return [status.extent_document(extent) for extent in found[:limit]]
+
+    # Storage volumes, checks
+
+    async def add_storage(
+        self,
+        path: str,
+        *,
+        capacity_bytes: int | None = None,
+        storage_class: str = "",
+        redundancy: str = "none",
+    ) -> dict[str, Any]:
+        """Make an image and let the pool allocate from it.
+
+        Raises:
+            UsageError: The capacity is too small, or the redundancy is unknown.
+            AlreadyExists: The file is there already.
+        """
+        async with self._space_lock:
+            record = await offload(
+                lambda: recovery.make_storage(
+                    self._store,
+                    Path(path),
+                    capacity_bytes=capacity_bytes,
+                    storage_class=storage_class,
+                    redundancy=redundancy,
+                )
+            )
+            self._store.begin_change()
+            self._store.pool.attach(record)
+            self._store.change(record)
+        await self.commit()
+        return status.storage_facts(self._store, record)
+
+    async def check(self, data: bool, progress: Progress | None = None) -> CheckReport:
+        """Check the pool as of now; with ``data`` every live block is read."""
+
+        def run() -> CheckReport:
+            def report(done: int, total: int) -> None:
+                trio.from_thread.check_cancelled()
+                if progress is not None:
+                    progress(done, total)
+
+            with self._store.tables.reading() as reader:
+                return Checker(reader, self._store.pool.volumes, self.block_bytes, data=data, progress=report).run()
+
+        self._store.pool.frees_held += 1
+        try:
+            if self._store.failure is None:
+                await self.checkpoint()
+            return await offload(run)
+        finally:
+            self._store.pool.frees_held -= 1
+
+    async def debug_dump(self) -> list[dict[str, Any]]:
+        """List every record of the tables, as of now."""
+        if self._store.failure is None:
+            await self.checkpoint()
+        return await offload(lambda: status.dump_tables(self._store.tables))
+
+    async def debug_map(self, table: MapId, page_index: int) -> list[dict[str, Any]]:
+        """List the mappings of one page."""
+        self._store.catalog.size_bytes(table)
+        return status.dump_page(self._store, table, page_index)
+
+    async def debug_journal(self) -> list[dict[str, Any]]:
+        """List the journal's records that no checkpoint has folded yet."""
+        return await offload(lambda: status.dump_journal(self._store.journal))
+
+    # Background work
+
+    def fail(self, reason: str) -> None:
+        """Make the pool read-only after something that nobody expected (I10)."""
+        self._store.fail(IncfsError(reason))
+
+    async def wait_reclaimed(self) -> None:
+        """Wait until the blocks of everything that was removed are free."""
+        await self._reclaim_idle.wait()
+
+    async def run(self) -> None:
+        """Do the background work; never returns."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._committer.run)
+            nursery.start_soon(self._commit_now_and_then)
+            nursery.start_soon(self._checkpoint_now_and_then)
+            nursery.start_soon(self._reclaim)
+
+    async def _commit_now_and_then(self) -> None:
+        while True:
+            await trio.sleep(self._store.options.commit_interval_s)
+            if self._store.has_uncommitted and self._store.failure is None:
+                self._committer.commit_soon()
+
+    async def _checkpoint_now_and_then(self) -> None:
+        while True:
+            await trio.sleep(self._store.options.checkpoint_interval_s)
+            if self._store.failure is None and self._store.has_unfolded:
+                self._committer.checkpoint_soon()
+
+    async def _reclaim(self) -> None:
+        while True:
+            try:
+                for volume_id in list(self._store.catalog.volumes):
+                    await self._reclaim_volume(volume_id)
+            except IncfsError as error:
+                self._store.fail(error)
+            self._reclaim_idle.set()
+            await self._reclaim_wanted.wait()
+            self._reclaim_wanted = trio.Event()
+            self._reclaim_idle = trio.Event()
+
+    async def _reclaim_volume(self, volume_id: VolumeId) -> None:
+        if self._store.failure is not None:
+            return
+        if self.volume_by_id(volume_id).trim_from_bytes is not None:
+            await self._trim(volume_id)
+        while not self._is_open_and_removed(volume_id):
+            if volume.reclaim(self._store, volume_id, _RECLAIM_PAGES):
+                return
+            if self._store.pending_mappings >= _COMMIT_AT_MAPPINGS:
+                await self.commit()
+            await trio.lowlevel.checkpoint()
+
+    def _is_open_and_removed(self, volume_id: VolumeId) -> bool:
+        found = self.volume_by_id(volume_id)
+        return not found.name and found.map_id in self._handles
+
+    async def close(self) -> None:
+        """Make everything durable and fold it into the tables.
+
+        Raises:
+            PoolReadOnly: The pool failed; what was committed before is recovered at the next open.
+        """
+        if self._store.failure is None:
+            await self.checkpoint()
+
+
+@asynccontextmanager
+async def open_service(directory: Path, options: Options | None = None) -> AsyncIterator[Service]:
+    """Open a pool under its lock, recover it, and run its background work meanwhile.
+
+    Durability: on a normal exit everything is durable and folded into the tables.
+
+    Raises:
+        IncfsError: As ``recovery.open_store``, and whatever closing meets.
+    """
+    store = await offload(lambda: recovery.open_store(directory, options))
+    try:
+        async with trio.open_nursery() as nursery:
+            service = Service(store, nursery)
+            nursery.start_soon(service.run)
+            yield service
+            with trio.CancelScope(shield=True):
+                await service.close()
+            nursery.cancel_scope.cancel()
+    finally:
+        store.abandon()

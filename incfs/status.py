@@ -1,0 +1,150 @@
+"""What an open pool reports of itself: facts for people, metrics and debugging.  Reads only."""
+
+import os
+from typing import Any
+
+from incfs.blocks import split_address
+from incfs.changes import decode_body
+from incfs.codec import decode_entries, entry_runs, open_value, unpack
+from incfs.journal import Journal
+from incfs.log import DATABASES, Tables
+from incfs.model import HOLE, PAGE_BLOCKS, MapId, Storage
+from incfs.recovery import UNLIMITED_BLOCKS
+from incfs.store import Store
+from incfs.superblock import FORMAT_VERSION
+from incfs.volume import Extent, page_entries
+
+
+def pool_facts(store: Store) -> dict[str, Any]:
+    """Report the pool's identity, sizes in bytes, and state."""
+    storages = [storage_facts(store, storage) for storage in store.catalog.storages.values()]
+    used = sum(s["used_bytes"] for s in storages)
+    free = _free_bytes(store)
+    return {
+        "uuid": store.superblock.uuid,
+        "format_version": FORMAT_VERSION,
+        "block_bytes": store.block_bytes,
+        "capacity_bytes": used + free,
+        "used_bytes": used,
+        "free_bytes": free,
+        "allocated_bytes": sum(s["allocated_bytes"] for s in storages),
+        "freed_bytes": store.pool.freed_blocks * store.block_bytes,
+        "journal_bytes": store.superblock.journal_bytes,
+        "journal_used_bytes": store.journal.used_bytes,
+        "metadata_used_bytes": store.tables.used_bytes(),
+        "metadata_map_bytes": store.tables.map_bytes(),
+        "sequence": store.durable_sequence,
+        "resident_pages": store.plane.page_count,
+        "overlay_pages": store.log.overlay_pages,
+        "read_only": store.failure is not None,
+        "failure": None if store.failure is None else str(store.failure),
+    }
+
+
+def _free_bytes(store: Store) -> int:
+    """Room in the images as they are, and room to grow; a shared host filesystem counts once."""
+    free = 0
+    growth: dict[int, int] = {}
+    host_free: dict[int, int] = {}
+    for volume in store.pool.volumes.values():
+        free += (volume.grown_blocks - volume.busy_blocks) * store.block_bytes
+        device = os.fstat(volume.file.fileno()).st_dev
+        host_free[device] = max(0, volume.file.host_free_bytes() - store.options.host_reserve_bytes)
+        room = max(0, volume.record.capacity_blocks - volume.grown_blocks) * store.block_bytes
+        growth[device] = growth.get(device, 0) + room
+    return free + sum(min(growth[device], host_free[device]) for device in growth)
+
+
+def storage_facts(store: Store, storage: Storage) -> dict[str, Any]:
+    """Report one storage volume; sizes in bytes."""
+    volume = store.pool.volume(storage.id)
+    block = store.block_bytes
+    host_free = volume.file.host_free_bytes()
+    room = max(0, storage.capacity_blocks - volume.grown_blocks) * block
+    unlimited = storage.capacity_blocks >= UNLIMITED_BLOCKS
+    return {
+        "id": storage.id,
+        "uuid": storage.uuid,
+        "path": str(store.pool.image_path(storage)),
+        "capacity_bytes": None if unlimited else storage.capacity_blocks * block,
+        "grown_bytes": volume.grown_blocks * block,
+        "used_bytes": volume.live_blocks * block,
+        "free_bytes": (volume.grown_blocks - volume.busy_blocks) * block + min(room, host_free),
+        "allocated_bytes": volume.file.allocated_bytes(),
+        "host_free_bytes": host_free,
+        "class": storage.storage_class,
+        "redundancy": storage.redundancy,
+        "state": "online",
+    }
+
+
+def extent_document(extent: Extent) -> dict[str, Any]:
+    """Describe a stretch of a volume."""
+    document: dict[str, Any] = {"offset": extent.offset_bytes, "length": extent.length_bytes}
+    if extent.address <= HOLE:
+        return {**document, "kind": "zero", "storage": None, "block": None}
+    storage_id, block_index = split_address(extent.address)
+    return {**document, "kind": "data", "storage": storage_id, "block": block_index}
+
+
+def dump_tables(tables: Tables) -> list[dict[str, Any]]:
+    """Decode every record of the tables.  Any thread."""
+    found = []
+    with tables.reading() as reader:
+        for database in DATABASES:
+            for key, value in reader.items(database):
+                found.append({"table": database, "key": key.hex(), "value": _plain(database, open_value(key, value))})
+    return found
+
+
+def _plain(database: str, body: bytes) -> Any:
+    if database == "space":
+        return {"live_blocks": int.from_bytes(body, "little").bit_count()}
+    if database in ("map", "inc"):
+        return [list(run) for run in entry_runs(decode_entries(body))]
+    return _printable(unpack(body))
+
+
+def dump_page(store: Store, table: MapId, page_index: int) -> list[dict[str, Any]]:
+    """Decode the mappings of one page as sealed, its unsealed ones first."""
+    store.absorb()
+    mappings = []
+    for index, (address, crc) in sorted(page_entries(store, table, page_index).items()):
+        storage_id, block_index = split_address(address)
+        mappings.append(
+            {
+                "block": page_index * PAGE_BLOCKS + index,
+                "kind": "data" if address > HOLE else "zero",
+                "storage": storage_id if address > HOLE else None,
+                "storage_block": block_index if address > HOLE else None,
+                "crc32c": f"{crc:08x}",
+            }
+        )
+    return mappings
+
+
+def dump_journal(journal: Journal) -> list[dict[str, Any]]:
+    """Decode the records of the current journal segment.  Any thread."""
+    found = []
+    for record in journal.records():
+        changes, data = decode_body(record.body)
+        found.append(
+            {
+                "sequence": record.sequence,
+                "offset_bytes": record.offset_bytes,
+                "data_bytes": len(data),
+                "changes": [_printable(change) for change in changes],
+            }
+        )
+    return found
+
+
+def _printable(value: Any) -> Any:
+    """Give bytes as hexadecimal text."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _printable(item) for key, item in value.items()}
+    return value
