@@ -177,7 +177,7 @@ class Backing:
     def replace(self, source: Path, target: Path) -> None:
         """Rename atomically over ``target``."""
         try:
-            os.replace(source, target)
+            source.replace(target)
         except OSError as error:
             raise translate(error, target, "replace") from error
 

@@ -39,7 +39,7 @@ def map_change(volume_id: int, pages: list[SealedPage]) -> Change:
     """Describe the mappings appended to one volume."""
     flat: list[Any] = []
     for page in pages:
-        entries: Entries = {c.index: (c.address, c.checksum) for c in page.appended}
+        entries: Entries = {c.slot: (c.address, c.checksum) for c in page.appended}
         for first, count, address in entry_runs(entries):
             crcs = [entries[i][1] for i in range(first, first + count)] if address > HOLE else []
             flat += (page.page_index * PAGE_BLOCKS + first, count, address, struct.pack(f"<{len(crcs)}I", *crcs))

@@ -149,7 +149,9 @@ class Checker:
             storage_id, block_index = split_address(first)
             storage = self._storages.get(storage_id)
             if storage is None or block_index + count > storage.grown_blocks:
-                self.report.damage(where, f"names blocks {block_index}+{count} of storage volume {storage_id}: not there")
+                self.report.damage(
+                    where, f"names blocks {block_index}+{count} of storage volume {storage_id}: not there"
+                )
                 continue
             self._own(storage_id, block_index, count, where)
         if len(addresses) != len(set(addresses)):

@@ -36,6 +36,11 @@ class _Round:
         self.error: IncfsError | None = None
 
 
+def _unexpected(where: str, error: Exception) -> IncfsError:
+    logger.exception("unexpected error in %s", where)
+    return IncfsError(f"unexpected error in {where}: {error!r}")
+
+
 class Committer:
     """Makes everything written so far durable, for whoever asks."""
 
@@ -47,6 +52,8 @@ class Committer:
         self._wants_checkpoint = False
         self._checkpoint_done = trio.Event()
         self._checkpoint_done.set()
+        self.is_closing = False
+        """Set for the last checkpoint: it does not wait for a full disk to get room."""
 
     async def commit(self) -> None:
         """Wait until everything written before the call is durable.
@@ -95,6 +102,9 @@ class Committer:
             except IncfsError as error:
                 self._store.fail(error)
                 current.error = error
+            except Exception as error:  # noqa: BLE001 - a bug must not take the mount down: the pool becomes read-only
+                current.error = _unexpected("a commit", error)
+                self._store.fail(current.error)
             finally:
                 current.done.set()
             if self._store.failure is None and self._store.wants_checkpoint and not self._store.is_checkpointing:
@@ -105,19 +115,15 @@ class Committer:
         if self._wants_checkpoint and not store.is_checkpointing:
             self._wants_checkpoint = False
             checkpoint = store.begin_checkpoint(new_nonce())
-            self._checkpoint_done = trio.Event()
-            try:
-                await offload(checkpoint.run_commit)
-            except BaseException:
-                self._checkpoint_done.set()
-                raise
+            await offload(checkpoint.run_commit)
             store.end_checkpoint_commit(checkpoint)
-            self._nursery.start_soon(self._fold, checkpoint)
+            self._checkpoint_done = done = trio.Event()
+            self._nursery.start_soon(self._fold, checkpoint, done)
         elif (commit := store.begin_commit()) is not None:
             await offload(commit.run)
             store.end_commit(commit)
 
-    async def _fold(self, checkpoint: Checkpoint) -> None:
+    async def _fold(self, checkpoint: Checkpoint, done: trio.Event) -> None:
         try:
             with trio.CancelScope(shield=True):
                 await self._wait_for_room(checkpoint)
@@ -127,8 +133,10 @@ class Committer:
                 self._store.pool.punched(plan)
         except IncfsError as error:
             self._store.fail(error)
+        except Exception as error:  # noqa: BLE001 - as in run
+            self._store.fail(_unexpected("a checkpoint", error))
         finally:
-            self._checkpoint_done.set()
+            done.set()
 
     async def _wait_for_room(self, checkpoint: Checkpoint) -> None:
         """A full metadata disk harms nothing: the journal has everything until there is room."""
@@ -137,6 +145,8 @@ class Committer:
             try:
                 return await offload(checkpoint.reserve)
             except NoSpace as error:
+                if self.is_closing:
+                    raise
                 if not told:
                     logger.warning("checkpoint waits for room: %s", error)
                 told = True

@@ -26,9 +26,14 @@ from incfs.model import HOLE, INHERIT, PAGE_BLOCKS, Appended, MapId, SealedPage,
 class BlockFile(Protocol):
     """What the data plane needs of a storage volume."""
 
-    def read_blocks(self, block_index: int, block_count: int) -> bytes: ...
-    def read_blocks_cached(self, block_index: int, block_count: int) -> bytes | None: ...
-    def write_blocks(self, block_index: int, data: bytes | memoryview) -> None: ...
+    def read_blocks(self, block_index: int, block_count: int) -> bytes:
+        """Read, waiting for the disk."""
+
+    def read_blocks_cached(self, block_index: int, block_count: int) -> bytes | None:
+        """Read if nothing must be waited for."""
+
+    def write_blocks(self, block_index: int, data: bytes | memoryview) -> None:
+        """Write to the page cache."""
 
 
 class Refused(Exception):
@@ -89,7 +94,7 @@ class _Placement(NamedTuple):
     """One block of a write: where it goes."""
 
     page: Page
-    index: int
+    slot: int
     block: bytes | None
     """None for a hole."""
     address: int
@@ -212,7 +217,9 @@ class DataPlane:
                     pieces.append(self._zeros if run == 1 else bytes(run * self._block_bytes))
                     continue
                 data = self._read_run(address, run, wait=wait)
-                self._verify(map_id, page_index * PAGE_BLOCKS + index, address, data, page.checksums[index : index + run])
+                self._verify(
+                    map_id, page_index * PAGE_BLOCKS + index, address, data, page.checksums[index : index + run]
+                )
                 pieces.append(data)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -263,14 +270,14 @@ class DataPlane:
                     self._write_run(map_id, placements, position, run)
                 else:
                     for placement in placements[position : position + run]:
-                        self._set(map_id, placement.page, placement.index, placement.page.hole, 0)
+                        self._set(map_id, placement.page, placement.slot, placement.page.hole, 0)
                 position += run
         finally:
             self._mark_dirty(map_id, first_block, len(placements))
 
     def _place(self, map_id: MapId, first_block: int, data: bytes) -> list[_Placement]:
         size, zeros = self._block_bytes, self._zeros
-        placements = []
+        placements: list[_Placement] = []
         new_count = 0
         for page_index, start, count in split_pages(first_block, len(data) // size):
             page = self._page(map_id, page_index)
@@ -299,14 +306,14 @@ class DataPlane:
             raise
         for member in members:
             assert member.block is not None
-            self._set(map_id, member.page, member.index, member.address, checksum(member.block))
+            self._set(map_id, member.page, member.slot, member.address, checksum(member.block))
 
     def _reread_fresh(self, members: list[_Placement]) -> None:
         """After a failed rewrite in place the blocks are a mix of old and new: take them as they are."""
         for member in members:
             if not member.is_new:
                 storage_id, block_index = split_address(member.address)
-                member.page.checksums[member.index] = checksum(self._files[storage_id].read_blocks(block_index, 1))
+                member.page.checksums[member.slot] = checksum(self._files[storage_id].read_blocks(block_index, 1))
 
     def discard(self, map_id: MapId, first_block: int, block_count: int) -> None:
         """Let whole blocks read as zeros.
@@ -314,7 +321,9 @@ class DataPlane:
         Raises:
             NotResident: A page must be loaded first.
         """
-        spans = [(self._page(map_id, index), start, count) for index, start, count in split_pages(first_block, block_count)]
+        spans = [
+            (self._page(map_id, index), start, count) for index, start, count in split_pages(first_block, block_count)
+        ]
         for page, start, count in spans:
             for index in range(start, start + count):
                 self._set(map_id, page, index, page.hole, 0)

@@ -183,8 +183,7 @@ class Journal:
                 return
             if current.start_sequence > expected:
                 raise JournalDamaged(
-                    f"journal record {expected} is missing: segment {current.number} "
-                    f"starts at {current.start_sequence}"
+                    f"journal record {expected} is missing: segment {current.number} starts at {current.start_sequence}"
                 )
             self._segment = current
             for record in self._scan(current):

@@ -258,10 +258,10 @@ class IncrementalLog:
         freed: list[int] = []
         kept: Entries = {}
         for change in changes:
-            live[change.index] = change.address, change.checksum
-            if not replaced >> change.index & 1:
-                kept[change.index] = change.old_address, change.old_checksum
-                replaced |= 1 << change.index
+            live[change.slot] = change.address, change.checksum
+            if not replaced >> change.slot & 1:
+                kept[change.slot] = change.old_address, change.old_checksum
+                replaced |= 1 << change.slot
             elif change.old_address > HOLE:
                 freed.append(change.old_address)
         if kept:
@@ -308,9 +308,9 @@ class IncrementalLog:
 
     def page_indexes(self, table: TableKey, start: int = 0, limit: int | None = None) -> list[int]:
         """List pages that may hold mappings, ascending from ``start``, at most ``limit`` of them."""
-        changed = sorted({index for index in self._overlay.pages(table) if index >= start})[:limit]
+        changed: list[int] = sorted({index for index in self._overlay.pages(table) if index >= start})[:limit]
         with self._tables.reading() as reader:
-            stored = []
+            stored: list[int] = []
             for index in reader.page_indexes(table, start):
                 if limit is not None and len(stored) >= limit:
                     break

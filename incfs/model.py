@@ -142,7 +142,8 @@ class Storage:
 class Appended(NamedTuple):
     """One mapping appended to a page: the new one and the one it replaced."""
 
-    index: int
+    slot: int
+    """Index in the page."""
     address: int
     checksum: int
     old_address: int

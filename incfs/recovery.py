@@ -93,9 +93,7 @@ def create_pool(
         record = new_storage(superblock, directory, place, StorageId(number), capacity_bytes=capacity)
         pool.create_image(record)
         records.append(record)
-    Journal.create(
-        backing, directory, UUID(superblock.uuid), segment_bytes=journal_bytes, nonce=new_nonce()
-    )
+    Journal.create(backing, directory, UUID(superblock.uuid), segment_bytes=journal_bytes, nonce=new_nonce())
     tables = Tables(directory / TABLES_NAME)
     try:
         values = record_puts({("storage", (record.id,)): record for record in records})
@@ -133,9 +131,7 @@ def new_storage(
     home = directory.resolve()
     stored = path.relative_to(home) if path.is_relative_to(home) else path
     blocks = UNLIMITED_BLOCKS if capacity_bytes is None else capacity_bytes // superblock.block_bytes
-    return Storage(
-        storage_id, str(uuids.uuid4()), str(stored), blocks, time.time_ns(), storage_class, redundancy
-    )
+    return Storage(storage_id, str(uuids.uuid4()), str(stored), blocks, time.time_ns(), storage_class, redundancy)
 
 
 def make_storage(

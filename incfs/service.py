@@ -4,6 +4,7 @@ Owns the trio side of an open pool.  The core below is synchronous and belongs t
 thread; only what may block on a disk runs in worker threads.
 """
 
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
@@ -20,6 +21,8 @@ from incfs.errors import Busy, IncfsError, NoData, NoSpace
 from incfs.model import Generation, MapId, Snapshot, Volume, VolumeId, split_map_id
 from incfs.store import Options, Store
 from incfs.volume import Extent, TrimPending
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -68,6 +71,7 @@ class Service:
         self._handles: dict[MapId, list[str]] = {}
         self._reclaim_wanted = trio.Event()
         self._reclaim_idle = trio.Event()
+        """Set while nothing that was removed waits for its blocks to be freed."""
         self.mounted: MountHook | None = None
 
     # Look-ups
@@ -135,7 +139,7 @@ class Service:
         holders.pop()
         if not holders:
             del self._handles[table]
-            self._reclaim_wanted.set()
+            self._reclaim_soon()
 
     def holders(self, volume_id: VolumeId) -> list[str]:
         """Name who has the volume or one of its snapshots open."""
@@ -243,12 +247,12 @@ class Service:
             self._store.install(table, page_index, log.resolve(chain, page_index, stored))
 
     async def _make_space(self, table: MapId, block_count: int) -> None:
-        async with self._space_lock:
-            try:
+        try:
+            async with self._space_lock:
                 while not self._store.grant(table, block_count):
                     await offload(self._store.grow)
-            except NoSpace as error:
-                await self._scrape_space(table, block_count, error)
+        except NoSpace as error:
+            await self._scrape_space(table, block_count, error)
 
     async def _scrape_space(self, table: MapId, block_count: int, error: NoSpace) -> None:
         """The images cannot grow: use what others leased, what was removed, what was freed."""
@@ -284,7 +288,7 @@ class Service:
     async def rename_volume(self, volume_id: VolumeId, new_name: str, *, replace: bool = False) -> Volume:
         """Give a volume another name; with ``replace`` over one that has it."""
         renamed = volume.rename(self._store, volume_id, new_name, over=replace)
-        self._reclaim_wanted.set()
+        self._reclaim_soon()
         await self.commit()
         return renamed
 
@@ -302,7 +306,7 @@ class Service:
         for taken in self.snapshots(volume_id) if snapshots else ():
             self._require_closed(taken)
         volume.remove(self._store, volume_id, snapshots=snapshots)
-        self._reclaim_wanted.set()
+        self._reclaim_soon()
         await self.commit()
 
     async def set_attributes(self, volume_id: VolumeId, **attributes: int) -> Volume:
@@ -348,7 +352,7 @@ class Service:
         """
         self._require_closed(self.snapshot(volume_id, name))
         snapshot.remove(self._store, volume_id, name)
-        self._reclaim_wanted.set()
+        self._reclaim_soon()
         await self.commit()
 
     def _require_closed(self, taken: Snapshot) -> None:
@@ -469,6 +473,7 @@ class Service:
             nursery.start_soon(self._commit_now_and_then)
             nursery.start_soon(self._checkpoint_now_and_then)
             nursery.start_soon(self._reclaim)
+            nursery.start_soon(self._trim_interrupted)
 
     async def _commit_now_and_then(self) -> None:
         while True:
@@ -489,16 +494,29 @@ class Service:
                     await self._reclaim_volume(volume_id)
             except IncfsError as error:
                 self._store.fail(error)
-            self._reclaim_idle.set()
+            if not self._reclaim_wanted.is_set():
+                self._reclaim_idle.set()
             await self._reclaim_wanted.wait()
             self._reclaim_wanted = trio.Event()
+
+    def _reclaim_soon(self) -> None:
+        self._reclaim_wanted.set()
+        if self._reclaim_idle.is_set():
             self._reclaim_idle = trio.Event()
+
+    async def _trim_interrupted(self) -> None:
+        """Finish what a shrink had begun when the pool was last cut off."""
+        for volume_id, found in list(self._store.catalog.volumes.items()):
+            if found.trim_from_bytes is None or self._store.failure is not None:
+                continue
+            try:
+                await self._trim(volume_id)
+            except IncfsError as error:
+                logger.warning("volume %s: what a shrink left is not dropped yet: %s", found.name, error)
 
     async def _reclaim_volume(self, volume_id: VolumeId) -> None:
         if self._store.failure is not None:
             return
-        if self.volume_by_id(volume_id).trim_from_bytes is not None:
-            await self._trim(volume_id)
         while not self._is_open_and_removed(volume_id):
             if volume.reclaim(self._store, volume_id, _RECLAIM_PAGES):
                 return
@@ -517,6 +535,7 @@ class Service:
             PoolReadOnly: The pool failed; what was committed before is recovered at the next open.
         """
         if self._store.failure is None:
+            self._committer.is_closing = True
             await self.checkpoint()
 
 

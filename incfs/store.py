@@ -344,7 +344,7 @@ class Store:
         checkpoint = self._freeze(None, self.journal.segment.number, 0)
         checkpoint.reserve()
         checkpoint.run_fold()
-        self.pool.punched(self.end_checkpoint(checkpoint))
+        self._reuse(checkpoint)
 
     def end_checkpoint_commit(self, checkpoint: Checkpoint) -> None:
         """Note that the checkpoint's own commit is durable."""
@@ -396,11 +396,20 @@ class Store:
 
     def checkpoint(self) -> None:
         """Commit, and fold everything into the tables."""
+        if self._checkpoint is not None:
+            self._finish(self._checkpoint)
         checkpoint = self.begin_checkpoint(new_nonce())
         self._guard(checkpoint.run_commit)
         self.end_checkpoint_commit(checkpoint)
+        self._finish(checkpoint)
+
+    def _finish(self, checkpoint: Checkpoint) -> None:
+        """Fold; when the host has no room for that, it may be tried again."""
         checkpoint.reserve()
         self._guard(checkpoint.run_fold)
+        self._reuse(checkpoint)
+
+    def _reuse(self, checkpoint: Checkpoint) -> None:
         plan = self.end_checkpoint(checkpoint)
         self.pool.punch(plan)
         self.pool.punched(plan)

@@ -79,7 +79,7 @@ def decode_superblock(data: bytes, path: Path) -> Superblock:
 
 def _build(value: Any, path: Path) -> Superblock:
     try:
-        fields = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
+        fields: dict[str, Any] = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
         superblock = Superblock(**fields)
         UUID(superblock.uuid)
     except (TypeError, ValueError, AttributeError) as error:

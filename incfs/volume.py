@@ -360,7 +360,6 @@ def _zero_part(store: Store, table: MapId, offset_bytes: int, end_bytes: int, *,
 def _discard_page(store: Store, table: MapId, first_block: int, end_block: int) -> int:
     """Discard within the first page from ``first_block`` on that has mappings; give where it ended."""
     store.absorb()
-    volume_id, _ = split_map_id(table)
     found = store.log.page_indexes(store.catalog.chain(table)[-1], first_block // PAGE_BLOCKS, limit=1)
     if not found or found[0] * PAGE_BLOCKS >= end_block:
         return end_block
@@ -419,11 +418,7 @@ def page_entries(store: Store, table: MapId, page_index: int) -> Entries:
 
 def next_page(store: Store, table: MapId, page_index: int) -> int | None:
     """Find the first page at or after ``page_index`` that may hold mappings."""
-    found = [
-        index
-        for key in store.catalog.chain(table)
-        for index in store.log.page_indexes(key, page_index, limit=1)
-    ]
+    found = [index for key in store.catalog.chain(table) for index in store.log.page_indexes(key, page_index, limit=1)]
     return min(found, default=None)
 
 
