@@ -10,7 +10,7 @@ ifndef PYTHON
 PYTHON := $(shell tools/find-python.sh)
 endif
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 PYTEST_ARGS ?=
 C_SOURCES := $(wildcard incfs/*.c incfs/*.h)
 # Compared with mkfs and losetup, a user's PATH may lack the sbin directories; the tests call both.
@@ -21,7 +21,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.extension-built ## install what is missing, make $(VENV), build and install incfs into it (editable)
+setup: $(VENV)/.extension-built ## install what is missing, make the virtual environment, build and install incfs into it
 
 system:
 	@tools/system-packages.sh setup $(PYTHON)
@@ -61,10 +61,10 @@ bench: setup ## the benchmarks
 	for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 wheel: setup ## build a wheel into dist/ and try it in a fresh environment
-	@rm -rf dist build/wheel-check
+	@rm -rf dist build
 	@$(PIP) wheel --no-deps --wheel-dir dist .
 	@$(PYTHON) -m venv build/wheel-check
-	@build/wheel-check/bin/python -m pip --quiet --disable-pip-version-check install dist/incfs-*.whl
+	@build/wheel-check/bin/python -m pip -qq --disable-pip-version-check install dist/incfs-*.whl
 	@cd build && wheel-check/bin/python -c 'import incfs.fusext as f; assert f.install(), "the extension is not in place"'
 	@ls dist
 

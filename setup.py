@@ -13,6 +13,7 @@ def pkg_config(option: str) -> list[str]:
     )
 
 
+FLAGS = ["-std=gnu11", "-O2", "-D_FILE_OFFSET_BITS=64", "-Wall", "-Wextra"]
 # Developers' builds (make) stop at a warning; a stranger's newer compiler must not.
 strict = ["-Werror"] if os.environ.get("INCFS_WERROR") else []
 

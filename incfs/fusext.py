@@ -1,0 +1,160 @@
+"""The Python side of ``incfs._fusext``: three FUSE operations and the connection limits that pyfuse3 lacks.
+
+Owns the order of events around a mount, and the tasks that answer lseek, fallocate and
+copy_file_range.  Knows nothing of volumes: what the operations mean is the handlers' business.
+
+    install(limits)  ->  pyfuse3.init(...)  ->  start(nursery, handlers)  ->  pyfuse3.main()
+                                                 ... ->  stop()  ->  pyfuse3.close()
+
+1. Nothing here raises: without the extension the mount works, only without the three operations.
+2. Each request is answered once, whatever its handler does.
+"""
+
+import errno
+import logging
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import trio
+
+if TYPE_CHECKING:
+    from incfs._fusext import Request
+
+logger = logging.getLogger(__name__)
+
+
+class Handlers(Protocol):
+    """Answers the operations; raises ``pyfuse3.FUSEError`` to pass an errno to the caller.
+
+    ENOSYS makes the kernel stop asking for as long as the mount lives and help itself.
+    """
+
+    def lseek(self, fh: int, offset: int, whence: int, /) -> Awaitable[int]:
+        """Return the next data (SEEK_DATA) or hole (SEEK_HOLE) at or after ``offset``."""
+        ...
+
+    def fallocate(self, fh: int, mode: int, offset: int, length: int, /) -> Awaitable[None]:
+        """Allocate, punch out or zero a range; ``mode`` holds the FALLOC_FL bits."""
+        ...
+
+    def copy_file_range(
+        self, fh_in: int, offset_in: int, fh_out: int, offset_out: int, length: int, flags: int, /
+    ) -> Awaitable[int]:
+        """Copy between two open files of the mount; return the count of bytes copied."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What to agree with the kernel when the mount begins; 0 leaves the kernel's choice."""
+
+    max_background: int = 64
+    """Most requests (read-ahead, write-back, direct asynchronous) in flight; the kernel's own is 12."""
+    congestion_threshold: int = 48
+    """Requests in flight at which the kernel holds back read-ahead."""
+    max_readahead_bytes: int = 1 << 20
+    """Only lowers what the kernel offers; raise that in ``/sys/class/bdi/MAJOR:MINOR/read_ahead_kb``."""
+    splice: bool = True
+    """False receives each request as plain memory."""
+    want_set: int = 0
+    """FUSE_CAP bits to ask for, as far as the kernel has them."""
+    want_clear: int = 0
+    """FUSE_CAP bits not to ask for."""
+
+
+DEFAULT_LIMITS: Final = Limits()
+
+
+def install(limits: Limits = DEFAULT_LIMITS) -> bool:
+    """Let the next ``pyfuse3.init`` go through the extension, with these limits.
+
+    Returns:
+        False when it cannot; one warning in the log says why.
+    """
+    try:
+        from incfs import _fusext
+    except ImportError as error:
+        logger.warning("no holes, discard or copy_file_range in this mount: the C extension does not load: %s", error)
+        return False
+    if not _fusext.is_interposed():
+        logger.warning("no holes, discard or copy_file_range in this mount: pyfuse3 was imported before incfs")
+        return False
+    splice = _fusext.FUSE_CAP_SPLICE_READ | _fusext.FUSE_CAP_SPLICE_WRITE | _fusext.FUSE_CAP_SPLICE_MOVE
+    _fusext.configure(
+        max_background=limits.max_background,
+        congestion_threshold=limits.congestion_threshold,
+        max_readahead=limits.max_readahead_bytes,
+        want_set=limits.want_set,
+        want_clear=limits.want_clear | (0 if limits.splice else splice),
+    )
+    return True
+
+
+def start(nursery: trio.Nursery, handlers: Handlers) -> bool:
+    """Answer the three operations with ``handlers``, each request in a task of ``nursery``.
+
+    Call between ``pyfuse3.init`` and ``pyfuse3.main``.
+
+    Returns:
+        False when the session is not the extension's; the reason is in the log.
+
+    Concurrency:
+        The requests arrive on the thread that runs ``pyfuse3.main``, which has to be the nursery's.
+    """
+    try:
+        from incfs import _fusext
+    except ImportError:
+        return False  # install() has said so
+    if not _fusext.has_session():
+        logger.warning("no holes, discard or copy_file_range in this mount: pyfuse3 did not call the C extension")
+        return False
+
+    def dispatch(operation: str, request: "Request", *arguments: int) -> None:
+        nursery.start_soon(_answer, handlers, operation, request, arguments, name=f"fuse {operation}")
+
+    _fusext.start(dispatch)
+    return True
+
+
+def stop() -> None:
+    """Answer what is pending with EIO and hand over no more; for any number of calls at any time."""
+    try:
+        from incfs import _fusext
+    except ImportError:
+        return
+    _fusext.stop()
+
+
+def negotiated() -> dict[str, int]:
+    """Return what was agreed with the kernel: max_write, max_background, want, ...; empty before."""
+    try:
+        from incfs import _fusext
+    except ImportError:
+        return {}
+    agreed = _fusext.negotiated()
+    return agreed if agreed["proto_major"] else {}
+
+
+async def _answer(handlers: Handlers, operation: str, request: "Request", arguments: tuple[Any, ...]) -> None:
+    """Run one handler and send its answer."""
+    from pyfuse3 import FUSEError
+
+    try:
+        match operation:
+            case "lseek":
+                request.reply_lseek(await handlers.lseek(*arguments))
+            case "fallocate":
+                await handlers.fallocate(*arguments)
+                request.reply_err(0)
+            case "copy_file_range":
+                request.reply_write(await handlers.copy_file_range(*arguments))
+            case _:
+                raise AssertionError(f"unknown operation {operation}")
+    except FUSEError as error:
+        request.reply_err(error.errno)
+    except Exception as error:  # noqa: BLE001  the last boundary before the kernel: the mount must live on
+        logger.error("%s%r failed: %s: %s", operation, arguments, type(error).__name__, error)
+        if request.pending:
+            request.reply_err(errno.EIO)
+    # Cancelled: the request is dropped with the task, and that answers EIO.
