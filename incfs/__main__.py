@@ -1,0 +1,5 @@
+"""``python -m incfs`` is ``incfs``."""
+
+from incfs.cli import main
+
+main()

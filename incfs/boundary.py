@@ -1,0 +1,111 @@
+"""The boundary between handlers and the kernel: which exception becomes which errno, and how long it took.
+
+pyfuse3 ends a mount when a handler raises anything but ``FUSEError``.  So every handler is wrapped:
+
+1. An ``IncfsError`` becomes its ``errno``; ``FUSEError`` passes; cancellation passes.
+2. Anything else is a bug: EIO for this request, one log line, and the pool goes into its failsafe.
+   The mount lives on and serves reads.
+"""
+
+import errno
+import functools
+import inspect
+import logging
+import time
+import traceback
+from bisect import bisect_left
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
+
+import pyfuse3
+
+from incfs.errors import IncfsError
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+BUCKETS_S: Final = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)
+"""Upper bounds of the duration histogram; a last bucket has none."""
+
+
+class Histogram:
+    """How often an operation ran and how long it took."""
+
+    __slots__ = ("counts", "sum_s")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS_S) + 1)
+        self.sum_s = 0.0
+
+    def add(self, duration_s: float) -> None:
+        """Count one run."""
+        self.counts[bisect_left(BUCKETS_S, duration_s)] += 1
+        self.sum_s += duration_s
+
+
+class Bounded(Protocol):
+    """What the boundary needs of the object whose handlers it wraps."""
+
+    durations: dict[str, Histogram]
+
+    def fail(self, reason: str) -> None:
+        """Put the pool into its failsafe."""
+
+    def inode_of_handle(self, fh: int) -> int:
+        """Return the inode that a file handle is open on; 0 when unknown."""
+
+
+S = TypeVar("S", bound=Bounded)
+
+
+def handler(
+    function: Callable[Concatenate[S, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
+    """Wrap a request handler in the boundary.
+
+    The parameters ``inode``, ``parent_inode``, ``fh`` and ``offset`` are found by name for the log line.
+    """
+    operation = function.__name__
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    async def wrapped(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        started = time.perf_counter()
+        try:
+            return await function(self, *args, **kwargs)
+        except IncfsError as error:
+            raise pyfuse3.FUSEError(error.errno) from error
+        except pyfuse3.FUSEError:
+            raise
+        except Exception as error:
+            _report_bug(self, operation, signature.bind(self, *args, **kwargs).arguments, error)
+            raise pyfuse3.FUSEError(errno.EIO) from error
+        finally:
+            self.durations[operation].add(time.perf_counter() - started)
+
+    return wrapped
+
+
+def _report_bug(operations: Bounded, operation: str, arguments: dict[str, object], error: Exception) -> None:
+    """Write the one line, then stop writes to the pool."""
+    inode = arguments.get("inode", arguments.get("parent_inode"))
+    if inode is None:
+        fh = arguments.get("fh", arguments.get("fh_in", 0))
+        inode = operations.inode_of_handle(fh) if isinstance(fh, int) else 0
+    offset = arguments.get("offset", arguments.get("offset_in", "-"))
+    frames = traceback.extract_tb(error.__traceback__)
+    trace = " > ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames)
+    text = repr(str(error))
+    logger.error(
+        "unexpected %s in %s of inode %s at offset %s: %s (%s)",
+        type(error).__name__,
+        operation,
+        inode,
+        offset,
+        text,
+        trace,
+    )
+    operations.fail(f"unexpected {type(error).__name__} in {operation} of inode {inode} at offset {offset}: {text}")

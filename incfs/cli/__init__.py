@@ -1,0 +1,81 @@
+"""The command line: ``incfs [-p POOL] NOUN VERB ...``.
+
+One module per noun; ``session`` reaches the pool, ``output`` renders, ``options`` holds what
+commands share.  This is the boundary where an error becomes one line on stderr and an exit
+code; a traceback here is a bug of ours.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+import incfs
+from incfs.cli import debug, mount, pool, snapshot, storage, volume
+from incfs.cli.options import POOL_VARIABLE
+from incfs.errors import IncfsError
+
+app = typer.Typer(
+    name="incfs",
+    help="A pool of storage volumes, mounted as sparse files with instant snapshots.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for _noun in (pool, storage, volume, snapshot, debug):
+    app.add_typer(_noun.app)
+app.command("mount")(mount.mount_command)
+app.command("umount")(mount.umount_command)
+
+NOUNS: Final = frozenset({"pool", "storage", "volume", "snapshot", "debug", "mount", "umount"})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and leave the process with its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(args=as_mount_helper(given), prog_name="incfs")
+    except IncfsError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+
+
+def as_mount_helper(arguments: list[str]) -> list[str]:
+    """Turn ``POOL MNT -o opts``, as mount(8) and fstab call us, into the ``mount`` command."""
+    if not arguments or arguments[0] in NOUNS or arguments[0].startswith("-"):
+        return arguments
+    # A path that does not exist is still meant as a pool: the message should say so.
+    if "/" in arguments[0] or Path(arguments[0]).is_dir():
+        return ["mount", *arguments]
+    return arguments
+
+
+def print_error(error: IncfsError) -> None:
+    """Write an error as one line, whatever a path in it contains."""
+    line = " ".join(str(error).split())
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    print(f"incfs: {shown}", file=sys.stderr)  # noqa: T201
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"incfs {incfs.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    context: typer.Context,
+    pool_directory: Annotated[
+        Path | None,
+        typer.Option("-p", "--pool", metavar="DIR", envvar=POOL_VARIABLE, help="The pool."),
+    ] = None,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    del version
+    context.obj = pool_directory

@@ -1,0 +1,58 @@
+"""What commands share: the pool they work on and the options that shape their output."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar
+
+import typer
+
+from incfs.errors import UsageError
+from incfs.units import parse_size
+
+POOL_VARIABLE: Final = "INCFS_POOL"
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+NoHeader = Annotated[bool, typer.Option("-H", "--no-header", help="No header, tabs between columns.")]
+# The same letter names the pool before the noun; after the verb it has the meaning that
+# scripts know from zfs and others.
+Exact = Annotated[bool, typer.Option("-p", "--exact", help="Exact numbers: bytes.")]
+Columns = Annotated[str | None, typer.Option("-o", "--columns", metavar="COLUMN,...", help="Print these columns.")]
+DryRun = Annotated[bool, typer.Option("-n", "--dry-run", help="Change nothing; say what would be freed and why.")]
+Size = Annotated[int, typer.Argument(parser=parse_size, metavar="SIZE")]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def pool_directory(context: typer.Context) -> Path:
+    """Return the directory of the pool that the command is about.
+
+    Raises:
+        UsageError: None was named.
+    """
+    directory = context.obj
+    if not isinstance(directory, Path):
+        raise UsageError(f"no pool named: write incfs -p DIR ..., or set {POOL_VARIABLE}")
+    return directory.absolute()
+
+
+def new_noun(name: str, text: str) -> typer.Typer:
+    """Return the command group of a noun."""
+    return typer.Typer(
+        name=name,
+        help=text,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+
+
+def verb(app: typer.Typer, name: str, *aliases: str) -> Callable[[_Command], _Command]:
+    """Register a function as a verb of a noun; aliases work and are not listed."""
+
+    def register(function: _Command) -> _Command:
+        app.command(name)(function)
+        for alias in aliases:
+            app.command(alias, hidden=True)(function)
+        return function
+
+    return register

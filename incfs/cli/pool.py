@@ -1,0 +1,98 @@
+"""``incfs pool``: create, show, check."""
+
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from incfs.cli import output
+from incfs.cli.options import Json, new_noun, verb
+from incfs.cli.session import call
+from incfs.errors import UsageError
+from incfs.model import DEFAULT_BLOCK_BYTES
+from incfs.units import parse_size
+
+MIN_POOL_BLOCK_BYTES: Final = 512
+"""Smaller blocks are for the core's own tests: their metadata outgrows the data."""
+EXIT_DAMAGE: Final = 4
+EXIT_LEAKS: Final = 5
+
+app = new_noun("pool", "Pools.")
+
+
+@verb(app, "create")
+def create(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the pool shall be.")],
+    *,
+    block_size: Annotated[
+        int | None,
+        typer.Option(parser=parse_size, metavar="SIZE", help="A power of two from 512 to 64K.", show_default="4K"),
+    ] = None,
+    capacity: Annotated[
+        int | None, typer.Option(parser=parse_size, metavar="SIZE", help="Most that it may store.")
+    ] = None,
+    directories: Annotated[
+        list[Path] | None,
+        typer.Option("--dir", metavar="PATH", help="A directory for an image file; repeatable."),
+    ] = None,
+    journal_size: Annotated[
+        int | None, typer.Option(parser=parse_size, metavar="SIZE", help="Size of a journal file.", show_default="16M")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Create an empty pool in DIR."""
+    from incfs.recovery import DEFAULT_JOURNAL_BYTES, create_pool  # late: other commands may need only the daemon
+
+    block_bytes = DEFAULT_BLOCK_BYTES if block_size is None else block_size
+    if block_bytes < MIN_POOL_BLOCK_BYTES:
+        raise UsageError(f"a block has at least {MIN_POOL_BLOCK_BYTES} bytes, not {block_bytes}")
+    create_pool(
+        directory.absolute(),
+        block_bytes=block_bytes,
+        capacity_bytes=capacity,
+        directories=[path.absolute() for path in directories or []],
+        journal_bytes=DEFAULT_JOURNAL_BYTES if journal_size is None else journal_size,
+    )
+    if as_json:
+        output.print_json({"pool": {"directory": str(directory.absolute()), "block_bytes": block_bytes}})
+
+
+@verb(app, "show")
+def show(context: typer.Context, as_json: Json = False) -> None:
+    """Show the pool's facts: sizes, usage, format, state."""
+    output.print_facts(call(context, "pool.show"), "pool", as_json=as_json)
+
+
+@verb(app, "check")
+def check(
+    context: typer.Context,
+    data: Annotated[bool, typer.Option("--data", help="Read every stored block and verify its checksum, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prove that each block has exactly one owner or is free.
+
+    Exit code 4: damage. 5: nothing worse than blocks that no one owns. 0: clean.
+    """
+    document = call(context, "pool.check", data=data)
+    report: dict[str, Any] = document["check"]
+    if as_json:
+        output.print_json(document)
+    else:
+        output.write_lines(f"{p['kind']}: {p['where']}: {p['message']}" for p in report["problems"])
+        output.write_lines([_verdict(report)])
+    if report["is_damaged"]:
+        raise typer.Exit(EXIT_DAMAGE)
+    if not report["is_clean"]:
+        raise typer.Exit(EXIT_LEAKS)
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    found = (
+        f"{report['volumes']} volumes, {report['snapshots']} snapshots, {report['mapped_blocks']} blocks in use, "
+        f"{report['verified_blocks']} read and verified"
+    )
+    if report["is_damaged"]:
+        return f"damaged: {len(report['problems'])} problems; {found}"
+    if not report["is_clean"]:
+        return f"leaks only: {report['leaked_blocks']} blocks have no owner; {found}"
+    return f"clean: {found}"

@@ -1,0 +1,122 @@
+"""How a command reaches its pool: through the daemon that has it mounted, or by opening it.
+
+Both ways run the same verbs of ``incfs.admin``.  The pool is opened under its lock, so the
+two can never work on it at once.
+"""
+
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeVar
+
+import trio
+import typer
+
+from incfs.admin import VERBS, run_verb
+from incfs.cli.options import pool_directory
+from incfs.cli.progress import ProgressDisplay
+from incfs.control import connect_control
+from incfs.documents import Document
+from incfs.errors import PoolLocked
+
+if TYPE_CHECKING:
+    from incfs.service import Service
+
+LOCK_WAIT_S: Final = 2.0
+"""How long a command waits for another one, or for a daemon that is just starting or ending."""
+_LOCK_RETRY_S: Final = 0.05
+
+T = TypeVar("T")
+
+
+class Admin(Protocol):
+    """Whatever carries out verbs."""
+
+    async def call(self, verb: str, **arguments: Any) -> Document:
+        """Run one verb and return its document."""
+
+
+class _OfflineAdmin:
+    """Runs verbs in this process on a pool that it has opened."""
+
+    def __init__(self, service: "Service", progress: ProgressDisplay) -> None:
+        self._service = service
+        self._progress = progress
+
+    async def call(self, verb: str, **arguments: Any) -> Document:
+        document = await run_verb(self._service, verb, arguments, self._progress)
+        if not VERBS[verb].is_read_only:
+            # No daemon will do it later: the next opener should not find the work of a removal.
+            await self._service.wait_reclaimed()
+        return document
+
+
+def call(context: typer.Context, verb: str, **arguments: Any) -> Document:
+    """Run one verb on the command's pool, online or offline, and return its document.
+
+    Raises:
+        IncfsError: What the verb raised, or why the pool could not be reached.
+    """
+    return run(context, lambda admin: admin.call(verb, **arguments))
+
+
+def run(context: typer.Context, work: Callable[[Admin], Awaitable[T]]) -> T:
+    """Run ``work`` with the pool of the command; Ctrl-C ends the process with 130."""
+    try:
+        with ProgressDisplay() as progress:
+            # Ctrl-C is taken at checkpoints only: never inside a change to the pool.
+            return trio.run(
+                partial(_work, pool_directory(context), work, progress),
+                restrict_keyboard_interrupt_to_checkpoints=True,
+            )
+    except KeyboardInterrupt:
+        _leave_interrupted()
+    except BaseExceptionGroup as group:
+        error = _single_cause(group)
+        if isinstance(error, KeyboardInterrupt):
+            _leave_interrupted()
+        raise error from None
+
+
+async def _work(directory: Path, work: Callable[[Admin], Awaitable[T]], progress: ProgressDisplay) -> T:
+    deadline = trio.current_time() + LOCK_WAIT_S
+    while True:
+        try:
+            async with open_admin(directory, progress) as admin:
+                return await work(admin)
+        except PoolLocked:
+            if trio.current_time() > deadline:
+                raise
+        await trio.sleep(_LOCK_RETRY_S)
+
+
+@contextlib.asynccontextmanager
+async def open_admin(directory: Path, progress: ProgressDisplay) -> AsyncIterator[Admin]:
+    """Reach the pool: its daemon when that answers, else the pool itself.
+
+    Raises:
+        PoolLocked: Another process has it open and no daemon answers.
+        IncfsError: It cannot be opened.
+    """
+    async with connect_control(directory, progress) as client:
+        if client is not None:
+            yield client
+            return
+    from incfs.service import open_service  # late: an online command does not need the core
+
+    async with open_service(directory) as service:
+        yield _OfflineAdmin(service, progress)
+
+
+def _single_cause(error: BaseException) -> BaseException:
+    """Return the one error that nurseries wrapped; of several, the first."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _leave_interrupted() -> NoReturn:
+    sys.exit(128 + signal.SIGINT)

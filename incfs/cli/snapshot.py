@@ -1,0 +1,99 @@
+"""``incfs snapshot``: create, list, show, remove, rename, diff."""
+
+from typing import Annotated, Final
+
+import typer
+
+from incfs.cli import output
+from incfs.cli.options import Columns, DryRun, Exact, Json, NoHeader, new_noun, verb
+from incfs.cli.session import call
+
+_COLUMNS: Final = ("name", "size_bytes", "mapped_bytes", "held_bytes", "created")
+_DIFF_COLUMNS: Final = ("offset", "length", "kind")
+
+Snapshot = Annotated[str, typer.Argument(metavar="VOL@SNAP", help="A snapshot, or uuid:UUID.")]
+
+app = new_noun("snapshot", "Snapshots of volumes.")
+
+
+@verb(app, "create")
+def create(
+    context: typer.Context,
+    targets: Annotated[
+        list[str],
+        typer.Argument(metavar="VOL@SNAP...", help="The new snapshots; all show one point in time."),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Take snapshots of one or several volumes, all or none of them."""
+    document = call(context, "snapshot.create", targets=targets)
+    if as_json:
+        output.print_json(document)
+
+
+@verb(app, "list", "ls")
+def list_(
+    context: typer.Context,
+    volume: Annotated[str | None, typer.Argument(metavar="VOL", help="Only this volume's snapshots.")] = None,
+    *,
+    as_json: Json = False,
+    no_header: NoHeader = False,
+    exact: Exact = False,
+    columns: Columns = None,
+) -> None:
+    """List the snapshots, oldest first."""
+    style = output.TableStyle(as_json, no_header, exact, columns)
+    document = call(context, "snapshot.list", volume=volume)
+    output.print_list(document, "snapshots", _COLUMNS, style)
+
+
+@verb(app, "show")
+def show(context: typer.Context, target: Snapshot, as_json: Json = False) -> None:
+    """Show one snapshot's facts."""
+    document = call(context, "snapshot.show", target=target)
+    output.print_facts(document, "snapshot", as_json=as_json)
+
+
+@verb(app, "remove", "rm")
+def remove(
+    context: typer.Context,
+    target: Snapshot,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Remove a snapshot; its space comes back in the background."""
+    document = call(context, "snapshot.remove", target=target, dry_run=dry_run)
+    output.print_removal(document, as_json=as_json)
+
+
+@verb(app, "rename")
+def rename(
+    context: typer.Context,
+    target: Snapshot,
+    name: Annotated[str, typer.Argument(metavar="NEW", help="Its new name, SNAP or VOL@SNAP.")],
+    as_json: Json = False,
+) -> None:
+    """Give a snapshot another name."""
+    document = call(context, "snapshot.rename", target=target, name=name)
+    if as_json:
+        output.print_json(document)
+
+
+@verb(app, "diff")
+def diff(
+    context: typer.Context,
+    target: Snapshot,
+    *,
+    from_snapshot: Annotated[
+        str | None,
+        typer.Option("--from", metavar="SNAP", help="The older snapshot; without it, nothing."),
+    ] = None,
+    as_json: Json = False,
+    no_header: NoHeader = False,
+    exact: Exact = False,
+    columns: Columns = None,
+) -> None:
+    """List the ranges that differ between two snapshots of a volume."""
+    style = output.TableStyle(as_json, no_header, exact, columns)
+    document = call(context, "snapshot.diff", target=target, from_snapshot=from_snapshot)
+    output.print_list(document, "ranges", _DIFF_COLUMNS, style)

@@ -1,0 +1,68 @@
+"""``incfs storage``: add, list."""
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from incfs.cli import output
+from incfs.cli.options import Columns, Exact, Json, NoHeader, new_noun, verb
+from incfs.cli.session import call
+from incfs.units import parse_size
+
+_COLUMNS: Final = (
+    "id",
+    "path",
+    "capacity_bytes",
+    "grown_bytes",
+    "used_bytes",
+    "free_bytes",
+    "class",
+    "redundancy",
+    "state",
+)
+
+app = new_noun("storage", "Storage volumes: the image files that hold the data.")
+
+
+@verb(app, "add")
+def add(
+    context: typer.Context,
+    path: Annotated[Path, typer.Argument(help="The image file to create, or a directory for it.")],
+    *,
+    capacity: Annotated[
+        int | None,
+        typer.Option(parser=parse_size, metavar="SIZE", help="Most that it may grow to."),
+    ] = None,
+    storage_class: Annotated[
+        str, typer.Option("--class", metavar="NAME", help="A name for placement rules: ssd, hdd.")
+    ] = "",
+    redundancy: Annotated[
+        str, typer.Option(metavar="KIND", help="What lies below: none, raid1, raid5, raid6, raid10.")
+    ] = "none",
+    as_json: Json = False,
+) -> None:
+    """Add an image file that the pool may grow into."""
+    document = call(
+        context,
+        "storage.add",
+        path=str(path.absolute()),
+        capacity_bytes=capacity,
+        storage_class=storage_class,
+        redundancy=redundancy,
+    )
+    if as_json:
+        output.print_json(document)
+
+
+@verb(app, "list", "ls")
+def list_(
+    context: typer.Context,
+    as_json: Json = False,
+    no_header: NoHeader = False,
+    exact: Exact = False,
+    columns: Columns = None,
+) -> None:
+    """List the storage volumes."""
+    style = output.TableStyle(as_json, no_header, exact, columns)
+    output.print_list(call(context, "storage.list"), "storages", _COLUMNS, style)

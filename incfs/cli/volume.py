@@ -1,0 +1,119 @@
+"""``incfs volume``: create, list, show, resize, rename, remove, map."""
+
+from typing import Annotated, Any, Final
+
+import typer
+
+from incfs.cli import output
+from incfs.cli.options import Columns, DryRun, Exact, Json, NoHeader, Size, new_noun, verb
+from incfs.cli.session import Admin, call, run
+from incfs.documents import Document
+
+_COLUMNS: Final = ("name", "size_bytes", "mapped_bytes", "held_bytes", "snapshot_count", "created")
+_MAP_COLUMNS: Final = ("offset", "length", "kind", "storage", "block")
+
+Volume = Annotated[str, typer.Argument(metavar="VOL", help="A volume: its name, or uuid:UUID.")]
+
+app = new_noun("volume", "Virtual volumes.")
+
+
+@verb(app, "create")
+def create(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="VOL", help="The new volume's name.")],
+    size: Size,
+    as_json: Json = False,
+) -> None:
+    """Create an empty volume; it takes no space until it is written."""
+    _report(call(context, "volume.create", name=name, size_bytes=size), as_json)
+
+
+@verb(app, "list", "ls")
+def list_(
+    context: typer.Context,
+    as_json: Json = False,
+    no_header: NoHeader = False,
+    exact: Exact = False,
+    columns: Columns = None,
+) -> None:
+    """List the volumes."""
+    style = output.TableStyle(as_json, no_header, exact, columns)
+    output.print_list(call(context, "volume.list"), "volumes", _COLUMNS, style)
+
+
+@verb(app, "show")
+def show(context: typer.Context, volume: Volume, as_json: Json = False) -> None:
+    """Show one volume's facts, its snapshots and who has it open."""
+    output.print_facts(call(context, "volume.show", volume=volume), "volume", as_json=as_json)
+
+
+@verb(app, "resize")
+def resize(
+    context: typer.Context,
+    volume: Volume,
+    size: Size,
+    shrink: Annotated[bool, typer.Option("--shrink", help="Allow a smaller size; what lies beyond is lost.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Set a volume's size."""
+    document = call(context, "volume.resize", volume=volume, size_bytes=size, shrink=shrink)
+    _report(document, as_json)
+
+
+@verb(app, "rename")
+def rename(
+    context: typer.Context,
+    volume: Volume,
+    name: Annotated[str, typer.Argument(metavar="NEW", help="Its new name.")],
+    as_json: Json = False,
+) -> None:
+    """Give a volume another name; its snapshots follow."""
+    _report(call(context, "volume.rename", volume=volume, name=name), as_json)
+
+
+@verb(app, "remove", "rm")
+def remove(
+    context: typer.Context,
+    volume: Volume,
+    snapshots: Annotated[bool, typer.Option("--snapshots", help="Remove its snapshots with it.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Remove a volume; its space comes back in the background."""
+    document = call(context, "volume.remove", volume=volume, snapshots=snapshots, dry_run=dry_run)
+    output.print_removal(document, as_json=as_json)
+
+
+@verb(app, "map")
+def map_(
+    context: typer.Context,
+    target: Annotated[str, typer.Argument(metavar="VOL[@SNAP]", help="A volume or a snapshot.")],
+    *,
+    as_json: Json = False,
+    no_header: NoHeader = False,
+    exact: Exact = False,
+    columns: Columns = None,
+) -> None:
+    """Show where the data is: offset, length and kind of each extent, and its storage address."""
+    style = output.TableStyle(as_json, no_header, exact, columns)
+
+    async def collect(admin: Admin) -> Document:
+        return await _all_extents(admin, target)
+
+    output.print_list(run(context, collect), "extents", _MAP_COLUMNS, style)
+
+
+async def _all_extents(admin: Admin, target: str) -> Document:
+    """Ask for the extents of ``target``, page after page."""
+    extents: list[dict[str, Any]] = []
+    start_bytes: int | None = 0
+    while start_bytes is not None:
+        page = await admin.call("volume.map", target=target, start_bytes=start_bytes)
+        extents += page["extents"]
+        start_bytes = page["next_bytes"]
+    return {"target": target, "extents": extents}
+
+
+def _report(document: Document, as_json: bool) -> None:
+    if as_json:
+        output.print_json(document)

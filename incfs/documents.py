@@ -1,0 +1,91 @@
+"""The JSON-ready documents that describe volumes, snapshots and removals.
+
+Sizes in bytes, times in RFC 3339.  Reads the service's memory and changes nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from incfs.model import Snapshot, Volume
+from incfs.units import format_time
+
+if TYPE_CHECKING:
+    from incfs.service import Service
+
+Document = dict[str, Any]
+
+
+def volume_document(service: "Service", volume: Volume) -> Document:
+    """Describe a volume."""
+    block_bytes = service.block_bytes
+    snapshots = service.snapshots(volume.id)
+    return {
+        "name": volume.name,
+        "uuid": volume.uuid,
+        "id": volume.id,
+        "size_bytes": volume.size_bytes,
+        "mapped_bytes": service.mapped_bytes(volume.map_id),
+        "held_bytes": sum(snapshot.held_blocks for snapshot in snapshots) * block_bytes,
+        "snapshot_count": len(snapshots),
+        "mode": f"{volume.mode:04o}",
+        "uid": volume.uid,
+        "gid": volume.gid,
+        "created": format_time(volume.created_ns),
+        "modified": format_time(volume.modified_ns),
+        "changed": format_time(volume.changed_ns),
+        "accessed": format_time(volume.accessed_ns),
+    }
+
+
+def snapshot_document(service: "Service", snapshot: Snapshot) -> Document:
+    """Describe a snapshot."""
+    block_bytes = service.block_bytes
+    volume = service.volume_by_id(snapshot.volume_id)
+    return {
+        "name": f"{volume.name}@{snapshot.name}",
+        "volume": volume.name,
+        "snapshot": snapshot.name,
+        "uuid": snapshot.uuid,
+        "generation": snapshot.generation,
+        "size_bytes": snapshot.size_bytes,
+        "mapped_bytes": snapshot.mapped_blocks * block_bytes,
+        "held_bytes": snapshot.held_blocks * block_bytes,
+        "created": format_time(snapshot.created_ns),
+        "tag": snapshot.tag,
+    }
+
+
+def volume_removal(service: "Service", volume: Volume, snapshots: list[Snapshot]) -> Document:
+    """Say what removing a volume with all its snapshots frees; exact, as nothing shares."""
+    block_bytes = service.block_bytes
+    items = [
+        {
+            "name": f"{volume.name}@{snapshot.name}",
+            "freed_bytes": snapshot.held_blocks * block_bytes,
+            "reason": "snapshot of the volume",
+        }
+        for snapshot in snapshots
+    ]
+    live = {
+        "name": volume.name,
+        "freed_bytes": service.mapped_bytes(volume.map_id),
+        "reason": "current contents of the volume",
+    }
+    items.append(live)
+    return {"items": items, "freed_bytes": sum(item["freed_bytes"] for item in items)}
+
+
+def snapshot_removal(service: "Service", volume: Volume, snapshot: Snapshot) -> Document:
+    """Say what removing a snapshot frees: at most its increment.
+
+    Mappings that the next older snapshot still needs move to it instead of being freed.
+    """
+    freed_bytes = snapshot.held_blocks * service.block_bytes
+    is_oldest = service.snapshots(volume.id)[0].generation == snapshot.generation
+    reason = (
+        "blocks that only this snapshot holds"
+        if is_oldest
+        else "at most: blocks that the next older snapshot needs stay with it"
+    )
+    name = f"{volume.name}@{snapshot.name}"
+    item = {"name": name, "freed_bytes": freed_bytes, "reason": reason}
+    return {"items": [item], "freed_bytes": freed_bytes, "exact": is_oldest}

@@ -1,0 +1,367 @@
+"""The life of a mount: from the options to the last byte on disk.
+
+Owns the order of events.  Everything is built up in ``_run`` and taken down in the opposite order:
+
+    pool open -> FUSE session mounted -> extension -> hook -> admin socket -> signals -> requests -> ready
+
+1. The pool is closed after the last request was answered, and the process ends after the pool is closed.
+2. A daemon that dies leaves its mount behind: ENOTCONN, never an empty directory.  Only a clean end unmounts.
+3. The kernel's own pages are written before a clean end and before a snapshot.
+"""
+
+import contextlib
+import logging
+import os
+import select
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
+
+import pyfuse3
+import trio
+
+from incfs import fusext
+from incfs.control import serve_control
+from incfs.daemon import Parent, fork_daemon, log_to_stderr, notify_systemd
+from incfs.errors import Busy, IncfsError, NotFound, UsageError
+from incfs.fuse_ops import Operations
+from incfs.inodes import SNAPSHOTS_NAME
+from incfs.mount_options import MountOptions, parse_options
+from incfs.mount_table import (
+    FILESYSTEM_TYPE,
+    detach,
+    find_mount,
+    is_dead,
+    resolve_mountpoint,
+    sync_filesystem,
+)
+from incfs.service import open_service
+from incfs.store import Options
+
+if TYPE_CHECKING:
+    from incfs.service import Service
+
+logger = logging.getLogger(__name__)
+
+MIN_TASKS: Final = 8
+MAX_TASKS: Final = 1024
+"""A request that waits for others (a snapshot for the write-back of its volume) holds its task, so tasks must not
+run out before a script that takes a snapshot of each of a few hundred volumes at once is served."""
+MAX_HOOK_THREADS: Final = 16
+
+
+class KernelHook:
+    """Changes made by command, taken through the mount itself: what the kernel knows is then right by itself.
+
+    Each method blocks in a system call on this process's own mount, so it runs in a thread, and in threads of its
+    own: the service's threads must stay free to answer it.
+
+    Args:
+        mountpoint: Where the pool is mounted.
+    """
+
+    def __init__(self, mountpoint: Path) -> None:
+        self._mountpoint = mountpoint
+        self._limiter = trio.CapacityLimiter(MAX_HOOK_THREADS)
+
+    async def sync_volume(self, name: str) -> None:
+        """Have the kernel write its changed pages of a volume."""
+        await self._call(_sync_file, self._mountpoint / name)
+
+    async def write_back(self) -> None:
+        """Have the kernel write its changed pages of all volumes."""
+        await self._call(sync_filesystem, self._mountpoint)
+
+    async def resize_volume(self, name: str, size_bytes: int) -> None:
+        """Set a volume's size."""
+        await self._call(os.truncate, self._mountpoint / name, size_bytes)
+
+    async def rename_volume(self, old: str, new: str) -> None:
+        """Rename a volume."""
+        await self._call(os.rename, self._mountpoint / old, self._mountpoint / new)
+
+    async def remove_volume(self, name: str) -> None:
+        """Remove a volume."""
+        await self._call(os.unlink, self._mountpoint / name)
+
+    async def rename_snapshot(self, volume: str, old: str, new: str) -> None:
+        """Rename a snapshot."""
+        directory = self._mountpoint / SNAPSHOTS_NAME / volume
+        await self._call(os.rename, directory / old, directory / new)
+
+    async def remove_snapshot(self, volume: str, name: str) -> None:
+        """Remove a snapshot."""
+        await self._call(os.unlink, self._mountpoint / SNAPSHOTS_NAME / volume / name)
+
+    async def _call(self, function: Callable[..., None], *args: object) -> None:
+        try:
+            await trio.to_thread.run_sync(function, *args, limiter=self._limiter)
+        except OSError as error:
+            raise _from_kernel(error) from error
+
+
+def _sync_file(path: Path) -> None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:
+        # The daemon of an ordinary user may not read every volume; syncfs needs no permission.
+        sync_filesystem(path.parent)
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _from_kernel(error: OSError) -> IncfsError:
+    """Return the error that a system call on our own mount stands for."""
+    classes: dict[int | None, type[IncfsError]] = {2: NotFound, 16: Busy, 22: UsageError}
+    raised = classes.get(error.errno, IncfsError)
+    return raised(f"{error.filename or 'the mount'}: {error.strerror}")
+
+
+# ----------------------------------------------------------------------------------- mount
+
+
+def mount_pool(pool: Path, mountpoint: Path, options: str, *, foreground: bool) -> None:
+    """Mount the pool in directory ``pool``.
+
+    In the background it returns when the mount answers; in the foreground when it has been unmounted and everything
+    is on disk.
+
+    Raises:
+        UsageError: An option or the mount point makes no sense.
+        PoolLocked: The pool is open elsewhere.
+        Busy: SIGTERM or SIGINT came while files were open: everything is on disk, the mount is dead but in place.
+        IncfsError: The pool or the FUSE device cannot be used.
+    """
+    parsed = parse_options(options)
+    pool, mountpoint = Path(os.path.realpath(pool)), resolve_mountpoint(mountpoint)
+    _prepare_mountpoint(pool, mountpoint)
+    if foreground:
+        log_to_stderr()
+        _run_trio(pool, mountpoint, parsed, Parent())
+        return
+    parent = fork_daemon(pool)
+    if parent is not None:
+        _run_child(pool, mountpoint, parsed, parent)
+
+
+def _run_child(pool: Path, mountpoint: Path, options: MountOptions, parent: Parent) -> None:
+    """Be the daemon, then end the process here: the rest of the stack is the parent's."""
+    exit_code = 1
+    try:
+        _run_trio(pool, mountpoint, options, parent)
+        exit_code = 0
+    except IncfsError as error:
+        logger.error("%s", error)
+        parent.tell_error(error)
+        exit_code = error.exit_code
+    except BaseException:
+        logger.exception("the daemon ends because of an unexpected error")
+    finally:
+        logging.shutdown()
+        os._exit(exit_code)
+
+
+def _prepare_mountpoint(pool: Path, mountpoint: Path) -> None:
+    """Refuse what cannot be mounted on; take away what a killed daemon left there."""
+    mounted = find_mount(mountpoint)
+    if mounted is not None and mounted.filesystem_type == FILESYSTEM_TYPE:
+        if not is_dead(mountpoint):
+            raise Busy(f"{mounted.source} is mounted at {mountpoint} already", mountpoint=str(mountpoint))
+        logger.warning("detaching the dead mount at %s", mountpoint)
+        detach(mountpoint, lazy=True)
+    if not mountpoint.is_dir():
+        raise UsageError(f"the mount point {mountpoint} is not a directory", mountpoint=str(mountpoint))
+    if Path(os.path.realpath(mountpoint)) in (pool, *pool.parents):
+        raise UsageError(f"mounting at {mountpoint} would hide the pool {pool}", mountpoint=str(mountpoint))
+
+
+def _run_trio(pool: Path, mountpoint: Path, options: MountOptions, parent: Parent) -> None:
+    """Run the daemon; of errors that nurseries wrapped, raise the first."""
+    try:
+        trio.run(partial(_run, pool, mountpoint, options, parent))
+    except BaseExceptionGroup as group:
+        cause: BaseException = group
+        while isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        raise cause from group
+
+
+async def _run(pool: Path, mountpoint: Path, options: MountOptions, parent: Parent) -> None:
+    """Serve the mount from its first to its last request."""
+    async with open_service(pool, _store_options(options)) as service:
+        operations = Operations(service, options.cache)
+        with _fuse_session(operations, pool, mountpoint, options) as session:
+            stopping = _Stopping(mountpoint)
+            async with trio.open_nursery() as nursery:
+                fusext.start(nursery, operations)
+                with _hooked(service, operations, mountpoint):
+                    await nursery.start(serve_control, service)
+                    await nursery.start(stopping.watch_signals)
+                    nursery.start_soon(_tell_ready, mountpoint, session, parent)
+                    await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+                notify_systemd("STOPPING=1")
+                logger.info("%s: no more requests; closing the pool", mountpoint)
+                nursery.cancel_scope.cancel()
+    logger.info("%s: the pool is closed", mountpoint)
+    if stopping.refused is not None:
+        raise stopping.refused
+
+
+def _store_options(options: MountOptions) -> Options:
+    return Options() if options.commit_s is None else Options(commit_interval_s=options.commit_s)
+
+
+@dataclass(slots=True)
+class _Session:
+    """The kernel's connection."""
+
+    has_answered: bool = False
+
+
+@contextlib.contextmanager
+def _fuse_session(operations: Operations, pool: Path, mountpoint: Path, options: MountOptions) -> Iterator[_Session]:
+    """Mount; at the end close the connection, and unmount only what never answered."""
+    fusext.install()
+    session = _Session()
+    try:
+        pyfuse3.init(operations, str(mountpoint), fuse_options(pool, options))
+    except RuntimeError as error:
+        raise IncfsError(f"cannot mount at {mountpoint}: libfuse refused ({error}); is /dev/fuse there?") from error
+    try:
+        yield session
+    finally:
+        fusext.stop()
+        pyfuse3.close(unmount=not session.has_answered)
+
+
+def fuse_options(pool: Path, options: MountOptions) -> set[str]:
+    """Return what libfuse is told; permissions are always the kernel's to check."""
+    source = options.source or str(pool)
+    # libfuse splits at commas, and pyfuse3 passes ASCII only.
+    escaped = quote(os.fsencode(source), safe="".join(map(chr, range(33, 127))) + " ")
+    escaped = escaped.replace("\\", "\\\\").replace(",", "\\,")
+    told = {"default_permissions", f"fsname={escaped}", "subtype=incfs", *options.kernel}
+    if options.allow_other:
+        told.add("allow_other")
+    if options.read_only:
+        told.add("ro")
+    return told
+
+
+@contextlib.contextmanager
+def _hooked(service: "Service", operations: Operations, mountpoint: Path) -> Iterator[None]:
+    """Let the service and the handlers reach the kernel while the mount is up."""
+    hook = KernelHook(mountpoint)
+    service.mounted = hook
+    operations.write_back = hook.write_back
+    try:
+        yield
+    finally:
+        service.mounted = None
+        operations.write_back = None
+
+
+async def _tell_ready(mountpoint: Path, session: _Session, parent: Parent) -> None:
+    """Wait until the mount answers like any other, then say so."""
+    await trio.to_thread.run_sync(os.stat, mountpoint)
+    session.has_answered = True
+    logger.info("%s: mounted", mountpoint)
+    parent.tell_ready()
+
+
+class _Stopping:
+    """Unmounts when the daemon is asked to end.
+
+    Args:
+        mountpoint: Where the pool is mounted.
+    """
+
+    def __init__(self, mountpoint: Path) -> None:
+        self._mountpoint = mountpoint
+        self.refused: IncfsError | None = None
+        """Why the mount was left in place, dead."""
+
+    async def watch_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Unmount at the first SIGTERM or SIGINT."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+            task_status.started()
+            async for number in received:
+                logger.info("%s: unmounting because of %s", self._mountpoint, signal.Signals(number).name)
+                await self._unmount()
+
+    async def _unmount(self) -> None:
+        try:
+            await trio.to_thread.run_sync(detach, self._mountpoint)
+        except IncfsError as error:
+            # An end was asked for: write what the kernel holds and go.  The mount stays and answers ENOTCONN.
+            logger.warning("%s; the mount stays in place without its daemon", error)
+            self.refused = error
+            with contextlib.suppress(OSError):
+                await trio.to_thread.run_sync(sync_filesystem, self._mountpoint)
+            pyfuse3.terminate()
+
+
+# ----------------------------------------------------------------------------------- umount
+
+
+def unmount(mountpoint: Path) -> None:
+    """Unmount; returns when everything is on disk and the pool is free for the next.
+
+    Raises:
+        NotFound: No incfs is mounted there.
+        Busy: Somebody uses the mount; the message says who.
+        IncfsError: It is unmounted, but not everything could be written.
+    """
+    mounted = find_mount(mountpoint)
+    if mounted is None or mounted.filesystem_type != FILESYSTEM_TYPE:
+        raise NotFound(f"no incfs is mounted at {mountpoint}", mountpoint=str(mountpoint))
+    if is_dead(mountpoint):
+        detach(mountpoint, lazy=True)
+        logger.warning("the daemon of %s had died; its pool recovers when it is mounted again", mountpoint)
+        return
+    daemon = _open_daemon(mountpoint)
+    failure = _flush(mountpoint)
+    detach(mountpoint)
+    if daemon is not None:
+        _wait_for_end(daemon)
+    if failure is not None:
+        raise IncfsError(
+            f"{mountpoint} is unmounted, but not everything could be written: {failure.strerror}; see the daemon's log"
+        ) from failure
+
+
+def _open_daemon(mountpoint: Path) -> int | None:
+    """Return a pidfd of the daemon; None when it lives where this process cannot see it."""
+    try:
+        return os.pidfd_open(int(os.getxattr(mountpoint, "user.incfs.pid")))
+    except (OSError, ValueError):
+        return None
+
+
+def _flush(mountpoint: Path) -> OSError | None:
+    """Write everything and commit, while there is still somebody to tell of a failure."""
+    try:
+        sync_filesystem(mountpoint)
+        fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return error
+    return None
+
+
+def _wait_for_end(pidfd: int) -> None:
+    """Return when the process has ended: it closes the pool before that."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.poll()
+    os.close(pidfd)

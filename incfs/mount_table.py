@@ -1,0 +1,181 @@
+"""What the kernel says about mounts: where incfs is mounted, who holds a mount, taking a mount away."""
+
+import ctypes
+import errno
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from incfs.errors import Busy, IncfsError
+
+FILESYSTEM_TYPE: Final = "fuse.incfs"
+MNT_DETACH: Final = 2
+MAX_HOLDERS_NAMED: Final = 8
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """A line of the mount table."""
+
+    mountpoint: Path
+    filesystem_type: str
+    source: str
+
+
+def read_mounts() -> list[Mounted]:
+    """Return this process's mount table, in the order of mounting."""
+    with open("/proc/self/mountinfo", "rb") as stream:
+        return [parse_mount(line) for line in stream.read().splitlines()]
+
+
+def parse_mount(line: bytes) -> Mounted:
+    """Take one line of ``/proc/PID/mountinfo`` apart."""
+    before, _, after = line.partition(b" - ")
+    filesystem_type, source = after.split(b" ")[:2]
+    return Mounted(Path(_unescape(before.split(b" ")[4])), os.fsdecode(filesystem_type), _unescape(source))
+
+
+def _unescape(field: bytes) -> str:
+    """Undo the octal escapes of blanks and backslashes."""
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), field))
+
+
+def find_mount(mountpoint: Path) -> Mounted | None:
+    """Return the topmost mount at exactly this place; None when nothing is mounted there."""
+    place = resolve_mountpoint(mountpoint)
+    return next((mounted for mounted in reversed(read_mounts()) if mounted.mountpoint == place), None)
+
+
+def resolve_mountpoint(mountpoint: Path) -> Path:
+    """Return the path as the mount table has it, without asking the mount itself, which may be dead."""
+    absolute = Path(os.path.abspath(mountpoint))
+    return Path(os.path.realpath(absolute.parent)) / absolute.name if absolute.name else absolute
+
+
+def is_dead(mountpoint: Path) -> bool:
+    """Say whether the daemon behind this mount has gone."""
+    try:
+        os.stat(mountpoint)
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
+
+
+def detach(mountpoint: Path, *, lazy: bool = False) -> None:
+    """Take a mount away; blocks until the kernel has written its changed pages (unless ``lazy``).
+
+    Raises:
+        Busy: Somebody uses it; the message says who.
+        IncfsError: The kernel or fusermount3 refused.
+    """
+    place = resolve_mountpoint(mountpoint)
+    if _libc.umount2(os.fsencode(place), MNT_DETACH if lazy else 0) == 0:
+        return
+    number = ctypes.get_errno()
+    if number == errno.EPERM:
+        number = _fusermount(place, lazy=lazy)
+    if number == errno.EBUSY:
+        raise busy_error(mountpoint)
+    if number:
+        raise IncfsError(f"cannot unmount {mountpoint}: {os.strerror(number)}", mountpoint=str(mountpoint))
+
+
+def _fusermount(place: Path, *, lazy: bool) -> int:
+    """Unmount as an ordinary user; returns an errno, 0 when done."""
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(place)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise IncfsError("fusermount3 is not installed; install the package fuse3") from error
+    if done.returncode == 0:
+        return 0
+    if "busy" in done.stderr:
+        return errno.EBUSY
+    raise IncfsError(f"cannot unmount {place}: {done.stderr.strip()}", mountpoint=str(place))
+
+
+def sync_filesystem(path: Path) -> None:
+    """Have the kernel write every changed page of the filesystem at ``path`` (syncfs).
+
+    Unlike ``pyfuse3.syncfs`` this lets other threads run: the writes come to this very process.
+
+    Raises:
+        OSError: A page could not be written.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if _libc.syncfs(fd) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(path))
+    finally:
+        os.close(fd)
+
+
+# ----------------------------------------------------------------------------------- who holds a mount
+
+
+def busy_error(mountpoint: Path) -> Busy:
+    """Return the error that names who holds the mount."""
+    holders = find_holders(mountpoint)
+    shown = ", ".join(holders[:MAX_HOLDERS_NAMED]) or "somebody this user cannot see"
+    more = f" and {len(holders) - MAX_HOLDERS_NAMED} more" if len(holders) > MAX_HOLDERS_NAMED else ""
+    return Busy(f"{mountpoint} is in use by {shown}{more}", mountpoint=str(mountpoint), holders=holders)
+
+
+def find_holders(mountpoint: Path) -> list[str]:
+    """Name the processes, loop devices and mounts that keep the mount busy."""
+    place = str(resolve_mountpoint(mountpoint))
+    prefix = place.rstrip("/") + "/"
+    loops = [f"{device} on {file}" for device, file in _loop_devices() if file.startswith(prefix)]
+    inner = [f"the mount {m.mountpoint}" for m in read_mounts() if str(m.mountpoint).startswith(prefix)]
+    return [*_processes(place, prefix), *loops, *inner]
+
+
+def _processes(place: str, prefix: str) -> Iterator[str]:
+    for pid in sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+        path = next((path for path in _used_paths(pid) if path == place or path.startswith(prefix)), None)
+        if path is not None:
+            yield f"pid {pid} ({_command_name(pid)}) on {path}"
+
+
+def _used_paths(pid: int) -> Iterator[str]:
+    """Yield the files that a process works in, has open or has mapped, as far as this user may know."""
+    for name in ("cwd", "root", "exe"):
+        yield from _read_link(Path(f"/proc/{pid}/{name}"))
+    try:
+        opened = list(Path(f"/proc/{pid}/fd").iterdir())
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as stream:
+            mapped = [line.split(maxsplit=5)[5].rstrip("\n") for line in stream if "/" in line]
+    except (OSError, IndexError):
+        return  # it has gone, or belongs to another user
+    for link in opened:
+        yield from _read_link(link)
+    yield from mapped
+
+
+def _read_link(path: Path) -> Iterator[str]:
+    try:
+        yield str(path.readlink())
+    except OSError:
+        return  # it has gone, or belongs to another user
+
+
+def _command_name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return "ended"
+
+
+def _loop_devices() -> Iterator[tuple[str, str]]:
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            yield f"/dev/{backing.parent.parent.name}", os.fsdecode(backing.read_bytes()).rstrip("\n")
+        except OSError:
+            continue  # detached just now

@@ -1,0 +1,114 @@
+"""Messages on the admin socket: how they are framed, and how an error travels.
+
+A frame is a little-endian 32-bit length and a msgpack map.  A request is ``{version, verb,
+arguments}``.  The replies to it are any number of ``{progress: {done, total, unit}}``, then one
+``{result: ...}`` or ``{error: {code, message, facts, exit_code}}``.
+"""
+
+import struct
+from typing import Any, Final
+
+import msgpack
+import trio
+
+from incfs.errors import DaemonError, IncfsError
+
+PROTOCOL_VERSION: Final = 1
+MAX_REQUEST_BYTES: Final = 1 << 20
+MAX_REPLY_BYTES: Final = 256 << 20
+_LENGTH: Final = struct.Struct("<I")
+
+Document = dict[str, Any]
+
+
+def encode_frame(message: Document, *, limit_bytes: int) -> bytes:
+    """Frame one message.
+
+    Raises:
+        DaemonError: It is longer than ``limit_bytes``.
+    """
+    body: bytes = msgpack.packb(message)
+    if len(body) > limit_bytes:
+        raise DaemonError(f"a message of {len(body)} bytes is too long (limit {limit_bytes})")
+    return _LENGTH.pack(len(body)) + body
+
+
+async def receive_frame(stream: trio.abc.ReceiveStream, *, limit_bytes: int) -> Document | None:
+    """Return the next message, or None when the peer closed the connection between frames.
+
+    Raises:
+        DaemonError: The frame is too long, torn, or no msgpack map with text keys.
+        trio.BrokenResourceError: The connection broke.
+    """
+    head = await _receive_bytes(stream, _LENGTH.size)
+    if not head:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    if length > limit_bytes:
+        raise DaemonError(f"a message of {length} bytes is too long (limit {limit_bytes})")
+    body = await _receive_bytes(stream, length)
+    try:
+        message = msgpack.unpackb(body, strict_map_key=False)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise DaemonError("a message on the admin socket is not msgpack") from error
+    if not isinstance(message, dict):
+        raise DaemonError("a message on the admin socket is not a map")
+    return message
+
+
+async def _receive_bytes(stream: trio.abc.ReceiveStream, count: int) -> bytes:
+    """Return ``count`` bytes, or none at all when the peer closed before the first."""
+    received = bytearray()
+    while len(received) < count:
+        chunk = await stream.receive_some(min(count - len(received), 1 << 16))
+        if not chunk and not received:
+            return b""
+        if not chunk:
+            raise DaemonError("the peer closed the admin socket in the middle of a message")
+        received += chunk
+    return bytes(received)
+
+
+def error_document(error: IncfsError) -> Document:
+    """Return an error as it travels."""
+    facts = {key: value if _is_plain(value) else str(value) for key, value in error.facts.items()}
+    return {
+        "code": error.code,
+        "message": error.message,
+        "facts": facts,
+        "exit_code": error.exit_code,
+    }
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def rebuild_error(document: Document) -> IncfsError:
+    """Return the error that ``error_document`` described.
+
+    A code that this version does not know keeps its message and exit code.
+    """
+    code, message = str(document.get("code")), str(document.get("message"))
+    known = _classes_by_code().get(code)
+    if known is None:
+        exit_code = document.get("exit_code")
+        attributes = {"code": code, "exit_code": exit_code if isinstance(exit_code, int) else 1}
+        known = type("UnknownDaemonError", (DaemonError,), attributes)
+    facts = document.get("facts")
+    error = known(message)
+    # Not as keyword arguments: a fact could have any name.
+    error.facts = facts if isinstance(facts, dict) else {}
+    return error
+
+
+def _classes_by_code() -> dict[str, type[IncfsError]]:
+    found: dict[str, type[IncfsError]] = {}
+    waiting: list[type[IncfsError]] = [IncfsError]
+    while waiting:
+        cls = waiting.pop()
+        found.setdefault(cls.code, cls)
+        waiting += cls.__subclasses__()
+    return found

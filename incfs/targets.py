@@ -1,0 +1,88 @@
+"""What a name on the command line stands for: ``VOL``, ``VOL@SNAP`` or ``uuid:...``.
+
+The only place where such names are taken apart.  Look-ups go to the service's memory; nothing
+here changes anything.
+"""
+
+from typing import TYPE_CHECKING
+
+from incfs.errors import SnapshotNotFound, UsageError
+from incfs.model import Snapshot, Volume, validate_name
+
+if TYPE_CHECKING:
+    from incfs.service import Service
+
+UUID_PREFIX = "uuid:"
+
+
+def split_target(text: str) -> tuple[str, str | None]:
+    """Return the volume part and the snapshot part (None without ``@``) of a target.
+
+    Raises:
+        UsageError: A part is empty.
+        InvalidName: A part cannot be a name.
+    """
+    volume, at, snapshot = text.partition("@")
+    if not volume or (at and not snapshot):
+        raise UsageError(f"{text!r} is neither VOL nor VOL@SNAP", target=text)
+    if not volume.startswith(UUID_PREFIX):
+        validate_name(volume)
+    return volume, validate_name(snapshot, what="snapshot") if at else None
+
+
+def split_snapshot(text: str) -> tuple[str, str]:
+    """Return the volume and the snapshot of ``VOL@SNAP``.
+
+    Raises:
+        UsageError: The snapshot is missing.
+    """
+    volume, snapshot = split_target(text)
+    if snapshot is None:
+        raise UsageError(f"{text!r} names no snapshot; write VOL@SNAP", target=text)
+    return volume, snapshot
+
+
+def find_volume(service: "Service", text: str) -> Volume:
+    """Return the volume that ``VOL`` or ``uuid:...`` names.
+
+    Raises:
+        UsageError: It names a snapshot.
+        VolumeNotFound: There is none.
+    """
+    volume, snapshot = split_target(text)
+    if snapshot is not None:
+        raise UsageError(f"{text!r} names a snapshot; a volume is needed", target=text)
+    return service.volume(volume)
+
+
+def find_snapshot(service: "Service", text: str) -> tuple[Volume, Snapshot]:
+    """Return the snapshot that ``VOL@SNAP`` or ``uuid:...`` names, with its volume.
+
+    Raises:
+        UsageError: It names no snapshot.
+        VolumeNotFound: There is no such volume.
+        SnapshotNotFound: There is no such snapshot.
+    """
+    if text.startswith(UUID_PREFIX) and "@" not in text:
+        return _snapshot_by_uuid(service, text)
+    volume_name, snapshot_name = split_snapshot(text)
+    volume = service.volume(volume_name)
+    return volume, service.snapshot(volume.id, snapshot_name)
+
+
+def find_table(service: "Service", text: str) -> tuple[Volume, Snapshot | None]:
+    """Return what ``VOL`` or ``VOL@SNAP`` names; the snapshot is None for the live volume."""
+    volume_name, snapshot_name = split_target(text)
+    volume = service.volume(volume_name)
+    if snapshot_name is None:
+        return volume, None
+    return volume, service.snapshot(volume.id, snapshot_name)
+
+
+def _snapshot_by_uuid(service: "Service", text: str) -> tuple[Volume, Snapshot]:
+    uuid = text.removeprefix(UUID_PREFIX).lower()
+    for volume in service.volumes():
+        for snapshot in service.snapshots(volume.id):
+            if snapshot.uuid.lower() == uuid:
+                return volume, snapshot
+    raise SnapshotNotFound(f"no snapshot has the UUID {uuid!r}", uuid=uuid)

@@ -1,0 +1,57 @@
+"""Sizes and times as people and scripts write them.
+
+Pure: no I/O, no clock.  A bare number is bytes; K, KiB, M, MiB, ... are powers of 1024 and
+KB, MB, ... powers of 1000; letters may be upper or lower case.
+"""
+
+import re
+from datetime import UTC, datetime
+from fractions import Fraction
+from typing import Final
+
+from incfs.errors import UsageError
+
+_PREFIXES: Final = "KMGTPE"
+_SIZE: Final = re.compile(rf"(\d{{1,20}}(?:\.\d{{1,18}})?)\s?(?:([{_PREFIXES}])(I?B)?|B)?", re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """Read a size such as ``4096``, ``64K``, ``1.5GiB`` or ``10GB`` and return bytes.
+
+    Raises:
+        UsageError: It is no size, is negative, or is not a whole number of bytes.
+    """
+    match = _SIZE.fullmatch(text.strip().upper())
+    if match is None:
+        raise UsageError(
+            f"{text!r} is not a size; write bytes or a number with K, M, G, T, P or E "
+            "(powers of 1024) or KB, MB, ... (powers of 1000)",
+            value=text,
+        )
+    number, prefix, suffix = match.groups()
+    power = _PREFIXES.index(prefix) + 1 if prefix else 0
+    size = Fraction(number) * (1000 if suffix == "B" else 1024) ** power
+    if size.denominator != 1:
+        raise UsageError(f"{text!r} is not a whole number of bytes", value=text)
+    return int(size)
+
+
+def format_size(size_bytes: int) -> str:
+    """Write a size for people: whole bytes below 1 KiB, else one decimal and a binary unit."""
+    size = float(abs(size_bytes))
+    sign = "-" if size_bytes < 0 else ""
+    if size < 1024:
+        return f"{size_bytes} B"
+    for prefix in _PREFIXES:
+        size /= 1024
+        # 1023.96 would be shown as 1024.0: it belongs to the next unit.
+        if size < 1023.95 or prefix == _PREFIXES[-1]:
+            break
+    return f"{sign}{size:.1f} {prefix}iB"
+
+
+def format_time(time_ns: int) -> str:
+    """Write a time in ns since 1970 as RFC 3339, UTC, with microseconds."""
+    seconds, rest_ns = divmod(time_ns, 1_000_000_000)
+    moment = datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
+    return f"{moment.isoformat()}.{rest_ns // 1000:06d}Z"

@@ -1,0 +1,210 @@
+"""The command as a process: exit codes, signals, what goes to which stream."""
+
+import os
+import pty
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import serving
+from tests.support.cli import Cli, environment
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frobnicate"],
+        ["volume"],
+        ["volume", "frobnicate"],
+        ["volume", "list", "--frobnicate"],
+        ["volume", "create", "x"],
+        ["volume", "clone", "x", "y"],
+        ["send", "x@y"],
+        ["debug", "map", "x", "-1"],
+    ],
+)
+def test_usage_errors_exit_2(arguments: list[str], tmp_path: Path) -> None:
+    done = Cli(tmp_path).run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == "" or done.stderr == ""
+
+
+def test_no_pool_named() -> None:
+    assert "INCFS_POOL" in Cli().fails(2, "volume", "list")
+
+
+def test_pool_from_the_environment(offline: Cli) -> None:
+    done = subprocess.run(
+        Cli().command("volume", "list", "--json"), env={**environment(), "INCFS_POOL": str(offline.pool)}, check=False
+    )
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("size", ["1X", "-1", "1.0001K", ""])
+def test_bad_size(offline: Cli, size: str) -> None:
+    done = offline.run("volume", "create", "db", "--", size)
+    assert done.returncode == 2
+
+
+def test_not_a_pool(tmp_path: Path) -> None:
+    for directory in (tmp_path, tmp_path / "missing", Path("/etc/passwd")):
+        assert str(directory) in Cli(directory).fails(10, "volume", "list")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pool_create_refuses_what_is_there(offline: Cli, tmp_path: Path) -> None:
+    before = sorted(path.name for path in (tmp_path / "pool").iterdir())
+    assert offline.run("pool", "create", tmp_path / "pool").returncode in (1, 2)
+    assert sorted(path.name for path in (tmp_path / "pool").iterdir()) == before
+    offline.ok("volume", "list")
+
+
+@pytest.mark.parametrize("block_size", ["256", "3000", "128K", "x"])
+def test_pool_create_refuses_block_sizes(tmp_path: Path, block_size: str) -> None:
+    Cli().fails(2, "pool", "create", tmp_path / "p", "--block-size", block_size)
+    assert not (tmp_path / "p").exists()
+
+
+def test_pool_create_with_all_options(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    Cli().ok(
+        "pool", "create", tmp_path / "p", "--block-size", "16K", "--capacity", "64M", "--journal-size", "1M",
+        "--dir", tmp_path / "a", "--dir", tmp_path / "b",
+    )  # fmt: skip
+    cli = Cli(tmp_path / "p")
+    assert cli.json("pool", "show")["pool"]["block_bytes"] == 16384
+    assert len(cli.json("storage", "list")["storages"]) == 2
+
+
+def test_locked_pool_without_a_daemon_names_the_pid(offline: Cli) -> None:
+    assert offline.pool is not None
+    with serving(offline.pool) as daemon:
+        (offline.pool / "control.sock").unlink()
+        assert str(daemon.pid) in offline.fails(11, "volume", "list")
+
+
+def test_killed_daemon_leaves_nothing_in_the_way(offline: Cli) -> None:
+    assert offline.pool is not None
+    with serving(offline.pool) as daemon:
+        offline.ok("volume", "create", "db", "1G")
+        daemon.kill()
+        daemon.wait()
+    assert stat.S_ISSOCK((offline.pool / "control.sock").stat().st_mode)
+    assert offline.ok("volume", "list", "-H", "-o", "name") == "db\n"
+    with serving(offline.pool):
+        assert offline.ok("volume", "list", "-H", "-o", "name") == "db\n"
+
+
+def test_commands_wait_for_each_other(offline: Cli) -> None:
+    running = [
+        subprocess.Popen(offline.command("volume", "create", f"v{number}", "1G"), env=environment())
+        for number in range(4)
+    ]
+    assert [process.wait(60) for process in running] == [0, 0, 0, 0]
+    assert len(offline.json("volume", "list")["volumes"]) == 4
+
+
+def test_daemon_that_speaks_nonsense(offline: Cli) -> None:
+    assert offline.pool is not None
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(offline.pool / "control.sock"))
+        listening.listen()
+        process = subprocess.Popen(
+            offline.command("volume", "list"), env=environment(), text=True, stderr=subprocess.PIPE
+        )
+        peer, _ = listening.accept()
+        with peer:
+            peer.sendall(b"\x05\x00\x00\x00hello")
+            _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert stderr.startswith("incfs: ")
+    assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code", "said"), [(signal.SIGINT, 130, ""), (signal.SIGTERM, -signal.SIGTERM, "")]
+)
+def test_interrupted_while_the_daemon_works(offline: Cli, number: int, exit_code: int, said: str) -> None:
+    assert offline.pool is not None
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(offline.pool / "control.sock"))
+        listening.listen()
+        process = subprocess.Popen(
+            offline.command("pool", "check"), env=environment(), text=True, stderr=subprocess.PIPE
+        )
+        peer, _ = listening.accept()
+        with peer:
+            peer.recv(1)
+            process.send_signal(number)
+            _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (exit_code, said)
+
+
+def test_sigusr1_prints_a_line(offline: Cli) -> None:
+    assert offline.pool is not None
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(offline.pool / "control.sock"))
+        listening.listen()
+        process = subprocess.Popen(
+            offline.command("pool", "check"), env=environment(), text=True, stderr=subprocess.PIPE
+        )
+        assert process.stderr is not None
+        peer, _ = listening.accept()
+        with peer:
+            peer.recv(1)
+            process.send_signal(signal.SIGUSR1)
+            assert process.stderr.readline() == "incfs: working\n"
+            process.kill()
+        process.communicate()
+
+
+def test_reader_that_has_gone(offline: Cli) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        offline.command("pool", "show"), env=environment(), stdout=write_end, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_full_stdout_is_an_error(offline: Cli) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            offline.command("pool", "show"), env=environment(), stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == b"incfs: cannot write the output: No space left on device\n"
+
+
+def test_table_on_a_terminal(offline: Cli) -> None:
+    offline.ok("volume", "create", "[bold]db :smile:", "1536M")
+    leader, follower = pty.openpty()
+    done = subprocess.run(offline.command("volume", "list"), env=environment(), stdout=follower, check=False)
+    os.close(follower)
+    shown = os.read(leader, 65536).decode()
+    os.close(leader)
+    assert done.returncode == 0
+    assert "[bold]db :smile:" in shown
+    assert "1.5 GiB" in shown
+
+
+def test_other_users_may_not_administer(offline: Cli) -> None:
+    assert offline.pool is not None
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become another user")
+    with serving(offline.pool):
+        code = (
+            "import os, socket, sys\nos.chdir(sys.argv[1])\nos.setgid(65534)\nos.setuid(65534)\n"
+            "socket.socket(socket.AF_UNIX).connect('control.sock')"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(offline.pool)], capture_output=True, text=True, check=False
+        )
+        assert "PermissionError" in done.stderr

@@ -1,0 +1,107 @@
+"""Every verb, offline and through a daemon: the same output and the same exit codes."""
+
+import re
+from pathlib import Path
+
+from tests.support.cli import Cli
+
+RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
+
+
+def test_volume_life(cli: Cli) -> None:
+    assert cli.ok("volume", "create", "db", "1G") == ""
+    made = cli.json("volume", "create", "log", 4096)["volume"]
+    assert made["size_bytes"] == 4096
+    assert RFC3339.fullmatch(made["created"])
+    assert [volume["name"] for volume in cli.json("volume", "list")["volumes"]] == ["db", "log"]
+    cli.ok("volume", "resize", "db", "2G")
+    assert "--shrink" in cli.fails(2, "volume", "resize", "db", "1G")
+    cli.ok("volume", "resize", "db", "1.5G", "--shrink")
+    cli.ok("volume", "rename", "db", "data")
+    shown = cli.json("volume", "show", "data")["volume"]
+    assert shown["size_bytes"] == 3 << 29
+    assert shown["mode"] == "0600"
+    assert cli.json("volume", "show", f"uuid:{shown['uuid']}")["volume"] == shown
+    assert "would free" in cli.ok("volume", "remove", "-n", "data")
+    cli.ok("volume", "rm", "data")
+    assert [volume["name"] for volume in cli.json("volume", "ls")["volumes"]] == ["log"]
+    cli.fails(10, "volume", "show", "data")
+    assert cli.ok("pool", "check").startswith("clean")
+
+
+def test_snapshot_life(cli: Cli) -> None:
+    cli.ok("volume", "create", "db", "1G")
+    cli.ok("volume", "create", "log", "1G")
+    cli.ok("snapshot", "create", "db@a", "log@a")
+    made = cli.json("snapshot", "create", "db@b")["snapshots"]
+    assert [snapshot["name"] for snapshot in made] == ["db@b"]
+    cli.fails(1, "snapshot", "create", "db@a")
+    assert [row["name"] for row in cli.json("snapshot", "list")["snapshots"]] == ["db@a", "db@b", "log@a"]
+    assert [row["name"] for row in cli.json("snapshot", "ls", "db")["snapshots"]] == ["db@a", "db@b"]
+    cli.ok("snapshot", "rename", "db@a", "x")
+    cli.ok("snapshot", "rename", "db@x", "db@y")
+    assert cli.json("snapshot", "show", "db@y")["snapshot"]["volume"] == "db"
+    difference = cli.json("snapshot", "diff", "--from", "y", "db@b")
+    assert (difference["changed_bytes"], difference["ranges"]) == (0, [])
+    assert "has snapshots (y, b)" in cli.fails(11, "volume", "remove", "db")
+    assert "would free" in cli.ok("snapshot", "remove", "--dry-run", "db@y")
+    cli.ok("snapshot", "rm", "db@y")
+    cli.fails(10, "snapshot", "show", "db@y")
+    removal = cli.json("volume", "remove", "db", "--snapshots")["removal"]
+    assert [item["name"] for item in removal["items"]] == ["db@b", "db"]
+    assert [row["name"] for row in cli.json("snapshot", "list")["snapshots"]] == ["log@a"]
+    assert cli.ok("pool", "check", "--data").startswith("clean")
+
+
+def test_pool_and_storage(cli: Cli, tmp_path: Path) -> None:
+    pool = cli.json("pool", "show")["pool"]
+    assert pool["directory"] == str(cli.pool)
+    assert pool["block_bytes"] == 4096
+    assert "block" in cli.ok("pool", "show")
+    (first,) = cli.json("storage", "list")["storages"]
+    assert first["capacity_bytes"] == 1 << 30
+    added = cli.json("storage", "add", tmp_path / "second.img", "--capacity", "2G", "--class", "ssd")["storage"]
+    assert added["capacity_bytes"] == 2 << 30
+    cli.ok("storage", "add", tmp_path / "third.img", "--redundancy", "raid6")
+    rows = cli.json("storage", "ls")["storages"]
+    assert [(row["class"], row["redundancy"]) for row in rows[1:]] == [("ssd", "none"), ("", "raid6")]
+    cli.fails(2, "storage", "add", tmp_path / "x.img", "--redundancy", "hope")
+    assert cli.json("pool", "check")["check"]["is_clean"] is True
+
+
+def test_debug(cli: Cli) -> None:
+    cli.ok("volume", "create", "db", "1G")
+    assert cli.json("debug", "dump")["records"]
+    assert cli.ok("debug", "dump").count("\n") == len(cli.json("debug", "dump")["records"])
+    assert isinstance(cli.json("debug", "log")["records"], list)
+    cli.ok("debug", "log")
+    assert cli.json("debug", "map", "db", 0)["page_index"] == 0
+    cli.ok("debug", "map", "db", 0)
+
+
+def test_map_of_an_empty_volume(cli: Cli) -> None:
+    cli.ok("volume", "create", "db", "1G")
+    document = cli.json("volume", "map", "db")
+    assert document["target"] == "db"
+    assert all(extent["kind"] == "zero" for extent in document["extents"])
+
+
+def test_lists_for_people_and_for_scripts(cli: Cli) -> None:
+    cli.ok("volume", "create", "db", "1536M")
+    cli.ok("volume", "create", "a name", "0")
+    people = cli.ok("volume", "list").splitlines()
+    assert people[0].split()[:3] == ["NAME", "SIZE", "MAPPED"]
+    assert "1.5 GiB" in people[2]
+    assert not any(line.endswith(" ") for line in people)
+    scripts = cli.ok("volume", "list", "-H", "-p", "-o", "name,size,snapshot_count")
+    assert scripts == f"a name\t0\t0\ndb\t{3 << 29}\t0\n"
+    assert cli.ok("volume", "list", "-H", "-o", "size_bytes").splitlines() == ["0 B", "1.5 GiB"]
+    assert "there are: name, uuid" in cli.fails(2, "volume", "list", "-o", "colour")
+
+
+def test_names_that_cannot_be(cli: Cli) -> None:
+    for name in ("a/b", ".a", "a@b", "a#b", "a\tb", "x" * 201, ""):
+        cli.fails(2, "volume", "create", name, "1G")
+    cli.ok("volume", "create", "ünïcode 漢", "1G")
+    assert cli.ok("volume", "list", "-H", "-o", "name") == "ünïcode 漢\n"
+    cli.fails(1, "volume", "create", "ünïcode 漢", "1G")

@@ -1,0 +1,282 @@
+"""The admin socket: every request is answered once, and no client can hurt the server."""
+
+import socket
+import stat
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+import trio
+import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
+
+from incfs import control, errors, protocol
+from incfs.control import ControlClient, connect_control, serve_control
+from incfs.errors import DaemonError, IncfsError, PermissionRefused, VolumeNotFound
+from tests.support.fake_admin import FakeAdminService
+
+
+def ignore_progress(done: int, total: int, unit: str) -> None:
+    pass
+
+
+@asynccontextmanager
+async def serving(directory: Path) -> AsyncIterator[FakeAdminService]:
+    service = FakeAdminService(directory)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_control, service)
+        yield service
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def connected(directory: Path, progress: Any = ignore_progress) -> AsyncIterator[ControlClient]:
+    async with connect_control(directory, progress) as client:
+        assert client is not None
+        yield client
+
+
+async def raw_connection(directory: Path) -> trio.SocketStream:
+    return await trio.open_unix_socket(str(directory / control.SOCKET_NAME))
+
+
+async def test_calls_follow_each_other_on_one_connection(tmp_path: Path) -> None:
+    async with serving(tmp_path), connected(tmp_path) as client:
+        made = await client.call("volume.create", name="db", size_bytes=1 << 30)
+        listed = await client.call("volume.list")
+    assert listed["volumes"] == [made["volume"]]
+    assert made["volume"]["size_bytes"] == 1 << 30
+
+
+async def test_socket_is_private_and_goes_with_the_server(tmp_path: Path) -> None:
+    path = tmp_path / control.SOCKET_NAME
+    async with serving(tmp_path):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_ISSOCK(path.stat().st_mode)
+    assert not path.exists()
+
+
+async def test_error_comes_back_as_its_class(tmp_path: Path) -> None:
+    async with serving(tmp_path), connected(tmp_path) as client:
+        with pytest.raises(VolumeNotFound) as caught:
+            await client.call("volume.show", volume="nothing")
+        assert caught.value.exit_code == 10
+        assert caught.value.facts == {"name": "nothing"}
+        await client.call("volume.list")
+
+
+async def test_stale_socket_file_counts_as_no_daemon_and_is_replaced(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / control.SOCKET_NAME))
+    async with connect_control(tmp_path, ignore_progress) as client:
+        assert client is None
+    async with serving(tmp_path), connected(tmp_path) as client:
+        await client.call("volume.list")
+
+
+async def test_no_socket_is_no_daemon(tmp_path: Path) -> None:
+    for directory in (tmp_path, tmp_path / "missing"):
+        async with connect_control(directory, ignore_progress) as client:
+            assert client is None
+
+
+async def test_directory_longer_than_a_socket_address(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 100) / ("e" * 100)
+    deep.mkdir(parents=True)
+    async with serving(deep), connected(deep) as client:
+        await client.call("volume.list")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\xff\xff\xff\xff",
+        struct.pack("<I", protocol.MAX_REQUEST_BYTES + 1) + b"x" * 100,
+        struct.pack("<I", 4) + b"\xc1\xc1\xc1\xc1",
+        struct.pack("<I", 3) + b"\x92\x01\x02",
+        struct.pack("<I", 1) + b"\x01",
+        struct.pack("<I", 100) + b"torn",
+        b"\x01",
+        b"",
+    ],
+)
+async def test_server_outlives_a_bad_client(tmp_path: Path, sent: bytes) -> None:
+    async with serving(tmp_path):
+        async with await raw_connection(tmp_path) as stream:
+            await stream.send_all(sent)
+            await stream.send_eof()
+            answer = b""
+            # Bytes that the server did not read make its close a reset.
+            with trio.fail_after(5), suppress(trio.BrokenResourceError):
+                async for chunk in stream:
+                    answer += chunk
+        assert not sent or b"daemon.unreachable" in answer
+        async with connected(tmp_path) as client:
+            await client.call("volume.list")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {},
+        {"version": 99, "verb": "volume.list", "arguments": {}},
+        {"version": 1, "verb": "volume.explode", "arguments": {}},
+        {"version": 1, "verb": ["volume.list"], "arguments": {}},
+        {"version": 1, "verb": "volume.list", "arguments": []},
+        {"version": 1, "verb": "volume.list", "arguments": {"service": 1}},
+        {"version": 1, "verb": "volume.create", "arguments": {"name": "a"}},
+        {"version": 1, "verb": "volume.create", "arguments": {"name": "a", "size_bytes": "1"}},
+        {"version": 1, "verb": "volume.create", "arguments": {"name": "a", "size_bytes": True}},
+        {"version": 1, "verb": "snapshot.create", "arguments": {"targets": [1]}},
+        {"version": 1, "verb": "volume.list", "arguments": {1: 2}},
+    ],
+)
+async def test_senseless_request_is_a_usage_error(tmp_path: Path, request_: dict[str, Any]) -> None:
+    async with serving(tmp_path):
+        stream = await raw_connection(tmp_path)
+        await stream.send_all(protocol.encode_frame(request_, limit_bytes=1 << 20))
+        reply = await protocol.receive_frame(stream, limit_bytes=1 << 20)
+        await stream.aclose()
+    assert reply is not None
+    assert reply["error"]["code"] == "usage.invalid"
+    assert reply["error"]["exit_code"] == 2
+
+
+async def test_bug_in_a_verb_is_answered_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(tmp_path), connected(tmp_path) as client:
+        with pytest.raises(IncfsError, match="internal error"):
+            await client.call("debug.log")
+        await client.call("volume.list")
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_progress_arrives_before_the_result(tmp_path: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
+    async with serving(tmp_path) as service:
+
+        def on_progress(done: int, total: int, unit: str) -> None:
+            seen.append((done, total, unit))
+            service.may_finish.set()
+
+        async with connected(tmp_path, on_progress) as client:
+            with trio.fail_after(5):
+                document = await client.call("pool.check", data=True)
+    assert seen == [(40, 100, "blocks"), (100, 100, "blocks")]
+    assert document == {"check": {"is_clean": True}}
+
+
+async def test_gone_client_cancels_what_only_reads(tmp_path: Path) -> None:
+    async with serving(tmp_path) as service:
+        with trio.move_on_after(0.3):
+            async with connected(tmp_path) as client:
+                await client.call("pool.check")
+        with trio.fail_after(5):
+            while not service.check_cancelled:
+                await trio.sleep(0.01)
+
+
+async def test_gone_client_does_not_stop_a_change(tmp_path: Path) -> None:
+    async with serving(tmp_path) as service:
+        with trio.move_on_after(0.05):
+            async with connected(tmp_path) as client:
+                await client.call("storage.add", path="/x")
+        with trio.fail_after(5):
+            while not service.calls:
+                await trio.sleep(0.01)
+
+
+async def test_other_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "_PEER", _PeerWithUid(12345))
+    async with serving(tmp_path), connected(tmp_path) as client:
+        with pytest.raises(PermissionRefused):
+            await client.call("volume.list")
+
+
+class _PeerWithUid:
+    size = control._PEER.size
+
+    def __init__(self, uid: int) -> None:
+        self._uid = uid
+
+    def unpack(self, raw: bytes) -> tuple[int, int, int]:
+        return (1, self._uid, 0)
+
+
+async def test_many_clients_at_once(tmp_path: Path) -> None:
+    async with serving(tmp_path) as service:
+
+        async def create(number: int) -> None:
+            async with connected(tmp_path) as client:
+                await client.call("volume.create", name=f"v{number}", size_bytes=0)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(100):
+                nursery.start_soon(create, number)
+        assert len(service.volumes()) == 100
+
+
+async def test_daemon_that_goes_away_is_a_daemon_error(tmp_path: Path) -> None:
+    async with trio.open_nursery() as nursery:
+        listener = trio.socket.socket(trio.socket.AF_UNIX)
+        await listener.bind(str(tmp_path / control.SOCKET_NAME))
+        listener.listen()
+
+        async def accept_and_close() -> None:
+            peer, _ = await listener.accept()
+            await peer.recv(1)
+            peer.close()
+
+        nursery.start_soon(accept_and_close)
+        async with connected(tmp_path) as client:
+            with pytest.raises(DaemonError):
+                await client.call("volume.list")
+    listener.close()
+
+
+def all_error_classes() -> list[type[IncfsError]]:
+    return [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, IncfsError)]
+
+
+@pytest.mark.parametrize("cls", all_error_classes())
+def test_every_error_survives_the_way(cls: type[IncfsError]) -> None:
+    error = cls("what and where", path=Path("/x"), blocks=[1, 2])
+    packed = msgpack.unpackb(msgpack.packb(protocol.error_document(error)))
+    back = protocol.rebuild_error(packed)
+    assert type(back) is cls
+    assert str(back) == "what and where"
+    assert back.facts == {"path": "/x", "blocks": [1, 2]}
+
+
+def test_codes_are_unique() -> None:
+    codes = [cls.code for cls in all_error_classes()]
+    assert len(codes) == len(set(codes))
+
+
+def test_error_of_a_newer_daemon_keeps_its_exit_code() -> None:
+    error = protocol.rebuild_error({"code": "policy.new", "message": "no", "facts": None, "exit_code": 13})
+    assert (error.exit_code, error.code, str(error)) == (13, "policy.new", "no")
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_give_a_frame_or_a_daemon_error(data: bytes) -> None:
+    async def feed() -> None:
+        send, receive = trio.testing.memory_stream_one_way_pair()
+        await send.send_all(data)
+        await send.aclose()
+        try:
+            message = await protocol.receive_frame(receive, limit_bytes=1 << 20)
+        except DaemonError:
+            return
+        assert message is None or isinstance(message, dict)
+
+    trio.run(feed)
+
+
+def test_too_long_message_is_not_sent() -> None:
+    with pytest.raises(DaemonError, match="too long"):
+        protocol.encode_frame({"a": "x" * 100}, limit_bytes=50)

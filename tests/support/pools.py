@@ -1,0 +1,254 @@
+"""Tiny pools for tests: made, driven synchronously, and proved consistent."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from incfs import snapshot as snapshots
+from incfs import volume as volumes
+from incfs.backing import Backing
+from incfs.blocks import split_address
+from incfs.check import Checker, CheckReport
+from incfs.model import HOLE, MapId, Snapshot, Volume, VolumeId, split_map_id
+from incfs.overlay import TableKey
+from incfs.pool import PunchPlan
+from incfs.recovery import MIN_JOURNAL_BYTES, create_pool, open_store
+from incfs.store import Options, Store
+
+BLOCK = 64
+"""The smallest block: a map page then covers 32 KiB."""
+
+
+def make_pool(
+    directory: Path,
+    *,
+    block_bytes: int = BLOCK,
+    capacity_bytes: int | None = None,
+    storages: int = 1,
+    backing: Backing | None = None,
+) -> Path:
+    """Create a pool in ``directory / "pool"``."""
+    places = [directory / f"disk{number}" for number in range(storages)] if storages > 1 else []
+    create_pool(
+        directory / "pool",
+        block_bytes=block_bytes,
+        capacity_bytes=capacity_bytes,
+        directories=places,
+        journal_bytes=MIN_JOURNAL_BYTES,
+        backing=backing,
+    )
+    return directory / "pool"
+
+
+def tiny_options(
+    *,
+    extend_bytes: int = 4096,
+    page_cache_pages: int = 64,
+    small_commit_bytes: int = 65536,
+    overlay_pages: int = 64,
+    host_reserve_bytes: int = 0,
+) -> Options:
+    """Options that make everything happen early."""
+    return Options(
+        extend_bytes=extend_bytes,
+        page_cache_pages=page_cache_pages,
+        small_commit_bytes=small_commit_bytes,
+        overlay_pages=overlay_pages,
+        host_reserve_bytes=host_reserve_bytes,
+    )
+
+
+def ticking_clock(step_ns: int = 1_000_000) -> Callable[[], int]:
+    """A clock that advances by itself, the same in every run."""
+    return itertools.count(1_000_000_000, step_ns).__next__
+
+
+def open_tiny(pool: Path, options: Options | None = None, backing: Backing | None = None) -> Store:
+    """Open a pool with tiny options and a deterministic clock."""
+    store = open_store(pool, options or tiny_options(), backing)
+    store.clock = ticking_clock()
+    return store
+
+
+def new_volume(store: Store, name: str, size_bytes: int = 0) -> Volume:
+    """Create a volume."""
+    return volumes.create(store, name, size_bytes, mode=0o600, uid=0, gid=0)
+
+
+def write(store: Store, table: MapId, offset_bytes: int, data: bytes) -> None:
+    """Write a range, doing what is missing."""
+    volumes.drive(store, lambda wait: volumes.write(store, table, offset_bytes, data, wait=wait))
+
+
+def read(store: Store, table: MapId, offset_bytes: int = 0, length_bytes: int | None = None) -> bytes:
+    """Read a range, all of it by default."""
+    length = store.catalog.size_bytes(table) if length_bytes is None else length_bytes
+    return volumes.drive(store, lambda wait: volumes.read(store, table, offset_bytes, length, wait=wait))
+
+
+def discard_steps(store: Store, table: MapId, offset_bytes: int, end_bytes: int) -> Iterator[int]:
+    """Discard a range, yielding how far each step came."""
+    while offset_bytes < end_bytes:
+        start = offset_bytes
+        offset_bytes = volumes.drive(
+            store, lambda wait, start=start: volumes.discard(store, table, start, end_bytes, wait=wait)  # type: ignore[misc]
+        )
+        assert start < offset_bytes <= end_bytes
+        yield offset_bytes
+
+
+def discard(store: Store, table: MapId, offset_bytes: int, end_bytes: int) -> None:
+    """Discard a range."""
+    for _ in discard_steps(store, table, offset_bytes, end_bytes):
+        pass
+
+
+def resize(store: Store, volume_id: VolumeId, size_bytes: int) -> None:
+    """Set the size and finish a trim that this begins."""
+    volumes.drive(store, lambda wait: volumes.resize(store, volume_id, size_bytes, shrink=True))
+    volumes.finish_trim(store, volume_id)
+
+
+def reclaim(store: Store, *, page_count: int = 64) -> None:
+    """Free everything that was removed."""
+    for volume_id in list(store.catalog.volumes):
+        while not volumes.reclaim(store, volume_id, page_count):
+            pass
+
+
+def crash(store: Store, options: Options | None = None) -> Store:
+    """Let the process die and open the pool again; the page cache survives."""
+    store.abandon()
+    return open_tiny(store.directory, options or store.options)
+
+
+def diff(store: Store, older: Snapshot | None, newer: Snapshot) -> Iterator[volumes.Extent]:
+    """Yield what may differ between two snapshots."""
+    for page_index in snapshots.changed_pages(store, older, newer):
+        yield from snapshots.changed_extents(store, older, newer, page_index)
+
+
+def run_check(store: Store, *, data: bool = True) -> CheckReport:
+    """Check the last checkpoint."""
+    with store.tables.reading() as reader:
+        return Checker(reader, store.pool.volumes, store.block_bytes, data=data).run()
+
+
+def check_clean(store: Store) -> None:
+    """Checkpoint, then prove that the tables and the memory are consistent."""
+    store.checkpoint()
+    report = run_check(store)
+    assert report.is_clean, report.problems
+    check_memory(store)
+
+
+def check_memory(store: Store, punching: PunchPlan | None = None) -> None:
+    """Prove the merged view of tables, overlay, data plane and bitmaps (I9).
+
+    Every stored block has one owner, ``live`` is what the log's tables own, and ``busy`` is
+    that plus what is leased, fresh, dropped, freed or being punched, each block once.
+
+    Args:
+        store: The pool, between two steps.
+        punching: The plan of a checkpoint whose punching has not ended.
+    """
+    owned = list(_owned_addresses(store))
+    live, busy = _members(store, "live"), _members(store, "busy")
+    assert len(owned) == len(set(owned)), f"two owners: {_repeated(owned)}"
+    assert set(owned) == live, f"owned but not live {set(owned) - live}, live but not owned {live - set(owned)}"
+    others = [*_lease_addresses(store), *_fresh_addresses(store), *store.plane._dropped, *_freed_addresses(store)]
+    for storage_id, block_index, count in punching.runs if punching else ():
+        others += [storage_id << 48 | block_index + i for i in range(count)]
+    accounted = owned + others
+    assert len(accounted) == len(set(accounted)), f"two states: {_repeated(accounted)}"
+    assert set(accounted) == busy, f"lost {busy - set(accounted)}, given out but free {set(accounted) - busy}"
+    for storage in store.pool.volumes.values():
+        assert storage.live_blocks == sum(bits.bit_count() for bits in storage.live)
+        assert storage.busy_blocks == sum(bits.bit_count() for bits in storage.busy)
+        assert storage.grown_blocks <= storage.record.capacity_blocks
+        assert max((bits.bit_length() for bits in storage.busy), default=0) <= max(storage.grown_blocks, 0)
+    _check_counters(store)
+    _check_resident_pages(store)
+    _check_replaced_cache(store)
+
+
+def _repeated(values: list[int]) -> list[tuple[int, int]]:
+    seen: set[int] = set()
+    return [split_address(v) for v in values if v in seen or seen.add(v)]  # type: ignore[func-returns-value]
+
+
+def _tables(store: Store) -> Iterator[TableKey]:
+    for volume_id in store.catalog.volumes:
+        yield TableKey(volume_id)
+        for snapshot in store.catalog.snapshots(volume_id, removed=True):
+            yield TableKey(volume_id, snapshot.generation)
+
+
+def _stored(store: Store, table: TableKey) -> list[int]:
+    entries = (store.log.entries(table, page) for page in store.log.page_indexes(table))
+    return [address for page in entries for address, _ in page.values() if address > HOLE]
+
+
+def _owned_addresses(store: Store) -> Iterator[int]:
+    for table in _tables(store):
+        yield from _stored(store, table)
+
+
+def _members(store: Store, kind: str) -> set[int]:
+    return {
+        storage_id << 48 | group_index * 32768 + i
+        for storage_id, storage in store.pool.volumes.items()
+        for group_index, bits in enumerate(getattr(storage, kind))
+        for i in range(bits.bit_length())
+        if bits >> i & 1
+    }
+
+
+def _lease_addresses(store: Store) -> list[int]:
+    runs = [run for lease in store.plane._leases.values() for run in lease]
+    return [address + i for address, count in runs for i in range(count)]
+
+
+def _fresh_addresses(store: Store) -> Iterator[int]:
+    for page in store.plane._pages.values():
+        for index, (old, _) in page.fresh.items():
+            if page.addresses[index] > HOLE and page.addresses[index] != old:
+                yield page.addresses[index]
+
+
+def _freed_addresses(store: Store) -> list[int]:
+    running = store._checkpoint.freed if store._checkpoint else []
+    return [*store.pool._freed, *store.pool._quarantine, *running]
+
+
+def _check_counters(store: Store) -> None:
+    for volume in store.catalog.volumes.values():
+        if volume.name:
+            assert volume.mapped_blocks == len(_stored(store, TableKey(volume.id))), volume
+        snapshots = store.catalog.snapshots(volume.id, removed=True)
+        assert volume.newest_generation == max((s.generation for s in snapshots), default=0)
+        for snapshot in snapshots:
+            if snapshot.name:
+                assert snapshot.held_blocks == len(_stored(store, TableKey(volume.id, snapshot.generation))), snapshot
+
+
+def _check_resident_pages(store: Store) -> None:
+    """What is resident, unsealed writes taken back, is what the log says."""
+    for (table, page_index), page in store.plane._pages.items():
+        volume_id, generation = split_map_id(table)
+        volume = store.catalog.volumes.get(volume_id)
+        assert volume is not None, f"page of volume {volume_id} is resident, but it is gone"
+        if not volume.name or (generation and not store.catalog.snapshot_by_generation(volume_id, generation).name):
+            continue  # being reclaimed: nobody reads it any more
+        sealed = volumes.page_entries(store, table, page_index)
+        for index in range(len(page.addresses)):
+            found = page.fresh.get(index, (page.addresses[index], page.checksums[index]))
+            assert found == sealed.get(index, (0, 0)), f"table {volume_id}.{generation} page {page_index} index {index}"
+
+
+def _check_replaced_cache(store: Store) -> None:
+    for (volume_id, page_index), (generation, bits) in store.log._replaced.items():
+        volume = store.catalog.volumes.get(VolumeId(volume_id))
+        if volume is not None and generation == volume.newest_generation:
+            entries = store.log.entries(TableKey(volume_id, generation), page_index)
+            assert bits == sum(1 << index for index in entries)
