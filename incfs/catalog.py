@@ -172,6 +172,14 @@ class Catalog:
             raise StorageNotFound(f"there is no storage volume {storage_id}")
         return found
 
+    def volumes_to_reclaim(self) -> list[VolumeId]:
+        """List volumes that were removed, or of which a snapshot was."""
+        return [
+            volume.id
+            for volume in self.volumes.values()
+            if not volume.name or any(not s.name for s in self._snapshots.get(volume.id, {}).values())
+        ]
+
     def older_generation(self, volume_id: VolumeId, generation: Generation) -> Generation:
         """Give the next older snapshot that still has an increment, 0 without one."""
         older = [g for g in self._snapshots.get(volume_id, {}) if g < generation]

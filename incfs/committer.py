@@ -18,6 +18,8 @@ from incfs.errors import IncfsError, NoSpace
 from incfs.store import Store, new_nonce
 
 logger = logging.getLogger(__name__)
+COMMIT_AT_MAPPINGS = 16384
+"""Uncommitted mappings that trigger a commit: bounds its record and the memory."""
 _NO_SPACE_RETRY_S = 1.0
 
 Result = TypeVar("Result")
@@ -108,6 +110,24 @@ class Committer:
             finally:
                 current.done.set()
             if self._store.failure is None and self._store.wants_checkpoint and not self._store.is_checkpointing:
+                self.checkpoint_soon()
+
+    async def run_timers(self) -> None:
+        """Commit and checkpoint without being asked, as the options say; never returns."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._commit_now_and_then)
+            nursery.start_soon(self._checkpoint_now_and_then)
+
+    async def _commit_now_and_then(self) -> None:
+        while True:
+            await trio.sleep(self._store.options.commit_interval_s)
+            if self._store.has_uncommitted and self._store.failure is None:
+                self.commit_soon()
+
+    async def _checkpoint_now_and_then(self) -> None:
+        while True:
+            await trio.sleep(self._store.options.checkpoint_interval_s)
+            if self._store.failure is None and self._store.has_unfolded:
                 self.checkpoint_soon()
 
     async def _commit_or_checkpoint(self) -> None:

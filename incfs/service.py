@@ -5,32 +5,27 @@ thread; only what may block on a disk runs in worker threads.
 """
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from itertools import count
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import trio
 
 from incfs import recovery, snapshot, status, volume
 from incfs.check import Checker, CheckReport, Progress
-from incfs.committer import Committer, offload
-from incfs.dataplane import LeaseExhausted, NotResident, ReadWouldWait
-from incfs.errors import Busy, IncfsError, NoData, NoSpace
+from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
+from incfs.driver import Driver
+from incfs.errors import Busy, IncfsError, NoData
 from incfs.model import Generation, MapId, Snapshot, Volume, VolumeId, split_map_id
+from incfs.reclaimer import Reclaimer
 from incfs.store import Options, Store
-from incfs.volume import Extent, TrimPending
+from incfs.volume import Extent
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-
-_COMMIT_AT_MAPPINGS = 16384
-"""Uncommitted mappings that trigger a commit: bounds its record and the memory."""
-_RECLAIM_PAGES = 8
-"""Map pages that one step of the reclaim task handles."""
-_CACHED_READ_TRIES = 3
+_EXTENTS_STEP = 8
+"""Stretches listed between two chances for others to run."""
 _COPY_BYTES = 1 << 20
 _MAX_COPY_BYTES = 1 << 30
 
@@ -67,11 +62,9 @@ class Service:
     def __init__(self, store: Store, nursery: trio.Nursery) -> None:
         self._store = store
         self._committer = Committer(store, nursery)
-        self._space_lock = trio.Lock()
         self._handles: dict[MapId, list[str]] = {}
-        self._reclaim_wanted = trio.Event()
-        self._reclaim_idle = trio.Event()
-        """Set while nothing that was removed waits for its blocks to be freed."""
+        self._reclaimer = Reclaimer(store, self._committer, self._handles.__contains__)
+        self._driver = Driver(store, self._committer, self._reclaimer)
         self.mounted: MountHook | None = None
 
     # Look-ups
@@ -139,7 +132,7 @@ class Service:
         holders.pop()
         if not holders:
             del self._handles[table]
-            self._reclaim_soon()
+            self._reclaimer.reclaim_soon()
 
     def holders(self, volume_id: VolumeId) -> list[str]:
         """Name who has the volume or one of its snapshots open."""
@@ -149,7 +142,9 @@ class Service:
 
     async def read(self, table: MapId, offset_bytes: int, length_bytes: int) -> bytes:
         """Read a range; short only at the end of the volume."""
-        return await self._drive(lambda wait: volume.read(self._store, table, offset_bytes, length_bytes, wait=wait))
+        return await self._driver.drive(
+            lambda wait: volume.read(self._store, table, offset_bytes, length_bytes, wait=wait)
+        )
 
     async def write(self, table: MapId, offset_bytes: int, data: bytes) -> int:
         """Write a range; the volume grows when it ends behind its size.
@@ -157,8 +152,8 @@ class Service:
         Durability: none until ``commit``.
         """
         data = bytes(data)
-        written = await self._drive(lambda wait: volume.write(self._store, table, offset_bytes, data, wait=wait))
-        if self._store.pending_mappings >= _COMMIT_AT_MAPPINGS:
+        written = await self._driver.drive(lambda wait: volume.write(self._store, table, offset_bytes, data, wait=wait))
+        if self._store.pending_mappings >= COMMIT_AT_MAPPINGS:
             self._committer.commit_soon()
         return written
 
@@ -166,9 +161,11 @@ class Service:
         """Let a range read as zeros and give its space back; the size stays."""
         end = offset_bytes + length_bytes
         while offset_bytes < end:
-            start = offset_bytes
-            offset_bytes = await self._drive(lambda wait: volume.discard(self._store, table, start, end, wait=wait))  # noqa: B023 - called at once
+            offset_bytes = await self._discard_step(table, offset_bytes, end)
             await trio.lowlevel.checkpoint()
+
+    async def _discard_step(self, table: MapId, start: int, end: int) -> int:
+        return await self._driver.drive(lambda wait: volume.discard(self._store, table, start, end, wait=wait))
 
     async def seek(self, table: MapId, offset_bytes: int, *, data: bool) -> int:
         """Find the next data, or hole, at or after an offset; the end counts as a hole.
@@ -222,52 +219,6 @@ class Service:
         """Fold the journal into the tables and give freed space back."""
         await self._committer.checkpoint()
 
-    async def _drive(self, request: Callable[[bool], Result]) -> Result:
-        for attempt in count():
-            try:
-                return request(attempt > _CACHED_READ_TRIES)
-            except NotResident as refusal:
-                await self._load(refusal.map_id, refusal.page_index)
-            except LeaseExhausted as refusal:
-                await self._make_space(refusal.map_id, refusal.block_count)
-            except ReadWouldWait as refusal:
-                await offload(refusal.warm)
-            except TrimPending as refusal:
-                await self._trim(refusal.volume_id)
-        raise AssertionError("unreachable")
-
-    async def _load(self, table: MapId, page_index: int) -> None:
-        """Load a page, unless a checkpoint or a snapshot came between: then the caller asks again."""
-        log, catalog = self._store.log, self._store.catalog
-        chain, epoch = catalog.chain(table), log.epoch
-        stored = await offload(lambda: log.fetch(chain, page_index))
-        if self._store.plane.is_resident(table, page_index):
-            return
-        if epoch == log.epoch and chain == catalog.chain(table):
-            self._store.install(table, page_index, log.resolve(chain, page_index, stored))
-
-    async def _make_space(self, table: MapId, block_count: int) -> None:
-        try:
-            async with self._space_lock:
-                while not self._store.grant(table, block_count):
-                    await offload(self._store.grow)
-        except NoSpace as error:
-            await self._scrape_space(table, block_count, error)
-
-    async def _scrape_space(self, table: MapId, block_count: int, error: NoSpace) -> None:
-        """The images cannot grow: use what others leased, what was removed, what was freed."""
-        self._store.reclaim_leases()
-        if self._store.grant(table, block_count):
-            return
-        await self._reclaim_idle.wait()
-        await self.checkpoint()
-        if not self._store.grant(table, block_count):
-            raise error
-
-    async def _trim(self, volume_id: VolumeId) -> None:
-        while not await self._drive(lambda wait: volume.trim(self._store, volume_id, wait=wait)):
-            await trio.lowlevel.checkpoint()
-
     # Volumes
 
     async def create_volume(
@@ -280,15 +231,15 @@ class Service:
 
     async def resize_volume(self, volume_id: VolumeId, size_bytes: int, *, shrink: bool = False) -> Volume:
         """Set a volume's size; what lies behind a smaller one is lost."""
-        await self._drive(lambda _: volume.resize(self._store, volume_id, size_bytes, shrink=shrink))
-        await self._trim(volume_id)
+        await self._driver.drive(lambda _: volume.resize(self._store, volume_id, size_bytes, shrink=shrink))
+        await self._driver.trim(volume_id)
         await self.commit()
         return self.volume_by_id(volume_id)
 
     async def rename_volume(self, volume_id: VolumeId, new_name: str, *, replace: bool = False) -> Volume:
         """Give a volume another name; with ``replace`` over one that has it."""
         renamed = volume.rename(self._store, volume_id, new_name, over=replace)
-        self._reclaim_soon()
+        self._reclaimer.reclaim_soon()
         await self.commit()
         return renamed
 
@@ -306,7 +257,7 @@ class Service:
         for taken in self.snapshots(volume_id) if snapshots else ():
             self._require_closed(taken)
         volume.remove(self._store, volume_id, snapshots=snapshots)
-        self._reclaim_soon()
+        self._reclaimer.reclaim_soon()
         await self.commit()
 
     async def set_attributes(self, volume_id: VolumeId, **attributes: int) -> Volume:
@@ -352,7 +303,7 @@ class Service:
         """
         self._require_closed(self.snapshot(volume_id, name))
         snapshot.remove(self._store, volume_id, name)
-        self._reclaim_soon()
+        self._reclaimer.reclaim_soon()
         await self.commit()
 
     def _require_closed(self, taken: Snapshot) -> None:
@@ -383,7 +334,7 @@ class Service:
         found: list[Extent] = []
         size = self._store.catalog.size_bytes(table)
         while start_bytes < size and len(found) < limit:
-            for extent, _ in zip(volume.extents(self._store, table, start_bytes), range(_RECLAIM_PAGES), strict=False):
+            for extent, _ in zip(volume.extents(self._store, table, start_bytes), range(_EXTENTS_STEP), strict=False):
                 volume.join_extents(found, extent, self.block_bytes)
                 start_bytes = extent.offset_bytes + extent.length_bytes
             await trio.lowlevel.checkpoint()
@@ -405,7 +356,7 @@ class Service:
             UsageError: The capacity is too small, or the redundancy is unknown.
             AlreadyExists: The file is there already.
         """
-        async with self._space_lock:
+        async with self._driver.space_lock:
             record = await offload(
                 lambda: recovery.make_storage(
                     self._store,
@@ -464,45 +415,15 @@ class Service:
 
     async def wait_reclaimed(self) -> None:
         """Wait until the blocks of everything that was removed are free."""
-        await self._reclaim_idle.wait()
+        await self._reclaimer.wait_idle()
 
     async def run(self) -> None:
         """Do the background work; never returns."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._committer.run)
-            nursery.start_soon(self._commit_now_and_then)
-            nursery.start_soon(self._checkpoint_now_and_then)
-            nursery.start_soon(self._reclaim)
+            nursery.start_soon(self._committer.run_timers)
+            nursery.start_soon(self._reclaimer.run)
             nursery.start_soon(self._trim_interrupted)
-
-    async def _commit_now_and_then(self) -> None:
-        while True:
-            await trio.sleep(self._store.options.commit_interval_s)
-            if self._store.has_uncommitted and self._store.failure is None:
-                self._committer.commit_soon()
-
-    async def _checkpoint_now_and_then(self) -> None:
-        while True:
-            await trio.sleep(self._store.options.checkpoint_interval_s)
-            if self._store.failure is None and self._store.has_unfolded:
-                self._committer.checkpoint_soon()
-
-    async def _reclaim(self) -> None:
-        while True:
-            try:
-                for volume_id in list(self._store.catalog.volumes):
-                    await self._reclaim_volume(volume_id)
-            except IncfsError as error:
-                self._store.fail(error)
-            if not self._reclaim_wanted.is_set():
-                self._reclaim_idle.set()
-            await self._reclaim_wanted.wait()
-            self._reclaim_wanted = trio.Event()
-
-    def _reclaim_soon(self) -> None:
-        self._reclaim_wanted.set()
-        if self._reclaim_idle.is_set():
-            self._reclaim_idle = trio.Event()
 
     async def _trim_interrupted(self) -> None:
         """Finish what a shrink had begun when the pool was last cut off."""
@@ -510,23 +431,9 @@ class Service:
             if found.trim_from_bytes is None or self._store.failure is not None:
                 continue
             try:
-                await self._trim(volume_id)
+                await self._driver.trim(volume_id)
             except IncfsError as error:
                 logger.warning("volume %s: what a shrink left is not dropped yet: %s", found.name, error)
-
-    async def _reclaim_volume(self, volume_id: VolumeId) -> None:
-        if self._store.failure is not None:
-            return
-        while not self._is_open_and_removed(volume_id):
-            if volume.reclaim(self._store, volume_id, _RECLAIM_PAGES):
-                return
-            if self._store.pending_mappings >= _COMMIT_AT_MAPPINGS:
-                await self.commit()
-            await trio.lowlevel.checkpoint()
-
-    def _is_open_and_removed(self, volume_id: VolumeId) -> bool:
-        found = self.volume_by_id(volume_id)
-        return not found.name and found.map_id in self._handles
 
     async def close(self) -> None:
         """Make everything durable and fold it into the tables.

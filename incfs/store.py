@@ -226,8 +226,9 @@ class Store:
     def install(self, table: MapId, page_index: int, entries: dict[int, tuple[int, int]]) -> None:
         """Make a resolved page resident, evicting others beyond the memory bound."""
         limit = self.options.page_cache_pages
-        for evicted_map, evicted_page in self.plane.shrink(limit) if self.plane.page_count >= limit else ():
-            self.log.forget(split_map_id(evicted_map)[0], evicted_page)
+        if self.plane.page_count >= limit:
+            for evicted_map, evicted_page in self.plane.shrink(limit - limit // 8):
+                self.log.forget(split_map_id(evicted_map)[0], evicted_page)
         self.plane.load(table, page_index, entries)
 
     def evict(self, table: MapId) -> None:
