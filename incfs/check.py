@@ -111,7 +111,7 @@ class Checker:
     def _check_volume(self, volume: Volume) -> None:
         where = f"volume {volume.name or volume.id}"
         mapped = self._check_table(TableKey(volume.id), where)
-        if mapped != volume.mapped_blocks:
+        if volume.name and mapped != volume.mapped_blocks:
             self.report.damage(where, f"counts {volume.mapped_blocks} mapped blocks, but has {mapped}")
         snapshots = self._catalog.snapshots(volume.id, removed=True)
         newest = max((s.generation for s in snapshots), default=0)

@@ -81,6 +81,8 @@ class Checkpoint:
     segment_number: int
     """The journal segment that holds what comes after ``sequence``."""
     nonce: int
+    last_volume_id: int
+    """Highest id ever given to a volume: the records forget it when that volume is gone."""
     layer: Layer
     records: dict[RecordId, Record | None]
     groups: dict[tuple[StorageId, int], int]
@@ -130,5 +132,7 @@ class Checkpoint:
             space_key(*key): bits.to_bytes((bits.bit_length() + 7) // 8, "little") if bits else None
             for key, bits in self.groups.items()
         }
-        values["meta"] = meta_put({"sequence": self.sequence, "segment": self.segment_number})
+        values["meta"] = meta_put(
+            {"sequence": self.sequence, "segment": self.segment_number, "last_volume": self.last_volume_id}
+        )
         self.tables.write(self.layer, Puts(values))

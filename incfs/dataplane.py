@@ -49,7 +49,7 @@ class NotResident(Refused):
 
 
 class LeaseExhausted(Refused):
-    """Too few leased blocks: grant at least ``block_count`` more and ask again."""
+    """Too few leased blocks: the table needs ``block_count`` of them in all; grant and ask again."""
 
     def __init__(self, map_id: MapId, block_count: int) -> None:
         self.map_id = map_id
@@ -173,6 +173,10 @@ class DataPlane:
         """Give a table free blocks to write into."""
         self._leases.setdefault(map_id, deque()).append((address, block_count))
 
+    def leased_blocks(self, map_id: MapId) -> int:
+        """Unused leased blocks of a table."""
+        return sum(count for _, count in self._leases.get(map_id, ()))
+
     def revoke(self, map_id: MapId | None = None) -> list[int]:
         """Take back the unused leased blocks of one table, or of all."""
         tables = list(self._leases) if map_id is None else [map_id]
@@ -180,9 +184,9 @@ class DataPlane:
         return [address + i for address, count in runs for i in range(count)]
 
     def _take(self, map_id: MapId, block_count: int) -> list[int]:
-        lease = self._leases.get(map_id, deque())
-        if sum(count for _, count in lease) < block_count:
+        if self.leased_blocks(map_id) < block_count:
             raise LeaseExhausted(map_id, block_count)
+        lease = self._leases[map_id]
         taken: list[int] = []
         while len(taken) < block_count:
             address, count = lease.popleft()

@@ -216,13 +216,13 @@ class Reader:
                 raise FormatError(f"bitmap under a bad key {key.hex()}")
             yield *_SPACE_KEY.unpack(key), int.from_bytes(open_value(key, value), "little")
 
-    def checkpoint(self) -> tuple[int, int]:
-        """Read (sequence of the last commit contained, journal segment that follows)."""
+    def checkpoint(self) -> tuple[int, int, int]:
+        """Read (sequence of the last commit contained, journal segment that follows, last volume id given out)."""
         body = self.get("meta", _CHECKPOINT_KEY)
         value = unpack(body) if body is not None else None
         match value:
-            case {"sequence": int(sequence), "segment": int(segment)}:
-                return sequence, segment
+            case {"sequence": int(sequence), "segment": int(segment), "last_volume": int(last_volume)}:
+                return sequence, segment, last_volume
         raise FormatError("the tables hold no valid checkpoint record")
 
 

@@ -97,7 +97,7 @@ def create_pool(
     tables = Tables(directory / TABLES_NAME)
     try:
         values = record_puts({("storage", (record.id,)): record for record in records})
-        tables.write({}, Puts({**values, "meta": meta_put({"sequence": 0, "segment": 1})}))
+        tables.write({}, Puts({**values, "meta": meta_put({"sequence": 0, "segment": 1, "last_volume": 0})}))
     finally:
         tables.close()
     write_superblock(backing, directory, superblock)
@@ -198,7 +198,9 @@ def _load(store: Store) -> tuple[int, int]:
             store.pool.attach(record)
         for storage_id, group_index, bits in reader.space():
             store.pool.volume(StorageId(storage_id)).load(group_index, bits)
-        return reader.checkpoint()
+        sequence, segment, last_volume = reader.checkpoint()
+    store.catalog.last_volume_id = max(store.catalog.last_volume_id, VolumeId(last_volume))
+    return sequence, segment
 
 
 def _replay(store: Store, segment: int, sequence: int) -> int:

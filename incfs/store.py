@@ -239,23 +239,24 @@ class Store:
         self._lease_blocks.pop(table, None)
 
     def grant(self, table: MapId, block_count: int) -> bool:
-        """Lease at least ``block_count`` more blocks to a table; False when too few are free.
+        """Lease blocks to a table until it has ``block_count``; False when too few are free.
 
         Leases double while a table keeps asking, so that sequential writes stay sequential.
         """
         wanted = max(block_count, min(_MAX_LEASE_BLOCKS, 2 * self._lease_blocks.get(table, 8)))
         self._lease_blocks[table] = wanted
+        block_count -= self.plane.leased_blocks(table)
         while block_count > 0 and (found := self.pool.allocate(table, wanted)):
             self.plane.grant(table, *found)
             block_count -= found[1]
         return block_count <= 0
 
-    def reclaim_leases(self) -> bool:
-        """Take unused leased blocks back from every table; tell whether there were any."""
+    def reclaim_leases(self) -> None:
+        """Take back from every table what it leased and does not use."""
+        self.absorb()
         addresses = self.plane.revoke()
         self._lease_blocks.clear()
         self.pool.release(addresses)
-        return bool(addresses)
 
     def grow(self) -> None:
         """Grow the first storage volume that can.  Any thread, one caller at a time.
@@ -322,6 +323,7 @@ class Store:
             sequence=self.sequence,
             segment_number=segment_number,
             nonce=nonce,
+            last_volume_id=self.catalog.last_volume_id,
             layer=self.log.freeze(),
             records=self.catalog.freeze(),
             groups=groups,

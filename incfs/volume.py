@@ -385,7 +385,7 @@ def extents(store: Store, table: MapId, start_bytes: int = 0) -> Iterator[Extent
         for first, count, address in entry_runs(page_entries(store, table, found)):
             start = (found * PAGE_BLOCKS + first) * block
             end = min(start + count * block, size)
-            if address <= HOLE or end <= position:
+            if address <= HOLE or end <= max(start, position):
                 continue
             if start > position:
                 yield Extent(position, start - position, INHERIT)

@@ -1,4 +1,4 @@
-"""Runs the command line as users do: in its own process."""
+"""Runs the command line: as users do, in its own process, or quicker, in this one."""
 
 import json
 import os
@@ -7,6 +7,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from incfs.cli import main
 
 TIMEOUT_S = 60
 
@@ -50,6 +54,24 @@ class Cli:
         assert done.stderr.startswith("incfs: ")
         assert done.stderr.count("\n") == 1
         return done.stderr
+
+
+@dataclass(frozen=True)
+class InProcessCli(Cli):
+    """The same without a process: half a second quicker a command."""
+
+    capture: pytest.CaptureFixture[str] | None = None
+
+    def run(self, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        assert self.capture is not None
+        assert not options
+        command = self.command(*arguments)
+        self.capture.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(command[3:])
+        said = self.capture.readouterr()
+        assert isinstance(ended.value.code, int)
+        return subprocess.CompletedProcess(command, ended.value.code, said.out, said.err)
 
 
 def environment() -> dict[str, str]:

@@ -28,7 +28,7 @@ def make_pool(
     backing: Backing | None = None,
 ) -> Path:
     """Create a pool in ``directory / "pool"``."""
-    places = [directory / f"disk{number}" for number in range(storages)] if storages > 1 else []
+    places = [directory / "pool" / f"disk{number}" for number in range(storages)] if storages > 1 else []
     create_pool(
         directory / "pool",
         block_bytes=block_bytes,

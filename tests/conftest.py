@@ -1,0 +1,32 @@
+"""Fixtures and settings that every level of tests shares."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "normal", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile(
+    "long", max_examples=5000, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile(os.environ.get("INCFS_TEST_PROFILE", "normal"))
+
+
+def fast_directory() -> Path:
+    """Where many tiny pools are made: in memory if the machine has that, for their thousands of syncs."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() and os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+
+
+@pytest.fixture
+def pool_home() -> Iterator[Path]:
+    """An empty directory for one test's pools, in memory if possible."""
+    home = Path(tempfile.mkdtemp(prefix="incfs-test-", dir=fast_directory()))
+    yield home
+    shutil.rmtree(home)
