@@ -21,7 +21,7 @@ from incfs.documents import (
     volume_removal,
 )
 from incfs.errors import AlreadyExists, Busy, UsageError
-from incfs.model import Volume
+from incfs.model import Volume, validate_name
 from incfs.targets import find_snapshot, find_table, find_volume, split_snapshot, split_target
 from incfs.units import format_size
 
@@ -174,7 +174,8 @@ async def volume_rename(service: "Service", *, volume: str, name: str) -> Docume
     found = find_volume(service, volume)
     _refuse_open(service, found, "renamed")
     if service.mounted is not None:
-        _refuse_taken(service, name)
+        # A rename in the mount would replace the volume of that name, and knows nothing of names.
+        _refuse_taken(f"volume {name}", [v.name for v in service.volumes()], validate_name(name))
         await service.mounted.rename_volume(found.name, name)
     else:
         await service.rename_volume(found.id, name)
@@ -267,6 +268,8 @@ async def snapshot_rename(service: "Service", *, target: str, name: str) -> Docu
         if find_volume(service, owner).id != volume.id:
             raise UsageError(f"a snapshot of {volume.name} cannot move to {owner}")
     if service.mounted is not None:
+        taken = [s.name for s in service.snapshots(volume.id)]
+        _refuse_taken(f"snapshot {volume.name}@{name}", taken, validate_name(name, what="snapshot"))
         await service.mounted.rename_snapshot(volume.name, snapshot.name, name)
     else:
         await service.rename_snapshot(volume.id, snapshot.name, name)
@@ -343,14 +346,13 @@ def _refuse_open(service: "Service", volume: Volume, action: str) -> None:
     holders = service.holders(volume.id)
     if holders:
         raise Busy(
-            f"volume {volume.name} cannot be {action}: it is open by {', '.join(holders)}; "
-            "detach or close it first",
+            f"volume {volume.name} cannot be {action}: it is open by {', '.join(holders)}; detach or close it first",
             volume=volume.name,
             holders=holders,
         )
 
 
-def _refuse_taken(service: "Service", name: str) -> None:
-    """Raise AlreadyExists for a name in use: a rename through the mount would replace it."""
-    if any(volume.name == name for volume in service.volumes()):
-        raise AlreadyExists(f"there is a volume {name} already", name=name)
+def _refuse_taken(what: str, taken: list[str], name: str) -> None:
+    """Raise AlreadyExists for a name in use."""
+    if name in taken:
+        raise AlreadyExists(f"there is a {what} already", name=name)

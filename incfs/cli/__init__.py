@@ -5,6 +5,7 @@ commands share.  This is the boundary where an error becomes one line on stderr 
 code; a traceback here is a bug of ours.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ NOUNS: Final = frozenset({"pool", "storage", "volume", "snapshot", "debug", "mou
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave the process with its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="incfs: %(message)s")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app(args=as_mount_helper(given), prog_name="incfs")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli import Cli, environment
+from incfs.recovery import create_pool
+from tests.support.cli import Cli, InProcessCli, environment
 
 
 @contextmanager
@@ -37,16 +38,17 @@ def serving(pool: Path) -> Iterator[subprocess.Popen[str]]:
 def offline(tmp_path: Path) -> Cli:
     """A pool that nobody has open."""
     directory = tmp_path / "pool"
-    Cli().ok("pool", "create", directory, "--capacity", "1G")
+    create_pool(directory, capacity_bytes=1 << 30)
     return Cli(directory)
 
 
 @pytest.fixture(params=["offline", "online"])
-def cli(offline: Cli, request: pytest.FixtureRequest) -> Iterator[Cli]:
-    """A pool reached both ways."""
-    if request.param == "offline":
-        yield offline
-        return
+def cli(offline: Cli, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+    """A pool reached both ways, by commands run in this process."""
     assert offline.pool is not None
+    here = InProcessCli(offline.pool, capsys)
+    if request.param == "offline":
+        yield here
+        return
     with serving(offline.pool):
-        yield offline
+        yield here

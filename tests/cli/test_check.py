@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,16 +60,15 @@ def test_damaged_data_is_found_by_reading_it(offline: Cli) -> None:
 
 @contextmanager
 def answering(pool: Path, *replies: dict[str, Any], hold: threading.Event | None = None) -> Iterator[None]:
-    """Play a daemon that gives these replies to one request, the last one after ``hold``."""
+    """Play a daemon: it answers with the last reply, and until ``hold`` with the others again and again."""
     frames = [encode_frame(reply, limit_bytes=1 << 20) for reply in replies]
 
     def play() -> None:
         peer, _ = listening.accept()
         with peer:
             peer.recv(1 << 16)
-            peer.sendall(b"".join(frames[:-1]))
-            if hold is not None:
-                hold.wait(30)
+            while hold is not None and not hold.wait(0.1):
+                peer.sendall(b"".join(frames[:-1]))
             peer.sendall(frames[-1])
 
     with socket.socket(socket.AF_UNIX) as listening:
@@ -102,8 +102,7 @@ def test_sigusr1_tells_how_far_it_is(offline: Cli) -> None:
         assert process.stderr is not None
         line = ""
         while "40" not in line:
-            os.kill(process.pid, signal.SIGCONT)  # harmless, if it is still starting
-            if (offline.pool / "control.sock").exists() and _handles_usr1(process.pid):
+            if _handles_usr1(process.pid):
                 process.send_signal(signal.SIGUSR1)
                 line = process.stderr.readline()
         hold.set()
@@ -126,7 +125,7 @@ def test_bar_is_shown_on_a_terminal_only(offline: Cli) -> None:
     leader, follower = pty.openpty()
     for stderr in (follower, subprocess.PIPE):
         hold = threading.Event()
-        with answering(offline.pool, progress, progress, {"result": {"check": report}}, hold=hold):
+        with answering(offline.pool, progress, {"result": {"check": report}}, hold=hold):
             process = subprocess.Popen(
                 offline.command("pool", "check"),
                 env={**environment(), "TERM": "xterm"},
@@ -134,7 +133,11 @@ def test_bar_is_shown_on_a_terminal_only(offline: Cli) -> None:
                 stderr=stderr,
             )
             if stderr == follower:
-                assert "40%" in os.read(leader, 4096).decode()
+                shown = b""
+                while b"40%" not in shown:
+                    shown += os.read(leader, 4096)
+            else:
+                time.sleep(1.5)
             hold.set()
             _, said = process.communicate(timeout=30)
             (offline.pool / "control.sock").unlink()

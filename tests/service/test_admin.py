@@ -105,8 +105,16 @@ async def test_changes_go_through_the_mount(service: FakeAdminService) -> None:
 
 async def test_rename_through_the_mount_never_replaces(service: FakeAdminService) -> None:
     service.mounted = Hook(service)
+    await run(service, "snapshot.create", targets=["db@a"])
+    await run(service, "snapshot.create", targets=["db@b"])
     with pytest.raises(AlreadyExists):
         await run(service, "volume.rename", volume="db", name="log")
+    with pytest.raises(AlreadyExists):
+        await run(service, "snapshot.rename", target="db@a", name="b")
+    with pytest.raises(InvalidName):
+        await run(service, "volume.rename", volume="db", name="a/b")
+    with pytest.raises(InvalidName):
+        await run(service, "snapshot.rename", target="db@a", name=".x")
 
 
 @pytest.mark.parametrize(("verb", "more"), [("volume.remove", {}), ("volume.rename", {"name": "x"})])

