@@ -10,10 +10,9 @@ Owns the table of file handles.  What the operations mean is the service's busin
 
 import errno
 import os
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import pyfuse3
 
@@ -45,6 +44,19 @@ class Handle:
     """Of a status file, as it was when opened; None for volumes and snapshots."""
 
 
+class Kernel(Protocol):
+    """What handlers ask of the kernel."""
+
+    async def write_back(self, name: str) -> bool:
+        """Make it write its changed pages of a volume; whether that was possible.
+
+        Unlike fsync this does not take the kernel's lock of the file, which a seek holds while we answer it.
+        """
+
+    def forget_attributes(self, inode: int) -> None:
+        """Make it ask for an inode's attributes the next time."""
+
+
 class FileHandlers(pyfuse3.Operations):
     """The handlers whose first argument is a file handle, and ``open``.
 
@@ -58,8 +70,8 @@ class FileHandlers(pyfuse3.Operations):
         self.service = service
         self.cache = cache
         self.enable_writeback_cache = cache == "writeback"
-        self.write_back: Callable[[], Awaitable[None]] | None = None
-        """Makes the kernel write its changed pages; set by the mount."""
+        self.kernel: Kernel | None = None
+        """Set while mounted."""
         self.durations: dict[str, Histogram]
         self._handles: dict[int, Handle] = {}
         self._numbers = count(1)
@@ -102,12 +114,12 @@ class FileHandlers(pyfuse3.Operations):
         fh = self._register(Handle(inode, MapId(0), is_writable=False, content=content))
         return pyfuse3.FileInfo(fh=fh, direct_io=True, keep_cache=False)
 
-    def _open_table(self, table: MapId, pid: int, *, is_writable: bool) -> pyfuse3.FileInfo:
+    def _open_table(self, table: MapId, pid: int, *, is_writable: bool, is_cached: bool = True) -> pyfuse3.FileInfo:
         self.service.open_handle(table, describe_process(pid))
         fh = self._register(Handle(table, table, is_writable=is_writable))
         # What a table holds changes through the mount only, so the kernel may keep its pages.
-        uncached = self.cache == "none"
-        return pyfuse3.FileInfo(fh=fh, direct_io=uncached, keep_cache=not uncached)
+        is_cached = is_cached and self.cache != "none"
+        return pyfuse3.FileInfo(fh=fh, direct_io=not is_cached, keep_cache=is_cached)
 
     def _register(self, handle: Handle) -> int:
         fh = next(self._numbers)
@@ -128,8 +140,13 @@ class FileHandlers(pyfuse3.Operations):
     @handler
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Commit: everything written to the pool so far is durable afterwards."""
-        if self._handles[fh].content is None:
-            await self.service.commit()
+        handle = self._handles[fh]
+        if handle.content is not None:
+            return
+        await self.service.commit()
+        if self.kernel is not None:
+            # Under write-back the kernel does not know that its writes changed the count of blocks.
+            self.kernel.forget_attributes(handle.inode)
 
     # ------------------------------------------------------------------------- data
 
@@ -173,10 +190,21 @@ class FileHandlers(pyfuse3.Operations):
         handle = self._handles[fh]
         if handle.content is not None or whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise pyfuse3.FUSEError(errno.EINVAL)
-        if self.write_back is not None and self._may_have_unwritten_pages(handle.map_id):
-            # The kernel asks without writing its changed pages first: they would look like holes.
-            await self.write_back()
+        if self._may_have_unwritten_pages(handle.map_id) and not await self._write_back(handle.inode):
+            return self._seek_as_if_all_data(handle.inode, offset, whence)
         return await self.service.seek(handle.map_id, offset, data=whence == os.SEEK_DATA)
+
+    async def _write_back(self, inode: int) -> bool:
+        """Have the kernel write its changed pages: it asks without, and they would look like holes."""
+        name = self.service.volume_by_id(volume_of(inode)).name
+        return self.kernel is not None and bool(name) and await self.kernel.write_back(name)
+
+    def _seek_as_if_all_data(self, inode: int, offset: int, whence: int) -> int:
+        """Answer for a volume without a name: its unwritten pages cannot be reached, but need not be missed."""
+        size_bytes = self.service.volume_by_id(volume_of(inode)).size_bytes
+        if not 0 <= offset < size_bytes:
+            raise pyfuse3.FUSEError(errno.ENXIO)
+        return offset if whence == os.SEEK_DATA else size_bytes
 
     def _may_have_unwritten_pages(self, table: MapId) -> bool:
         """Closing writes a file's pages and a mapping keeps its handle open, so a writer's handle tells."""

@@ -151,8 +151,11 @@ class Operations(FileHandlers):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         """Create a volume, or take a snapshot, and open it."""
         entry = await self._create(parent_inode, name, mode, ctx)
-        is_writable = kind_of(entry.st_ino) is Kind.VOLUME and flags & os.O_ACCMODE != os.O_RDONLY
-        return self._open_table(MapId(entry.st_ino), ctx.pid, is_writable=is_writable), entry
+        is_volume = kind_of(entry.st_ino) is Kind.VOLUME
+        is_writable = is_volume and flags & os.O_ACCMODE != os.O_RDONLY
+        # The kernel believes that it may write to a snapshot that it has just "created": without a cache it has to ask.
+        opened = self._open_table(MapId(entry.st_ino), ctx.pid, is_writable=is_writable, is_cached=is_volume)
+        return opened, entry
 
     @handler
     async def mknod(

@@ -7,6 +7,7 @@ Owns the order of events.  Everything is built up in ``_run`` and taken down in 
 1. The pool is closed after the last request was answered, and the process ends after the pool is closed.
 2. A daemon that dies leaves its mount behind: ENOTCONN, never an empty directory.  Only a clean end unmounts.
 3. The kernel's own pages are written before a clean end and before a snapshot.
+4. No thread of the daemon waits for the daemon's own mount: another process does that (``outside``).
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import logging
 import os
 import select
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +40,9 @@ from incfs.mount_table import (
     is_dead,
     resolve_mountpoint,
     sync_filesystem,
+    write_pages,
 )
+from incfs.outside import Outside, fork_outside
 from incfs.service import open_service
 from incfs.store import Options
 
@@ -51,30 +55,37 @@ MIN_TASKS: Final = 8
 MAX_TASKS: Final = 1024
 """A request that waits for others (a snapshot for the write-back of its volume) holds its task, so tasks must not
 run out before a script that takes a snapshot of each of a few hundred volumes at once is served."""
-MAX_HOOK_THREADS: Final = 16
 
 
 class KernelHook:
     """Changes made by command, taken through the mount itself: what the kernel knows is then right by itself.
 
-    Each method blocks in a system call on this process's own mount, so it runs in a thread, and in threads of its
-    own: the service's threads must stay free to answer it.
-
     Args:
         mountpoint: Where the pool is mounted.
+        outside: Makes the system calls, which wait for this process's own mount.
     """
 
-    def __init__(self, mountpoint: Path) -> None:
+    def __init__(self, mountpoint: Path, outside: Outside) -> None:
         self._mountpoint = mountpoint
-        self._limiter = trio.CapacityLimiter(MAX_HOOK_THREADS)
+        self._outside = outside
 
     async def sync_volume(self, name: str) -> None:
         """Have the kernel write its changed pages of a volume."""
         await self._call(_sync_file, self._mountpoint / name)
 
-    async def write_back(self) -> None:
-        """Have the kernel write its changed pages of all volumes."""
-        await self._call(sync_filesystem, self._mountpoint)
+    async def write_back(self, name: str) -> bool:
+        """Have the kernel write its changed pages of a volume, without its lock; whether that was possible."""
+        try:
+            await self._outside.run(_write_pages, self._mountpoint / name)
+        except OSError as error:
+            logger.debug("%s: its pages are not written: %s", name, error)
+            return False
+        return True
+
+    def forget_attributes(self, inode: int) -> None:
+        """Have the kernel ask for an inode's attributes the next time; never blocks."""
+        with contextlib.suppress(FileNotFoundError):
+            pyfuse3.invalidate_inode(inode, attr_only=True)
 
     async def resize_volume(self, name: str, size_bytes: int) -> None:
         """Set a volume's size."""
@@ -99,18 +110,22 @@ class KernelHook:
 
     async def _call(self, function: Callable[..., None], *args: object) -> None:
         try:
-            await trio.to_thread.run_sync(function, *args, limiter=self._limiter)
+            await self._outside.run(function, *args)
         except OSError as error:
             raise _from_kernel(error) from error
 
 
-def _sync_file(path: Path) -> None:
+def _write_pages(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except PermissionError:
-        # The daemon of an ordinary user may not read every volume; syncfs needs no permission.
-        sync_filesystem(path.parent)
-        return
+        write_pages(fd)
+    finally:
+        # Closing takes the file's lock: it may end only after the handler that asked has answered.
+        threading.Thread(target=os.close, args=(fd,), daemon=True).start()
+
+
+def _sync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
@@ -185,7 +200,8 @@ def _prepare_mountpoint(pool: Path, mountpoint: Path) -> None:
 def _run_trio(pool: Path, mountpoint: Path, options: MountOptions, parent: Parent) -> None:
     """Run the daemon; of errors that nurseries wrapped, raise the first."""
     try:
-        trio.run(partial(_run, pool, mountpoint, options, parent))
+        with fork_outside() as outside:
+            trio.run(partial(_run, pool, mountpoint, options, parent, outside))
     except BaseExceptionGroup as group:
         cause: BaseException = group
         while isinstance(cause, BaseExceptionGroup):
@@ -193,18 +209,18 @@ def _run_trio(pool: Path, mountpoint: Path, options: MountOptions, parent: Paren
         raise cause from group
 
 
-async def _run(pool: Path, mountpoint: Path, options: MountOptions, parent: Parent) -> None:
+async def _run(pool: Path, mountpoint: Path, options: MountOptions, parent: Parent, outside: Outside) -> None:
     """Serve the mount from its first to its last request."""
     async with open_service(pool, _store_options(options)) as service:
         operations = Operations(service, options.cache)
         with _fuse_session(operations, pool, mountpoint, options) as session:
-            stopping = _Stopping(mountpoint)
             async with trio.open_nursery() as nursery:
                 fusext.start(nursery, operations)
-                with _hooked(service, operations, mountpoint):
+                with _hooked(service, operations, KernelHook(mountpoint, outside)) as hook:
+                    stopping = _Stopping(service, hook, mountpoint, outside)
                     await nursery.start(serve_control, service)
                     await nursery.start(stopping.watch_signals)
-                    nursery.start_soon(_tell_ready, mountpoint, session, parent)
+                    nursery.start_soon(_tell_ready, mountpoint, session, parent, outside)
                     await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
                 notify_systemd("STOPPING=1")
                 logger.info("%s: no more requests; closing the pool", mountpoint)
@@ -256,21 +272,20 @@ def fuse_options(pool: Path, options: MountOptions) -> set[str]:
 
 
 @contextlib.contextmanager
-def _hooked(service: "Service", operations: Operations, mountpoint: Path) -> Iterator[None]:
+def _hooked(service: "Service", operations: Operations, hook: KernelHook) -> Iterator[KernelHook]:
     """Let the service and the handlers reach the kernel while the mount is up."""
-    hook = KernelHook(mountpoint)
     service.mounted = hook
-    operations.write_back = hook.write_back
+    operations.kernel = hook
     try:
-        yield
+        yield hook
     finally:
         service.mounted = None
-        operations.write_back = None
+        operations.kernel = None
 
 
-async def _tell_ready(mountpoint: Path, session: _Session, parent: Parent) -> None:
+async def _tell_ready(mountpoint: Path, session: _Session, parent: Parent, outside: Outside) -> None:
     """Wait until the mount answers like any other, then say so."""
-    await trio.to_thread.run_sync(os.stat, mountpoint)
+    await outside.run(os.stat, mountpoint)
     session.has_answered = True
     logger.info("%s: mounted", mountpoint)
     parent.tell_ready()
@@ -280,11 +295,17 @@ class _Stopping:
     """Unmounts when the daemon is asked to end.
 
     Args:
+        service: The mounted pool.
+        hook: Its way to the kernel.
         mountpoint: Where the pool is mounted.
+        outside: Unmounts.
     """
 
-    def __init__(self, mountpoint: Path) -> None:
+    def __init__(self, service: "Service", hook: KernelHook, mountpoint: Path, outside: Outside) -> None:
+        self._service = service
+        self._hook = hook
         self._mountpoint = mountpoint
+        self._outside = outside
         self.refused: IncfsError | None = None
         """Why the mount was left in place, dead."""
 
@@ -298,14 +319,22 @@ class _Stopping:
 
     async def _unmount(self) -> None:
         try:
-            await trio.to_thread.run_sync(detach, self._mountpoint)
+            await self._outside.run(detach, self._mountpoint)
         except IncfsError as error:
             # An end was asked for: write what the kernel holds and go.  The mount stays and answers ENOTCONN.
             logger.warning("%s; the mount stays in place without its daemon", error)
             self.refused = error
-            with contextlib.suppress(OSError):
-                await trio.to_thread.run_sync(sync_filesystem, self._mountpoint)
+            await self._write_open_volumes()
             pyfuse3.terminate()
+
+    async def _write_open_volumes(self) -> None:
+        """Take over what the kernel has not written yet (syncfs does not wait for FUSE)."""
+        for volume in self._service.volumes():
+            if self._service.holders(volume.id):
+                try:
+                    await self._hook.sync_volume(volume.name)
+                except IncfsError as error:
+                    logger.error("%s: not everything could be written: %s", volume.name, error)
 
 
 # ----------------------------------------------------------------------------------- umount

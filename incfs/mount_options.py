@@ -18,7 +18,7 @@ _IGNORED: Final = frozenset({
 })
 # fmt: on
 """Options of mount(8) that ask for nothing here, or for what always holds (``nosuid``, ``nodev``)."""
-_IGNORED_PREFIXES: Final = ("x-", "X-", "comment=", "context=", "uhelper=", "helper=", "dev=", "subtype=")
+_IGNORED_PREFIXES: Final = ("x-", "X-", "comment=", "context=", "uhelper=", "helper=", "dev=", "subtype=", "user=")
 _KERNEL: Final = frozenset({"noexec", "noatime", "sync", "dirsync"})
 """Passed on as they are."""
 

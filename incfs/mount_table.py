@@ -61,7 +61,8 @@ def resolve_mountpoint(mountpoint: Path) -> Path:
 def is_dead(mountpoint: Path) -> bool:
     """Say whether the daemon behind this mount has gone."""
     try:
-        os.stat(mountpoint)
+        # Not stat: for a second after the daemon's end the kernel answers it from its cache.
+        os.statvfs(mountpoint)
     except OSError as error:
         return error.errno == errno.ENOTCONN
     return False
@@ -100,10 +101,22 @@ def _fusermount(place: Path, *, lazy: bool) -> int:
     raise IncfsError(f"cannot unmount {place}: {done.stderr.strip()}", mountpoint=str(place))
 
 
-def sync_filesystem(path: Path) -> None:
-    """Have the kernel write every changed page of the filesystem at ``path`` (syncfs).
+def write_pages(fd: int) -> None:
+    """Have the kernel write a file's changed pages and wait for it (sync_file_range): neither lock nor fsync.
 
-    Unlike ``pyfuse3.syncfs`` this lets other threads run: the writes come to this very process.
+    Raises:
+        OSError: A page could not be written.
+    """
+    wait_write_wait = 7
+    if _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), wait_write_wait) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def sync_filesystem(path: Path) -> None:
+    """Have the kernel begin to write every changed page of the filesystem at ``path`` (syncfs).
+
+    Of a FUSE filesystem the kernel does not wait for the writes.
 
     Raises:
         OSError: A page could not be written.

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from incfs.codec import Entries, entry_runs
 from incfs.dataplane import LeaseExhausted, NotResident, ReadWouldWait, Refused
-from incfs.errors import AlreadyExists, BackingError, Busy, LimitExceeded, NoData, NotSupported, UsageError
+from incfs.errors import AlreadyExists, BackingError, Busy, LimitExceeded, NoData, NoSpace, NotSupported, UsageError
 from incfs.model import (
     HOLE,
     INHERIT,
@@ -279,13 +279,23 @@ def write(store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: b
         return 0
     whole, first = _whole_blocks(store, table, offset_bytes, data, wait=wait)
     try:
-        store.plane.write(table, first, whole)
-    except BackingError as error:
-        store.fail(error)
+        _write_blocks(store, table, first, whole)
+    except NoSpace:
+        # Some of it may be written, and nothing stored may lie behind the end: it would come
+        # to light when the volume grows.
+        _note_write(store, volume.id, end)
         raise
     _note_write(store, volume.id, end)
     store.seal_if_large()
     return len(data)
+
+
+def _write_blocks(store: Store, table: MapId, first_block: int, data: bytes) -> None:
+    try:
+        store.plane.write(table, first_block, data)
+    except BackingError as error:
+        store.fail(error)
+        raise
 
 
 def _writable_volume(store: Store, table: MapId) -> Volume:
@@ -354,7 +364,7 @@ def _zero_part(store: Store, table: MapId, offset_bytes: int, end_bytes: int, *,
     length = end_bytes - offset_bytes
     if old[start : start + length] != bytes(length):
         whole = old[:start] + bytes(length) + old[start + length :]
-        store.plane.write(table, offset_bytes // store.block_bytes, whole)
+        _write_blocks(store, table, offset_bytes // store.block_bytes, whole)
 
 
 def _discard_page(store: Store, table: MapId, first_block: int, end_block: int) -> int:

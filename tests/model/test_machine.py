@@ -12,7 +12,14 @@ from random import Random
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from incfs import snapshot as snapshots
 from incfs import store as store_module
@@ -545,9 +552,12 @@ class CoreMachine(RuleBasedStateMachine):
             pools.check_memory(self.store, self.punching)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)  # shrinking a failure takes minutes
 def test_core_behaves_like_the_model() -> None:
+    """INCFS_TEST_PROFILE=long tries more, and other, stories."""
     is_long = os.environ.get("INCFS_TEST_PROFILE") == "long"
     run_state_machine_as_test(
         CoreMachine,
-        settings=settings(max_examples=5000 if is_long else 120, stateful_step_count=60 if is_long else 40),
+        settings=settings(max_examples=5000 if is_long else 500, stateful_step_count=60 if is_long else 40),
     )

@@ -91,7 +91,8 @@ def discard_steps(store: Store, table: MapId, offset_bytes: int, end_bytes: int)
     while offset_bytes < end_bytes:
         start = offset_bytes
         offset_bytes = volumes.drive(
-            store, lambda wait, start=start: volumes.discard(store, table, start, end_bytes, wait=wait)  # type: ignore[misc]
+            store,
+            lambda wait, start=start: volumes.discard(store, table, start, end_bytes, wait=wait),  # type: ignore[misc]
         )
         assert start < offset_bytes <= end_bytes
         yield offset_bytes

@@ -99,7 +99,7 @@ class RecordingBacking(Backing):
             original(tables, *arguments)
             self.events.append(Event("tables", tables._path, data=tables._path.read_bytes()))
 
-        Tables.write = write  # type: ignore[method-assign]
+        Tables.write = write  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:

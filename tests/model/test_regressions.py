@@ -1,0 +1,150 @@
+"""Bugs that the state machine, the power cuts or a reading found, each as its shortest story."""
+
+from pathlib import Path
+
+import pytest
+
+from incfs import snapshot as snapshots
+from incfs import volume as volumes
+from incfs.backing import Backing, File
+from incfs.errors import BackingError, IncfsError, NoSpace, PoolReadOnly
+from incfs.model import HOLE
+from tests.support import pools
+
+
+class FailingBacking(Backing):
+    """Fails writes to images once ``error`` is set, after ``good_writes`` more of them."""
+
+    def __init__(self) -> None:
+        self.error: IncfsError | None = None
+        self.good_writes = 0
+
+    def _open(self, path: Path, flags: int) -> File:
+        backing = self
+
+        class FailingFile(File):
+            def pwrite(self, offset_bytes: int, data: bytes | memoryview) -> None:
+                if backing.error is not None and self.path.suffix == ".img":
+                    if not backing.good_writes:
+                        raise backing.error
+                    backing.good_writes -= 1
+                super().pwrite(offset_bytes, data)
+
+        plain = super()._open(path, flags)
+        return FailingFile(path, plain.fileno())
+
+
+def test_growth_in_steps_smaller_than_a_write_ends(pool_home: Path) -> None:
+    """Each ask for a lease forgot what the table had been given before: the image grew for ever."""
+    with pools.open_tiny(pools.make_pool(pool_home), pools.tiny_options(extend_bytes=320)) as store:
+        volume = pools.new_volume(store, "a")
+        pools.write(store, volume.map_id, 0, b"x" * 1500)
+        assert store.pool.used_blocks() == 0
+        assert sum(s.grown_blocks for s in store.pool.volumes.values()) <= 30
+
+
+def test_free_blocks_in_two_lots_are_enough(pool_home: Path) -> None:
+    """5 blocks free at once and 4 freed by a checkpoint did not serve a write of 8: ENOSPC."""
+    with pools.open_tiny(pools.make_pool(pool_home, capacity_bytes=20 * 64)) as store:
+        volume = pools.new_volume(store, "a")
+        pools.write(store, volume.map_id, 0, b"x" * 15 * 64)
+        store.commit()
+        pools.discard(store, volume.map_id, 0, 4 * 64)
+        store.commit()
+        pools.write(store, volume.map_id, 20 * 64, b"y" * 8 * 64)
+        pools.check_clean(store)
+
+
+def test_blocks_replaced_since_the_last_seal_count_as_space(pool_home: Path) -> None:
+    """Making space did not look at writes that were not sealed: ENOSPC in a pool with room."""
+    with pools.open_tiny(pools.make_pool(pool_home, capacity_bytes=20 * 64)) as store:
+        volume = pools.new_volume(store, "a")
+        for fill in (b"x", b"y", b"z"):
+            pools.write(store, volume.map_id, 0, fill * 10 * 64)
+            if fill == b"x":
+                store.absorb()
+        pools.write(store, volume.map_id, 20 * 64, b"w" * 10 * 64)
+        assert pools.read(store, volume.map_id, 0, 640) == b"z" * 640
+        pools.check_clean(store)
+
+
+def test_a_snapshot_taken_before_a_shrink_was_trimmed_has_no_extent_behind_its_end(pool_home: Path) -> None:
+    """Mappings behind the size gave extents beyond it and of negative length."""
+    with pools.open_tiny(pools.make_pool(pool_home)) as store:
+        volume = pools.new_volume(store, "a")
+        pools.write(store, volume.map_id, 640, b"x" * 640)
+        volumes.resize(store, volume.id, 100, shrink=True)
+        (taken,) = snapshots.create(store, [(volume.id, "s")])
+        volumes.finish_trim(store, volume.id)
+        for table in (volume.map_id, taken.map_id):
+            assert [(e.offset_bytes, e.length_bytes) for e in volumes.extents(store, table)] == [(0, 100)]
+
+
+def test_the_id_of_a_removed_volume_is_not_given_out_again(pool_home: Path) -> None:
+    """The highest id was taken from the records, which forget a removed volume."""
+    pool = pools.make_pool(pool_home)
+    with pools.open_tiny(pool) as store:
+        first = pools.new_volume(store, "a").id
+        volumes.remove(store, first, snapshots=False)
+        pools.reclaim(store)
+    with pools.open_tiny(pool) as store:
+        assert pools.new_volume(store, "b").id > first
+
+
+def test_a_volume_that_is_half_reclaimed_checks_clean(pool_home: Path) -> None:
+    """Its counter of mapped blocks was compared with what reclaiming had left."""
+    with pools.open_tiny(pools.make_pool(pool_home)) as store:
+        volume = pools.new_volume(store, "a")
+        for page in range(3):
+            pools.write(store, volume.map_id, page * 32_768, b"x" * 64)
+        store.commit()
+        volumes.remove(store, volume.id, snapshots=False)
+        assert not volumes.reclaim(store, volume.id, 1)
+        pools.check_clean(store)
+
+
+def test_a_failed_write_of_a_partial_discard_makes_the_pool_read_only(pool_home: Path) -> None:
+    """Only failures of plain writes did (I10)."""
+    backing = FailingBacking()
+    store = pools.open_tiny(pools.make_pool(pool_home), backing=backing)
+    volume = pools.new_volume(store, "a")
+    pools.write(store, volume.map_id, 0, b"x" * 64)
+    backing.error = BackingError("the disk is gone")
+    with pytest.raises(BackingError):
+        pools.discard(store, volume.map_id, 0, 10)
+    with pytest.raises(PoolReadOnly):
+        pools.write(store, volume.map_id, 0, b"y")
+    store.abandon()
+
+
+def test_what_a_failed_write_left_behind_the_end_does_not_come_to_light(pool_home: Path) -> None:
+    """A write cut short by a full host had mapped blocks behind the size; growing showed them."""
+    backing = FailingBacking()
+    with pools.open_tiny(pools.make_pool(pool_home, storages=2, capacity_bytes=16 * 64), backing=backing) as store:
+        volume = pools.new_volume(store, "a")
+        backing.error, backing.good_writes = NoSpace("the host is full"), 1
+        with pytest.raises(NoSpace):
+            pools.write(store, volume.map_id, 0, b"x" * 10 * 64)
+        backing.error = None
+        last = max(e.offset_bytes + e.length_bytes for e in volumes.extents(store, volume.map_id) if e.address > HOLE)
+        assert 0 < last <= store.catalog.volume(volume.id).size_bytes
+        pools.write(store, volume.map_id, 0, b"y" * 4 * 64)
+        pools.check_clean(store)
+
+
+def test_a_checkpoint_without_host_space_may_be_tried_again(pool_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second try, and closing, ended in an assertion: one checkpoint at a time."""
+    with pools.open_tiny(pools.make_pool(pool_home)) as store:
+        volume = pools.new_volume(store, "a")
+        pools.write(store, volume.map_id, 0, b"x" * 640)
+        with monkeypatch.context() as patched:
+            patched.setattr(File, "allocate", _no_space)
+            with pytest.raises(NoSpace):
+                store.checkpoint()
+            assert store.failure is None
+        pools.write(store, volume.map_id, 64, b"y" * 64)
+        pools.check_clean(store)
+
+
+def _no_space(*_: object, **__: object) -> None:
+    raise NoSpace("the host is full")

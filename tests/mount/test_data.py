@@ -1,0 +1,154 @@
+"""Reading and writing: every way in which bytes reach a volume and come back."""
+
+import errno
+import mmap
+import os
+import threading
+
+import pytest
+
+from tests.mount.test_names import errno_of
+
+MIB = 1 << 20
+
+
+def test_what_was_written_is_read(volume):
+    data = os.urandom(5 * MIB + 123)
+    volume.write_bytes(data)
+    assert volume.read_bytes() == data
+
+
+def test_writes_survive_a_remount_without_an_fsync(mounted):
+    data = os.urandom(3 * MIB + 1)
+    (mounted / "db").write_bytes(data)
+    mounted.remount()
+    assert (mounted / "db").read_bytes() == data
+
+
+def test_partial_blocks_keep_their_neighbours(volume):
+    volume.write_bytes(b"a" * 10000)
+    with open(volume, "r+b", buffering=0) as stream:
+        for offset, length in ((4090, 12), (1, 1), (8191, 2), (9999, 1)):
+            os.pwrite(stream.fileno(), b"b" * length, offset)
+    expected = bytearray(b"a" * 10000)
+    for offset, length in ((4090, 12), (1, 1), (8191, 2), (9999, 1)):
+        expected[offset : offset + length] = b"b" * length
+    assert volume.read_bytes() == expected
+
+
+def test_writing_behind_the_end_leaves_zeros_between(volume):
+    with open(volume, "wb", buffering=0) as stream:
+        os.pwrite(stream.fileno(), b"end", 10 * MIB)
+    assert os.stat(volume).st_size == 10 * MIB + 3
+    with open(volume, "rb") as stream:
+        assert stream.read(10 * MIB) == bytes(10 * MIB)
+        assert stream.read() == b"end"
+
+
+def test_reading_at_and_behind_the_end_gives_nothing(volume):
+    volume.write_bytes(b"12345")
+    fd = os.open(volume, os.O_RDONLY)
+    assert os.pread(fd, 100, 3) == b"45"
+    assert os.pread(fd, 100, 5) == os.pread(fd, 100, 1 << 40) == b""
+    os.close(fd)
+
+
+def test_append_goes_to_the_end(volume):
+    for part in (b"one", b"two", b"three"):
+        with open(volume, "ab") as stream:
+            stream.write(part)
+    assert volume.read_bytes() == b"onetwothree"
+
+
+def test_opening_with_truncation_empties(volume):
+    volume.write_bytes(b"x" * 100000)
+    os.close(os.open(volume, os.O_WRONLY | os.O_TRUNC))
+    assert os.stat(volume).st_size == os.stat(volume).st_blocks == 0
+    assert volume.read_bytes() == b""
+
+
+def test_opened_for_writing_only_and_written_in_part_of_a_page(volume):
+    volume.write_bytes(b"a" * 4096)
+    fd = os.open(volume, os.O_WRONLY)
+    os.pwrite(fd, b"b", 100)
+    os.fsync(fd)
+    os.close(fd)
+    assert volume.read_bytes() == b"a" * 100 + b"b" + b"a" * 3995
+
+
+@pytest.mark.parametrize("flag", ["O_SYNC", "O_DSYNC"])
+def test_synchronous_writes(volume, flag):
+    fd = os.open(volume, os.O_CREAT | os.O_RDWR | getattr(os, flag))
+    assert os.write(fd, b"safe") == 4
+    assert os.pread(fd, 4, 0) == b"safe"
+    os.close(fd)
+
+
+def test_direct_io(volume):
+    buffer = mmap.mmap(-1, MIB)
+    buffer.write(os.urandom(MIB))
+    fd = os.open(volume, os.O_CREAT | os.O_RDWR | os.O_DIRECT)
+    assert os.pwritev(fd, [buffer], 0) == MIB
+    back = mmap.mmap(-1, MIB)
+    assert os.preadv(fd, [back], 0) == MIB
+    assert back[:] == buffer[:]
+    assert os.pwritev(fd, [memoryview(buffer)[:512]], MIB + 512) == 512
+    os.close(fd)
+    assert volume.read_bytes() == buffer[:] + bytes(512) + buffer[:512]
+
+
+def test_memory_mapping_is_written_back(volume):
+    volume.write_bytes(bytes(3 * 4096))
+    with open(volume, "r+b") as stream, mmap.mmap(stream.fileno(), 0) as mapped:
+        mapped[4095:4099] = b"abcd"
+        mapped.flush()
+        assert os.pread(stream.fileno(), 4, 4095) == b"abcd"
+        mapped[0:1] = b"z"
+    data = volume.read_bytes()
+    assert (data[0:1], data[4095:4099]) == (b"z", b"abcd")
+
+
+def test_fsync_works_on_files_and_directories(mnt, volume):
+    with open(volume, "wb") as stream:
+        stream.write(b"x")
+        stream.flush()
+        os.fsync(stream.fileno())
+        os.fdatasync(stream.fileno())
+    fd = os.open(mnt.path, os.O_RDONLY | os.O_DIRECTORY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def test_many_writers_at_once(volume):
+    volume.write_bytes(bytes(16 * MIB))
+
+    def write(number):
+        with open(volume, "r+b", buffering=0) as stream:
+            for block in range(number, 4096, 16):
+                os.pwrite(stream.fileno(), bytes([number + 1]) * 4096, block * 4096)
+            os.fsync(stream.fileno())
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    data = volume.read_bytes()
+    assert all(data[b * 4096 : b * 4096 + 4096] == bytes([b % 16 + 1]) * 4096 for b in range(4096))
+
+
+def test_a_pool_without_room_says_so_and_goes_on(tmp_path):
+    from tests.mount.conftest import mounted_pool
+
+    with mounted_pool(tmp_path, "", "--capacity", "16M") as pool:
+        with open(pool / "db", "wb", buffering=0) as stream:
+            assert errno_of(_fill, stream.fileno(), 64 * MIB) == errno.ENOSPC
+        (pool / "db").unlink()
+        (pool / "other").write_bytes(b"x" * MIB)
+        assert (pool / "other").read_bytes() == b"x" * MIB
+
+
+def _fill(fd, length):
+    for offset in range(0, length, MIB):
+        os.pwrite(fd, os.urandom(MIB), offset)
+        os.fsync(fd)

@@ -1,0 +1,259 @@
+"""The life of a mount: begin, readiness, refusals, unmount, signals, sudden death."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from incfs.mount_table import FILESYSTEM_TYPE, find_mount
+from tests.mount.conftest import END_TIMEOUT_S, INCFS, incfs, mounted_pool, require_fuse, wait_for
+from tests.mount.test_names import errno_of
+
+PACKAGING = Path(__file__).parents[2] / "packaging"
+
+
+@pytest.fixture
+def places(tmp_path):
+    """A pool and a mount point; whatever is mounted there goes away."""
+    require_fuse()
+    pool, mountpoint = tmp_path / "pool", tmp_path / "mnt"
+    mountpoint.mkdir()
+    incfs("pool", "create", pool)
+    yield pool, mountpoint
+    if find_mount(mountpoint) is not None:
+        incfs("umount", mountpoint)
+
+
+def test_mount_returns_when_the_mount_answers_and_umount_when_the_pool_is_free(places):
+    pool, mountpoint = places
+    for number in range(5):
+        done = incfs("mount", pool, mountpoint)
+        assert done.stdout == done.stderr == ""
+        (mountpoint / f"v{number}").write_bytes(b"x" * 100_000)
+        incfs("umount", mountpoint)
+        assert os.listdir(mountpoint) == []
+        assert f"v{number}" in incfs("-p", pool, "volume", "list").stdout
+    assert "clean" in incfs("-p", pool, "pool", "check", "--data").stdout
+    assert " WARNING " not in (pool / "daemon.log").read_text()
+
+
+def test_the_mount_table_names_type_and_pool(mounted):
+    found = find_mount(mounted.path)
+    assert found is not None
+    assert (found.filesystem_type, found.source) == (FILESYSTEM_TYPE, str(mounted.pool))
+
+
+@pytest.mark.parametrize("name", ["with space", "with,comma", "with\\backslash", "größe"])
+def test_strange_paths(tmp_path, name):
+    directory = tmp_path / name
+    directory.mkdir()
+    with mounted_pool(directory) as pool:
+        (pool / "db").write_bytes(b"x")
+        assert find_mount(pool.path) is not None
+
+
+def test_as_a_mount_helper(places):
+    pool, mountpoint = places
+    incfs(pool, mountpoint, "-o", "rw,nosuid,nodev,nofail,_netdev,x-systemd.automount,cache=writethrough,noatime")
+    (mountpoint / "db").write_bytes(b"x")
+    with open("/proc/self/mounts", encoding="utf-8") as stream:
+        assert any("noatime" in line for line in stream if str(mountpoint) in line)
+
+
+@pytest.mark.parametrize("helper", ["/sbin/mount.fuse3", f"{PACKAGING}/mount.fuse.incfs"])
+def test_helpers_of_mount_and_umount(places, helper):
+    """What mount(8) runs, with the arguments it gives; mount(8) itself would look for incfs in /usr/local/bin."""
+    pool, mountpoint = places
+    environment = {**os.environ, "PATH": f"{os.path.dirname(INCFS[0])}:{os.environ['PATH']}:/usr/sbin:/sbin"}
+    command = [helper, pool, mountpoint, "-o", "rw,nodev,suid", "-t", FILESYSTEM_TYPE]
+    subprocess.run(command, check=True, env=environment, timeout=30)
+    (mountpoint / "db").write_bytes(b"x")
+    subprocess.run([f"{PACKAGING}/umount.fuse.incfs", mountpoint, "-v"], check=True, env=environment, timeout=30)
+    assert "db" in incfs("-p", pool, "volume", "list").stdout
+
+
+def test_umount_of_util_linux(places):
+    pool, mountpoint = places
+    incfs("mount", pool, mountpoint)
+    (mountpoint / "db").write_bytes(b"x")
+    pid = int(os.getxattr(mountpoint, "user.incfs.pid"))
+    subprocess.run(["umount", "-i", mountpoint], check=True)
+    wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
+    assert "db" in incfs("-p", pool, "volume", "list").stdout
+
+
+def test_read_only_mounts_refuse_changes(tmp_path):
+    with mounted_pool(tmp_path, "ro") as pool:
+        assert errno_of((pool / "db").touch) == errno.EROFS
+        assert os.listdir(pool / ".snapshots") == []
+
+
+# refusals: one sentence, the documented exit code, nothing harmed
+
+
+def refused(pool, mountpoint, *options, code):
+    """Try both ways; returns the sentence."""
+    background = incfs("mount", pool, mountpoint, *options, check=False)
+    foreground = incfs("mount", "--foreground", pool, mountpoint, *options, check=False)
+    assert background.returncode == foreground.returncode == code
+    line = background.stderr.strip()
+    assert line.count("\n") == 0
+    assert line in foreground.stderr
+    assert "Traceback" not in foreground.stderr
+    assert find_mount(mountpoint) is None
+    return line
+
+
+def test_unknown_options_are_named(places):
+    assert "'cahce=none'" in refused(*places, "-o", "cahce=none", code=2)
+    assert "writeback" in refused(*places, "-o", "cache=fast", code=2)
+
+
+def test_a_mount_point_that_is_no_directory(places):
+    pool, mountpoint = places
+    assert "not a directory" in refused(pool, mountpoint / "missing", code=2)
+    (mountpoint / "file").touch()
+    assert "not a directory" in refused(pool, mountpoint / "file", code=2)
+
+
+def test_mounting_over_the_pool_itself(places):
+    pool, _ = places
+    assert "hide" in refused(pool, pool, code=2)
+    assert "hide" in refused(pool, pool.parent, code=2)
+
+
+def test_what_is_no_pool(places, tmp_path):
+    refused(tmp_path / "nowhere", places[1], code=10)
+    refused(tmp_path, places[1], code=10)
+
+
+def test_a_pool_that_is_mounted_already(mounted, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    assert str(mounted.process.pid) in refused(mounted.pool, other, code=11)
+    again = incfs("mount", mounted.pool, mounted.path, check=False)
+    assert (again.returncode, "already" in again.stderr) == (11, True)
+    assert os.listdir(mounted / ".snapshots") == []
+
+
+def test_a_non_empty_mount_point_is_covered(places):
+    pool, mountpoint = places
+    (mountpoint / "file").touch()
+    incfs("mount", pool, mountpoint)
+    assert "file" not in os.listdir(mountpoint)
+    incfs("umount", mountpoint)
+    assert os.listdir(mountpoint) == ["file"]
+
+
+# umount
+
+
+def test_umount_of_a_busy_mount_names_who_holds_it(mounted):
+    with open(mounted / "db", "wb") as stream:
+        stream.write(b"x")
+        done = incfs("umount", mounted.path, check=False)
+        assert done.returncode == 11
+        assert f"pid {os.getpid()}" in done.stderr
+        assert "db" in done.stderr
+    assert (mounted / "db").read_bytes() == b"x"
+
+
+def test_umount_of_nothing(tmp_path):
+    done = incfs("umount", tmp_path, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (10, 1)
+
+
+# signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_unmounts_cleanly(mounted, number):
+    (mounted / "db").write_bytes(b"x" * 1_000_000)
+    mounted.process.send_signal(number)
+    assert mounted.process.wait(END_TIMEOUT_S) == 0
+    assert find_mount(mounted.path) is None
+    mounted.start()
+    assert (mounted / "db").read_bytes() == b"x" * 1_000_000
+
+
+def test_a_signal_while_files_are_open_saves_everything_and_leaves_the_mount_dead(mounted):
+    mounted.expected_log = ["is in use by", "incfs: "]
+    fd = os.open(mounted / "db", os.O_CREAT | os.O_WRONLY)
+    os.pwrite(fd, b"x" * 1_000_000, 0)
+    mounted.process.send_signal(signal.SIGTERM)
+    assert mounted.process.wait(END_TIMEOUT_S) == 11
+    assert errno_of(os.listdir, mounted.path) == errno.ENOTCONN
+    assert "clean" in incfs("-p", mounted.pool, "pool", "check").stdout
+    assert errno_of(os.close, fd) == errno.ENOTCONN
+    mounted.expected_log.append("detaching the dead mount")
+    mounted.log_path.write_text("")
+    mounted.start()
+    assert (mounted / "db").read_bytes() == b"x" * 1_000_000
+
+
+# sudden death
+
+
+def test_a_killed_daemon_leaves_an_error_not_an_empty_directory(mounted):
+    mounted.expected_log = ["detaching the dead mount"]
+    with open(mounted / "db", "wb", buffering=0) as stream:
+        stream.write(b"x" * 100_000)
+        os.fsync(stream.fileno())
+    mounted.kill()
+    assert errno_of(os.listdir, mounted.path) == errno.ENOTCONN
+    assert find_mount(mounted.path) is not None
+    mounted.log_path.write_text("")
+    mounted.start()
+    assert (mounted / "db").read_bytes() == b"x" * 100_000
+
+
+def test_umount_takes_a_dead_mount_away(mounted):
+    mounted.kill()
+    incfs("umount", mounted.path)
+    assert find_mount(mounted.path) is None
+
+
+def test_a_background_daemon_can_be_killed_and_replaced(places):
+    pool, mountpoint = places
+    incfs("mount", pool, mountpoint)
+    pid = int(os.getxattr(mountpoint, "user.incfs.pid"))
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
+    incfs("mount", pool, mountpoint)
+    assert int(os.getxattr(mountpoint, "user.incfs.pid")) != pid
+
+
+# service managers and inheritance
+
+
+def test_a_service_manager_is_told(tmp_path, monkeypatch):
+    require_fuse()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(str(tmp_path / "notify"))
+        receiver.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        with mounted_pool(tmp_path) as pool:
+            assert receiver.recv(100) == b"READY=1"
+            pool.stop()
+            assert receiver.recv(100) == b"STOPPING=1"
+
+
+def test_a_background_daemon_holds_nothing_of_its_parents(places):
+    pool, mountpoint = places
+    reader, writer = os.pipe()
+    subprocess.run([*INCFS, "mount", str(pool), str(mountpoint)], check=True, pass_fds=[writer], timeout=30)
+    os.close(writer)
+    assert os.read(reader, 1) == b""
+    os.close(reader)
+    pid = int(os.getxattr(mountpoint, "user.incfs.pid"))
+    assert os.getsid(pid) == pid
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+
+
+def test_stats_are_readable_while_mounted(mounted):
+    assert json.loads((mounted / ".incfs/stats.json").read_text())["pool"]["read_only"] is False

@@ -1,0 +1,122 @@
+"""Storage volumes: growth, allocation, the states of a block, what goes back to the host."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from incfs.errors import ImageMismatch, NoSpace, PoolLocked
+from incfs.model import StorageId
+from incfs.pool import GROUP_BLOCKS, PUNCH_BYTES
+from incfs.store import Store
+from tests.support import pools
+
+ONE = StorageId(1)
+
+
+@pytest.fixture
+def store(pool_home: Path) -> Iterator[Store]:
+    opened = pools.open_tiny(pools.make_pool(pool_home))
+    yield opened
+    opened.abandon()
+
+
+def grow(store: Store, blocks: int) -> None:
+    store.pool.volumes[ONE].grow(blocks, reserve_bytes=0)
+
+
+def test_one_writer_gets_consecutive_blocks_beside_another(store: Store) -> None:
+    grow(store, 100)
+    first = [store.pool.allocate(1, 10), store.pool.allocate(1, 10)]
+    assert first == [(1 << 48, 10), ((1 << 48) + 10, 10)]
+    assert store.pool.allocate(2, 5) == ((1 << 48) + 20, 5)
+
+
+def test_allocation_wraps_round_and_ends(store: Store) -> None:
+    grow(store, 20)
+    assert store.pool.allocate(1, 20) == (1 << 48, 20)
+    store.pool.release(range((1 << 48) + 3, (1 << 48) + 6))
+    assert store.pool.allocate(1, 20) == ((1 << 48) + 3, 3)
+    assert store.pool.allocate(1, 1) is None
+
+
+def test_allocation_crosses_groups(store: Store) -> None:
+    grow(store, GROUP_BLOCKS + 100)
+    assert store.pool.allocate(1, GROUP_BLOCKS + 50) == (1 << 48, GROUP_BLOCKS)
+    assert store.pool.allocate(1, 200) == ((1 << 48) + GROUP_BLOCKS, 100)
+    store.pool.commit(range((1 << 48) + GROUP_BLOCKS - 5, (1 << 48) + GROUP_BLOCKS + 5))
+    assert store.pool.volumes[ONE].highest_live_block() == GROUP_BLOCKS + 4
+
+
+def test_a_freed_block_waits_for_the_checkpoint(store: Store) -> None:
+    grow(store, 1)
+    address, _ = store.pool.allocate(1, 1) or (0, 0)
+    store.pool.commit([address])
+    store.pool.free([address])
+    assert store.pool.allocate(1, 1) is None
+    _, freed = store.pool.freeze()
+    assert store.pool.allocate(1, 1) is None
+    store.pool.punched(store.pool.plan_reuse(freed))
+    assert store.pool.allocate(1, 1) == (address, 1)
+
+
+def test_whole_chunks_go_back_to_the_host(store: Store) -> None:
+    chunk = PUNCH_BYTES // pools.BLOCK
+    volume = pools.new_volume(store, "a")
+    pools.write(store, volume.map_id, 0, b"x" * 4 * PUNCH_BYTES)
+    store.checkpoint()
+    file = store.pool.volumes[ONE].file
+    before = file.allocated_bytes()
+    pools.discard(store, volume.map_id, 0, 3 * PUNCH_BYTES)
+    store.checkpoint()
+    assert before - file.allocated_bytes() >= 2 * PUNCH_BYTES
+    assert store.pool.volumes[ONE].live_blocks == chunk
+    pools.check_clean(store)
+
+
+def test_growth_stops_at_the_capacity(pool_home: Path) -> None:
+    with pools.open_tiny(pools.make_pool(pool_home, capacity_bytes=640)) as store:
+        grow(store, 100)
+        assert store.pool.volumes[ONE].grown_blocks == 10
+        with pytest.raises(NoSpace):
+            grow(store, 1)
+
+
+def test_growth_leaves_the_hosts_reserve(store: Store) -> None:
+    with pytest.raises(NoSpace):
+        store.pool.volumes[ONE].grow(1, reserve_bytes=1 << 60)
+
+
+def test_the_second_storage_volume_takes_over(pool_home: Path) -> None:
+    with pools.open_tiny(pools.make_pool(pool_home, storages=2, capacity_bytes=2 * 640)) as store:
+        volume = pools.new_volume(store, "a")
+        pools.write(store, volume.map_id, 0, b"x" * 15 * 64)
+        store.commit()
+        assert [s.live_blocks for s in store.pool.volumes.values()] == [10, 5]
+        pools.check_clean(store)
+
+
+def test_a_truncated_missing_or_foreign_image_is_refused(pool_home: Path) -> None:
+    pool = pools.make_pool(pool_home)
+    with pools.open_tiny(pool) as store:
+        volume = pools.new_volume(store, "a")
+        pools.write(store, volume.map_id, 0, b"x" * 640)
+    (image,) = (pool / "images").iterdir()
+    content = image.read_bytes()
+    for bad in (content[: 65536 + 100], content[:100], b"\0" * len(content), None):
+        image.unlink()
+        if bad is not None:
+            image.write_bytes(bad)
+        else:
+            image.symlink_to("/nowhere")
+        with pytest.raises(ImageMismatch):
+            pools.open_tiny(pool)
+    image.unlink()
+    image.write_bytes(content)
+    with pools.open_tiny(pool) as store:
+        assert pools.read(store, volume.map_id) == b"x" * 640
+
+
+def test_one_process_at_a_time(store: Store) -> None:
+    with pytest.raises(PoolLocked, match="in use by process"):
+        pools.open_tiny(store.directory)
