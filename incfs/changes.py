@@ -58,7 +58,8 @@ def map_runs(flat: Any) -> Iterator[MapRun]:
         first, count, address, packed = flat[position : position + 4]
         if not (isinstance(first, int) and isinstance(count, int) and isinstance(address, int)):
             raise FormatError("journal: map run holds something other than integers")
-        if not (0 <= first < _MAX_BLOCK and 0 < count <= PAGE_BLOCKS and 0 <= address < 1 << 64):
+        in_page = 0 <= first < _MAX_BLOCK and 0 < count <= PAGE_BLOCKS - first % PAGE_BLOCKS
+        if not in_page or not 0 <= address <= (1 << 64) - count:
             raise FormatError(f"journal: map run out of range: {first}, {count}, {address}")
         if not isinstance(packed, bytes) or len(packed) != (4 * count if address > HOLE else 0):
             raise FormatError("journal: map run has the wrong number of checksums")
@@ -80,7 +81,7 @@ def decode_body(body: bytes) -> tuple[list[Change], bytes]:
     if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], list) and isinstance(value[1], bytes)):
         raise FormatError("journal: record body is not [changes, data]")
     for change in value[0]:
-        if not (isinstance(change, list) and len(change) >= 3 and change[0] in _LENGTHS):
+        if not (isinstance(change, list) and change and isinstance(change[0], str) and change[0] in _LENGTHS):
             raise FormatError(f"journal: unknown change {str(change)[:80]}")
         if len(change) != _LENGTHS[change[0]]:
             raise FormatError(f"journal: change {change[0]} has {len(change)} parts")

@@ -63,7 +63,7 @@ def unpack(data: bytes) -> Any:
     """
     try:
         return msgpack.unpackb(data, raw=False, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException, UnicodeDecodeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         raise FormatError(f"not valid msgpack: {error}") from error
 
 
@@ -144,7 +144,7 @@ def _decode_runs(flat: Any) -> Entries:
         if not (isinstance(first, int) and isinstance(count, int) and isinstance(address, int)):
             raise FormatError("map page run holds something other than integers")
         stored = address > HOLE
-        if first < 0 or not 0 < count <= PAGE_BLOCKS - first or not 0 <= address < 1 << 64:
+        if first < 0 or not 0 < count <= PAGE_BLOCKS - first or not 0 <= address <= (1 << 64) - count:
             raise FormatError(f"map page run out of range: first {first}, count {count}, address {address}")
         if not isinstance(packed, bytes) or len(packed) != (4 * count if stored else 0):
             raise FormatError(f"map page run of {count} blocks has the wrong number of checksums")

@@ -69,7 +69,7 @@ def decode_superblock(data: bytes, path: Path) -> Superblock:
     body, _, tail = data.rpartition(b"crc32c ")
     if tail.strip() != f"{checksum(body):08x}".encode():
         raise FormatError(f"{path} is damaged: wrong checksum; restore it from a backup of the pool directory")
-    superblock = _build(json.loads(body.split(b"\n", 1)[1]), path)
+    superblock = _build(body.split(b"\n", 1)[1], path)
     if superblock.incompatible:
         raise UnsupportedFormat(
             f"{path}: the pool uses features that this incfs lacks: {', '.join(superblock.incompatible)}"
@@ -77,15 +77,16 @@ def decode_superblock(data: bytes, path: Path) -> Superblock:
     return superblock
 
 
-def _build(value: Any, path: Path) -> Superblock:
+def _build(text: bytes, path: Path) -> Superblock:
     try:
+        value: Any = json.loads(text)
         fields: dict[str, Any] = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
         superblock = Superblock(**fields)
         UUID(superblock.uuid)
-    except (TypeError, ValueError, AttributeError) as error:
+        if not is_block_size(superblock.block_bytes):
+            raise ValueError(f"block size {superblock.block_bytes}")
+    except (TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise FormatError(f"{path} is damaged: {error}") from error
-    if not is_block_size(superblock.block_bytes):
-        raise FormatError(f"{path} is damaged: block size {superblock.block_bytes}")
     return superblock
 
 
