@@ -36,7 +36,7 @@ def record_from(kind: Any, value: Any) -> Record:
     Raises:
         FormatError: Unknown kind or bad fields.
     """
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise FormatError(f"record of unknown kind {kind!r}")
     return decode_record(KINDS[kind], value)
 

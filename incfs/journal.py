@@ -19,7 +19,7 @@ from uuid import UUID
 
 from incfs.backing import Backing, File
 from incfs.codec import checksum
-from incfs.errors import FormatError, JournalDamaged
+from incfs.errors import FormatError, JournalDamaged, LimitExceeded
 
 SECTOR_BYTES = 512
 MAX_RECORD_BYTES = 1 << 30
@@ -81,7 +81,13 @@ def decode_segment(pool: UUID, sector: bytes) -> Segment | None:
 
 
 def encode_record(sequence: int, nonce: int, body: bytes) -> bytes:
-    """Frame one record, padded to whole sectors so that later appends never rewrite it."""
+    """Frame one record, padded to whole sectors so that later appends never rewrite it.
+
+    Raises:
+        LimitExceeded: The body is longer than replay would accept.
+    """
+    if len(body) > MAX_RECORD_BYTES:
+        raise LimitExceeded(f"a journal record of {len(body)} bytes; at most {MAX_RECORD_BYTES} are possible")
     head = _RECORD.pack(_RECORD_MAGIC, len(body), sequence, nonce, checksum(body))
     framed = head + _CRC.pack(checksum(head)) + body
     return framed.ljust(-len(framed) % SECTOR_BYTES + len(framed), b"\0")

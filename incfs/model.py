@@ -91,7 +91,8 @@ class Volume:
     last_generation: Generation = Generation(0)
     """Highest generation ever given out."""
     trim_from_bytes: int | None = None
-    """Mappings at and beyond this offset are still to be dropped (interrupted shrink)."""
+    """Where dropping what lies behind the end goes on (interrupted shrink); MAX_VOLUME_BYTES: only the
+    rest of the last block is left."""
     xattrs: Mapping[str, bytes] = field(default_factory=dict)
 
     @property

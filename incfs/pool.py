@@ -16,6 +16,7 @@ Invariants:
     2. Bit sets are immutable ints: a frozen one is a reference.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,11 @@ from uuid import UUID
 
 from incfs.backing import Backing, File
 from incfs.blocks import address_runs, bit_mask, find_clear_run, pack_address, split_address
-from incfs.errors import ImageMismatch, NoSpace, StorageNotFound
+from incfs.errors import ImageMismatch, IncfsError, NoSpace, StorageNotFound
 from incfs.image import DATA_OFFSET_BYTES, ImageHeader, read_header, write_header
 from incfs.model import Address, Storage, StorageId
+
+logger = logging.getLogger(__name__)
 
 GROUP_BLOCKS = 32768
 """Blocks of one bitmap, 4 KiB of it."""
@@ -346,9 +349,12 @@ class Pool:
         return runs
 
     def punch(self, plan: PunchPlan) -> None:
-        """Give host space back.  Any thread."""
+        """Give host space back, where the host lets us: the blocks are free in any case.  Any thread."""
         for storage_id, block_index, count in plan.runs:
-            self.volumes[storage_id].punch(block_index, count)
+            try:
+                self.volumes[storage_id].punch(block_index, count)
+            except IncfsError as error:
+                logger.warning("freed space is not given back to the host: %s", error)
 
     def punched(self, plan: PunchPlan) -> None:
         """Make punched blocks free."""

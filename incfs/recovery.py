@@ -80,6 +80,7 @@ def create_pool(
         raise UsageError(f"capacity of {capacity_bytes} bytes is less than one block per storage volume")
     backing = backing or Backing()
     backing.make_directory(directory)
+    backing.sync_directory(directory.parent)
     if any(directory.iterdir()):
         kind = "a pool already" if (directory / SUPERBLOCK_NAME).exists() else "not empty"
         raise AlreadyExists(f"{directory} is {kind}; choose another directory", path=str(directory))
@@ -89,6 +90,7 @@ def create_pool(
     places = list(directories) or [directory / IMAGES_NAME]
     for number, place in enumerate(places, 1):
         backing.make_directory(place)
+        backing.sync_directory(place.parent)
         capacity = None if capacity_bytes is None else capacity_bytes // len(places)
         record = new_storage(superblock, directory, place, StorageId(number), capacity_bytes=capacity)
         pool.create_image(record)

@@ -89,7 +89,11 @@ class Store:
         self._lock = lock
         self.tables = Tables(directory / TABLES_NAME)
         self.log = IncrementalLog(self.tables)
-        self.journal = Journal.open(backing, directory, UUID(superblock.uuid))
+        try:
+            self.journal = Journal.open(backing, directory, UUID(superblock.uuid))
+        except BaseException:
+            self.tables.close()
+            raise
         self.pool = Pool(directory, UUID(superblock.uuid), superblock.block_bytes, backing)
         self.plane = DataPlane(superblock.block_bytes, self.pool.volumes)
         self._pending: list[Change] = []

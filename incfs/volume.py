@@ -144,17 +144,24 @@ def resize(store: Store, volume_id: VolumeId, size_bytes: int, *, shrink: bool) 
 def trim(store: Store, volume_id: VolumeId, *, wait: bool = False) -> bool:
     """Drop mappings behind the end of a shrunk volume; one bounded step.
 
+    Whole blocks go first: in a full pool they make room for the new version of the last block.
+
     Returns:
         Whether the volume is trimmed.
     """
     volume = store.catalog.volume(volume_id)
     if volume.trim_from_bytes is None:
         return True
-    reached = discard(store, volume.map_id, volume.trim_from_bytes, MAX_VOLUME_BYTES, wait=wait, to_end=True)
+    whole_end = -(-volume.size_bytes // store.block_bytes) * store.block_bytes
+    reached: int | None = None
+    if volume.trim_from_bytes < MAX_VOLUME_BYTES:
+        start = max(volume.trim_from_bytes, whole_end)
+        reached = discard(store, volume.map_id, start, MAX_VOLUME_BYTES, wait=wait, to_end=True)
+    elif volume.size_bytes < whole_end:
+        _zero_part(store, volume.map_id, volume.size_bytes, whole_end, wait=wait)
     store.begin_change()
-    done = reached >= MAX_VOLUME_BYTES
-    store.change(replace(store.catalog.volume(volume_id), trim_from_bytes=None if done else reached))
-    return done
+    store.change(replace(store.catalog.volume(volume_id), trim_from_bytes=reached))
+    return reached is None
 
 
 def rename(store: Store, volume_id: VolumeId, new_name: str, *, over: bool = False) -> Volume:
@@ -273,7 +280,7 @@ def write(store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: b
     end = offset_bytes + len(data)
     if end > MAX_VOLUME_BYTES:
         raise LimitExceeded(f"a volume can have at most {MAX_VOLUME_BYTES} bytes, the write ends at {end}")
-    if volume.trim_from_bytes is not None and end > volume.trim_from_bytes:
+    if volume.trim_from_bytes is not None and end > volume.size_bytes:
         raise TrimPending(volume.id)
     if not data:
         return 0

@@ -21,6 +21,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from incfs import check as check_module
+from incfs import pool as pool_module
 from incfs import snapshot as snapshots
 from incfs import store as store_module
 from incfs import volume as volumes
@@ -75,6 +77,8 @@ class Setup:
     options: Options
     seal_at: int
     lease_blocks: int
+    group_blocks: int
+    """Blocks of one bitmap: small ones make allocation cross from one to the next."""
 
 
 setups = st.builds(
@@ -91,6 +95,7 @@ setups = st.builds(
     ),
     seal_at=st.sampled_from([7, 100, 1024]),
     lease_blocks=st.sampled_from([1, 16, 2048]),
+    group_blocks=st.sampled_from([24, 32768]),
 )
 borders = st.sampled_from([0, 63, 64, 128, 4096, 32_704, 32_768, 32_800, 65_536])
 offsets = st.one_of(borders, st.integers(0, 2000), st.integers(0, LARGEST // 2))
@@ -115,7 +120,8 @@ class CoreMachine(RuleBasedStateMachine):
     def begin(self, setup: Setup) -> None:
         self.setup = setup
         self.home = Path(tempfile.mkdtemp(prefix="incfs-model-", dir=fast_directory()))
-        self.constants = store_module._SEAL_AT, store_module._MAX_LEASE_BLOCKS
+        self.constants = store_module._SEAL_AT, store_module._MAX_LEASE_BLOCKS, pool_module.GROUP_BLOCKS
+        pool_module.GROUP_BLOCKS = check_module.GROUP_BLOCKS = setup.group_blocks
         store_module._SEAL_AT, store_module._MAX_LEASE_BLOCKS = setup.seal_at, setup.lease_blocks
         self.pool = pools.make_pool(
             self.home,
@@ -163,12 +169,13 @@ class CoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "home"):
             return
-        store_module._SEAL_AT, store_module._MAX_LEASE_BLOCKS = self.constants
         try:
             self.finish_phases()
             self.compare()
             pools.check_clean(self.store)
         finally:
+            store_module._SEAL_AT, store_module._MAX_LEASE_BLOCKS, pool_module.GROUP_BLOCKS = self.constants
+            check_module.GROUP_BLOCKS = pool_module.GROUP_BLOCKS
             self.store.abandon()
             shutil.rmtree(self.home)
 

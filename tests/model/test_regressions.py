@@ -148,3 +148,17 @@ def test_a_checkpoint_without_host_space_may_be_tried_again(pool_home: Path, mon
 
 def _no_space(*_: object, **__: object) -> None:
     raise NoSpace("the host is full")
+
+
+def test_shrinking_to_a_part_of_a_block_works_in_a_full_pool(pool_home: Path) -> None:
+    """The last block was rewritten before those behind it were dropped: ENOSPC, and a trim that never ended."""
+    with pools.open_tiny(pools.make_pool(pool_home, capacity_bytes=20 * 64)) as store:
+        volume = pools.new_volume(store, "a")
+        pools.write(store, volume.map_id, 0, b"x" * 20 * 64)
+        store.commit()
+        volumes.drive(store, lambda _: volumes.resize(store, volume.id, 10 * 64 + 7, shrink=True))
+        volumes.finish_trim(store, volume.id)
+        assert store.catalog.volume(volume.id).trim_from_bytes is None
+        volumes.drive(store, lambda _: volumes.resize(store, volume.id, 12 * 64, shrink=False))
+        assert pools.read(store, volume.map_id, 0, 12 * 64) == b"x" * (10 * 64 + 7) + bytes(57 + 64)
+        pools.check_clean(store)

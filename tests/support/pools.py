@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from incfs import pool as pool_module
 from incfs import snapshot as snapshots
 from incfs import volume as volumes
 from incfs.backing import Backing
@@ -197,7 +198,7 @@ def _owned_addresses(store: Store) -> Iterator[int]:
 
 def _members(store: Store, kind: str) -> set[int]:
     return {
-        storage_id << 48 | group_index * 32768 + i
+        storage_id << 48 | group_index * pool_module.GROUP_BLOCKS + i
         for storage_id, storage in store.pool.volumes.items()
         for group_index, bits in enumerate(getattr(storage, kind))
         for i in range(bits.bit_length())

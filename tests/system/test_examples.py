@@ -13,7 +13,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.timeout(300)
 def test_quickstart_ends_with_ok():
     done = subprocess.run(
-        [ROOT / "examples/quickstart.sh", "/usr/include/linux"], capture_output=True, text=True, timeout=280
+        [ROOT / "examples/quickstart.sh", "/usr/include/linux"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("\x1b[1mOK:")
