@@ -3,6 +3,7 @@
 The fork comes before trio and lmdb are started; neither survives one.
 """
 
+import errno
 import json
 import logging
 import logging.handlers
@@ -112,7 +113,13 @@ def log_to_stderr() -> None:
     _set_handler(logging.StreamHandler())
 
 
+def _is_worth_logging(record: logging.LogRecord) -> bool:
+    """Drop what pyfuse3 calls an error when a request was given up by the kernel, as at each unmounting."""
+    return not (isinstance(record.args, tuple) and record.args == (os.strerror(errno.ENOENT),))
+
+
 def _set_handler(handler: logging.Handler) -> None:
+    logging.getLogger("pyfuse3").addFilter(_is_worth_logging)
     logging.raiseExceptions = False  # a full disk must not make a log line an error
     logging.basicConfig(level=logging.INFO, handlers=[handler], format=LOG_FORMAT, force=True)
 

@@ -11,6 +11,7 @@ Owns the order of events.  Everything is built up in ``_run`` and taken down in 
 """
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -134,7 +135,11 @@ def _sync_file(path: Path) -> None:
 
 def _from_kernel(error: OSError) -> IncfsError:
     """Return the error that a system call on our own mount stands for."""
-    classes: dict[int | None, type[IncfsError]] = {2: NotFound, 16: Busy, 22: UsageError}
+    classes: dict[int | None, type[IncfsError]] = {
+        errno.ENOENT: NotFound,
+        errno.EBUSY: Busy,
+        errno.EINVAL: UsageError,
+    }
     raised = classes.get(error.errno, IncfsError)
     return raised(f"{error.filename or 'the mount'}: {error.strerror}")
 
@@ -221,13 +226,34 @@ async def _run(pool: Path, mountpoint: Path, options: MountOptions, parent: Pare
                     await nursery.start(serve_control, service)
                     await nursery.start(stopping.watch_signals)
                     nursery.start_soon(_tell_ready, mountpoint, session, parent, outside)
-                    await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+                    aborted = await _serve_requests(mountpoint, outside, stopping)
                 notify_systemd("STOPPING=1")
                 logger.info("%s: no more requests; closing the pool", mountpoint)
                 nursery.cancel_scope.cancel()
     logger.info("%s: the pool is closed", mountpoint)
-    if stopping.refused is not None:
-        raise stopping.refused
+    failure = stopping.refused or aborted
+    if failure is not None:
+        raise failure
+
+
+async def _serve_requests(mountpoint: Path, outside: Outside, stopping: "_Stopping") -> IncfsError | None:
+    """Answer the kernel until it is unmounted; returns what is wrong when the mount stayed behind."""
+    try:
+        await pyfuse3.main(min_tasks=MIN_TASKS, max_tasks=MAX_TASKS)
+    except BaseExceptionGroup as group:
+        # Seen now and then instead of the ordinary end when a read of /dev/fuse meets the unmounting.
+        _, others = group.split(lambda error: isinstance(error, OSError) and error.errno == errno.ECONNABORTED)
+        if others is not None:
+            raise
+    if stopping.refused is not None or not await outside.run(_is_left_behind, mountpoint):
+        return None
+    # An administrator's last resort (/sys/fs/fuse/connections/N/abort): what arrived here is kept all the same.
+    return IncfsError(f"{mountpoint}: the connection to the kernel was aborted; what it had not written is lost")
+
+
+def _is_left_behind(mountpoint: Path) -> bool:
+    mounted = find_mount(mountpoint)
+    return mounted is not None and mounted.filesystem_type == FILESYSTEM_TYPE and is_dead(mountpoint)
 
 
 def _store_options(options: MountOptions) -> Options:

@@ -212,6 +212,25 @@ def test_a_killed_daemon_leaves_an_error_not_an_empty_directory(mounted):
     assert (mounted / "db").read_bytes() == b"x" * 100_000
 
 
+def test_an_aborted_connection_ends_the_daemon_in_order(mounted):
+    connections = Path("/sys/fs/fuse/connections")
+    (mounted / "db").write_bytes(b"x" * 100_000)
+    mounted_here = not any(connections.iterdir())
+    if mounted_here:
+        subprocess.run(["mount", "-t", "fusectl", "fusectl", connections], check=True)
+    try:
+        (connections / str(os.minor(os.stat(mounted.path).st_dev)) / "abort").write_text("1")
+    finally:
+        if mounted_here:
+            subprocess.run(["umount", connections], check=True)
+    assert mounted.process.wait(END_TIMEOUT_S) == 1
+    assert "aborted" in mounted.log()
+    assert "Traceback" not in mounted.log()
+    mounted.expected_log = ["detaching the dead mount"]
+    mounted.start()
+    assert (mounted / "db").read_bytes() == b"x" * 100_000
+
+
 def test_umount_takes_a_dead_mount_away(mounted):
     mounted.kill()
     incfs("umount", mounted.path)
