@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from incfs.blocks import address_runs, bit_mask, set_runs, split_address
+from incfs.blocks import address_runs, set_runs, split_address
 from incfs.catalog import KINDS, Catalog
 from incfs.codec import Entries, checksum, decode_entries, entry_runs, open_value
 from incfs.errors import FormatError, IncfsError
 from incfs.log import Reader, page_key
 from incfs.model import HOLE, PAGE_BLOCKS, Snapshot, StorageId, Volume
 from incfs.overlay import TableKey
-from incfs.pool import GROUP_BLOCKS, StorageVolume
+from incfs.pool import StorageVolume, group_start, split_groups
 
 Progress = Callable[[int, int], None]
 
@@ -160,16 +160,11 @@ class Checker:
         return len(addresses)
 
     def _own(self, storage_id: int, block_index: int, count: int, where: str) -> None:
-        while count:
-            group, start = divmod(block_index, GROUP_BLOCKS)
-            step = min(count, GROUP_BLOCKS - start)
-            mask = bit_mask(start, step)
+        for group, mask in split_groups(block_index, count):
             owned = self._owned.get((storage_id, group), 0)
             if owned & mask:
                 self.report.damage(where, f"blocks near {block_index} of storage volume {storage_id} have two owners")
             self._owned[storage_id, group] = owned | mask
-            block_index += step
-            count -= step
 
     def _verify_page(self, entries: Entries, page_index: int, where: str) -> None:
         for first, count, address in entry_runs(entries):
@@ -215,8 +210,8 @@ class Checker:
             stored, owned = live.get(key, 0), self._owned.get(key, 0)
             for first, count in set_runs(stored & ~owned):
                 self.report.leaked_blocks += count
-                where = f"storage volume {storage_id}, block {group * GROUP_BLOCKS + first}"
+                where = f"storage volume {storage_id}, block {group_start(group) + first}"
                 self.report.problems.append(Problem("leak", where, f"{count} blocks are in use, but nothing owns them"))
             for first, count in set_runs(owned & ~stored):
-                where = f"storage volume {storage_id}, block {group * GROUP_BLOCKS + first}"
+                where = f"storage volume {storage_id}, block {group_start(group) + first}"
                 self.report.damage(where, f"{count} blocks are owned, but marked free")

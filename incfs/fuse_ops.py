@@ -87,6 +87,9 @@ class Operations(FileHandlers):
         """
         kind = kind_of(inode)
         owner_or_size = fields.update_size or fields.update_mode or fields.update_uid or fields.update_gid
+        if not owner_or_size and self._is_gone(inode):
+            # The kernel writes back the times of a file it has unlinked; a refusal would fail the next syncfs.
+            return attributes.entry(inode, stat.S_IFREG, links=0)
         if kind is Kind.VOLUME:
             return await self._set_volume_attributes(inode, attr, fields)
         if owner_or_size:
@@ -95,6 +98,13 @@ class Operations(FileHandlers):
             raise pyfuse3.FUSEError(errno.EPERM)
         # `touch` sets times after it has taken the snapshot; the snapshot keeps its own.
         return self._attributes(inode)
+
+    def _is_gone(self, inode: int) -> bool:
+        try:
+            self._attributes(inode)
+        except NotFound:
+            return True
+        return False
 
     async def _set_volume_attributes(
         self, inode: int, attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields

@@ -12,7 +12,7 @@ from incfs.errors import InvalidName
 VolumeId = NewType("VolumeId", int)
 """1 .. 2^32-1, never used twice in a pool."""
 Generation = NewType("Generation", int)
-"""Number of a snapshot within its volume, rising, 1 .. 2^32-1; 0 stands for the live volume."""
+"""Number of a snapshot within its volume, rising, 1 .. 2^32-2; 0 stands for the live volume."""
 MapId = NewType("MapId", int)
 """A readable table: ``volume_id << 32 | generation``; generation 0 is the live volume."""
 StorageId = NewType("StorageId", int)
@@ -34,6 +34,8 @@ DEFAULT_BLOCK_BYTES: Final = 4096
 MAX_VOLUME_BYTES: Final = (1 << 63) - MAX_BLOCK_BYTES
 """8 EiB less one block: offsets stay within a signed 64-bit integer."""
 MAX_NAME_BYTES: Final = 200
+MAX_GENERATION: Final = 0xFFFFFFFE
+"""The one above it stands for a volume's snapshot directory among the inodes."""
 MAX_STORAGE_ID: Final = 65535
 REDUNDANCIES: Final = ("none", "raid1", "raid5", "raid6", "raid10")
 """What may lie below an image."""

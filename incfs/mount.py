@@ -14,10 +14,8 @@ import contextlib
 import errno
 import logging
 import os
-import select
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,11 +26,12 @@ import pyfuse3
 import trio
 
 from incfs import fusext
+from incfs.backing import Backing
 from incfs.control import serve_control
 from incfs.daemon import Parent, fork_daemon, log_to_stderr, notify_systemd
-from incfs.errors import Busy, IncfsError, NotFound, UsageError
+from incfs.errors import Busy, IncfsError, UsageError
 from incfs.fuse_ops import Operations
-from incfs.inodes import SNAPSHOTS_NAME
+from incfs.kernel_hook import KernelHook
 from incfs.mount_options import MountOptions, parse_options
 from incfs.mount_table import (
     FILESYSTEM_TYPE,
@@ -40,12 +39,11 @@ from incfs.mount_table import (
     find_mount,
     is_dead,
     resolve_mountpoint,
-    sync_filesystem,
-    write_pages,
 )
 from incfs.outside import Outside, fork_outside
 from incfs.service import open_service
 from incfs.store import Options
+from incfs.superblock import read_superblock
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -56,95 +54,6 @@ MIN_TASKS: Final = 8
 MAX_TASKS: Final = 1024
 """A request that waits for others (a snapshot for the write-back of its volume) holds its task, so tasks must not
 run out before a script that takes a snapshot of each of a few hundred volumes at once is served."""
-
-
-class KernelHook:
-    """Changes made by command, taken through the mount itself: what the kernel knows is then right by itself.
-
-    Args:
-        mountpoint: Where the pool is mounted.
-        outside: Makes the system calls, which wait for this process's own mount.
-    """
-
-    def __init__(self, mountpoint: Path, outside: Outside) -> None:
-        self._mountpoint = mountpoint
-        self._outside = outside
-
-    async def sync_volume(self, name: str) -> None:
-        """Have the kernel write its changed pages of a volume."""
-        await self._call(_sync_file, self._mountpoint / name)
-
-    async def write_back(self, name: str) -> bool:
-        """Have the kernel write its changed pages of a volume, without its lock; whether that was possible."""
-        try:
-            await self._outside.run(_write_pages, self._mountpoint / name)
-        except OSError as error:
-            logger.debug("%s: its pages are not written: %s", name, error)
-            return False
-        return True
-
-    def forget_attributes(self, inode: int) -> None:
-        """Have the kernel ask for an inode's attributes the next time; never blocks."""
-        with contextlib.suppress(FileNotFoundError):
-            pyfuse3.invalidate_inode(inode, attr_only=True)
-
-    async def resize_volume(self, name: str, size_bytes: int) -> None:
-        """Set a volume's size."""
-        await self._call(os.truncate, self._mountpoint / name, size_bytes)
-
-    async def rename_volume(self, old: str, new: str) -> None:
-        """Rename a volume."""
-        await self._call(os.rename, self._mountpoint / old, self._mountpoint / new)
-
-    async def remove_volume(self, name: str) -> None:
-        """Remove a volume."""
-        await self._call(os.unlink, self._mountpoint / name)
-
-    async def rename_snapshot(self, volume: str, old: str, new: str) -> None:
-        """Rename a snapshot."""
-        directory = self._mountpoint / SNAPSHOTS_NAME / volume
-        await self._call(os.rename, directory / old, directory / new)
-
-    async def remove_snapshot(self, volume: str, name: str) -> None:
-        """Remove a snapshot."""
-        await self._call(os.unlink, self._mountpoint / SNAPSHOTS_NAME / volume / name)
-
-    async def _call(self, function: Callable[..., None], *args: object) -> None:
-        try:
-            await self._outside.run(function, *args)
-        except OSError as error:
-            raise _from_kernel(error) from error
-
-
-def _write_pages(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        write_pages(fd)
-    finally:
-        # Closing takes the file's lock: it may end only after the handler that asked has answered.
-        threading.Thread(target=os.close, args=(fd,), daemon=True).start()
-
-
-def _sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _from_kernel(error: OSError) -> IncfsError:
-    """Return the error that a system call on our own mount stands for."""
-    classes: dict[int | None, type[IncfsError]] = {
-        errno.ENOENT: NotFound,
-        errno.EBUSY: Busy,
-        errno.EINVAL: UsageError,
-    }
-    raised = classes.get(error.errno, IncfsError)
-    return raised(f"{error.filename or 'the mount'}: {error.strerror}")
-
-
-# ----------------------------------------------------------------------------------- mount
 
 
 def mount_pool(pool: Path, mountpoint: Path, options: str, *, foreground: bool) -> None:
@@ -166,6 +75,7 @@ def mount_pool(pool: Path, mountpoint: Path, options: str, *, foreground: bool) 
         log_to_stderr()
         _run_trio(pool, mountpoint, parsed, Parent())
         return
+    read_superblock(Backing(), pool)
     parent = fork_daemon(pool)
     if parent is not None:
         _run_child(pool, mountpoint, parsed, parent)
@@ -361,62 +271,3 @@ class _Stopping:
                     await self._hook.sync_volume(volume.name)
                 except IncfsError as error:
                     logger.error("%s: not everything could be written: %s", volume.name, error)
-
-
-# ----------------------------------------------------------------------------------- umount
-
-
-def unmount(mountpoint: Path) -> None:
-    """Unmount; returns when everything is on disk and the pool is free for the next.
-
-    Raises:
-        NotFound: No incfs is mounted there.
-        Busy: Somebody uses the mount; the message says who.
-        IncfsError: It is unmounted, but not everything could be written.
-    """
-    mounted = find_mount(mountpoint)
-    if mounted is None or mounted.filesystem_type != FILESYSTEM_TYPE:
-        raise NotFound(f"no incfs is mounted at {mountpoint}", mountpoint=str(mountpoint))
-    if is_dead(mountpoint):
-        detach(mountpoint, lazy=True)
-        logger.warning("the daemon of %s had died; its pool recovers when it is mounted again", mountpoint)
-        return
-    daemon = _open_daemon(mountpoint)
-    failure = _flush(mountpoint)
-    detach(mountpoint)
-    if daemon is not None:
-        _wait_for_end(daemon)
-    if failure is not None:
-        raise IncfsError(
-            f"{mountpoint} is unmounted, but not everything could be written: {failure.strerror}; see the daemon's log"
-        ) from failure
-
-
-def _open_daemon(mountpoint: Path) -> int | None:
-    """Return a pidfd of the daemon; None when it lives where this process cannot see it."""
-    try:
-        return os.pidfd_open(int(os.getxattr(mountpoint, "user.incfs.pid")))
-    except (OSError, ValueError):
-        return None
-
-
-def _flush(mountpoint: Path) -> OSError | None:
-    """Write everything and commit, while there is still somebody to tell of a failure."""
-    try:
-        sync_filesystem(mountpoint)
-        fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        return error
-    return None
-
-
-def _wait_for_end(pidfd: int) -> None:
-    """Return when the process has ended: it closes the pool before that."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    poll.poll()
-    os.close(pidfd)

@@ -17,7 +17,7 @@ Invariants:
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
@@ -35,6 +35,21 @@ GROUP_BLOCKS = 32768
 DEFAULT_EXTEND_BYTES = 64 << 20
 PUNCH_BYTES = 65536
 """Host space is given back in whole chunks of this size, so that images do not fragment."""
+
+
+def group_start(group_index: int) -> int:
+    """Give the first block of a group."""
+    return group_index * GROUP_BLOCKS
+
+
+def split_groups(block_index: int, count: int) -> Iterator[tuple[int, int]]:
+    """Cut a run of blocks at group borders; yield (group index, its members as a bit set)."""
+    while count:
+        group_index, start = divmod(block_index, GROUP_BLOCKS)
+        step = min(count, GROUP_BLOCKS - start)
+        yield group_index, bit_mask(start, step)
+        block_index += step
+        count -= step
 
 
 class StorageVolume:
@@ -115,18 +130,11 @@ class StorageVolume:
 
     @staticmethod
     def _change(groups: list[int], block_index: int, count: int, *, present: bool) -> int:
-        changed = 0
-        while count:
-            group_index, start = divmod(block_index, GROUP_BLOCKS)
-            step = min(count, GROUP_BLOCKS - start)
-            mask = bit_mask(start, step)
+        for group_index, mask in split_groups(block_index, count):
             before = groups[group_index] & mask
             assert before == (0 if present else mask), f"blocks at {block_index} are already in that state"
             groups[group_index] ^= mask
-            changed += step if present else -step
-            block_index += step
-            count -= step
-        return changed
+        return count if present else -count
 
     def highest_live_block(self) -> int:
         """Give the highest committed block, -1 without any."""

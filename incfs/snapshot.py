@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from incfs.errors import AlreadyExists, LimitExceeded, UsageError
-from incfs.model import HOLE, INHERIT, PAGE_BLOCKS, Generation, Snapshot, VolumeId, validate_name
+from incfs.model import HOLE, INHERIT, MAX_GENERATION, PAGE_BLOCKS, Generation, Snapshot, VolumeId, validate_name
 from incfs.overlay import TableKey
 from incfs.store import Store
 from incfs.volume import Extent, join_extents, page_entries
@@ -39,8 +39,8 @@ def create(store: Store, wanted: Sequence[tuple[VolumeId, str]]) -> list[Snapsho
 def _snapshot_of(store: Store, volume_id: VolumeId, name: str, now: int) -> Snapshot:
     volume = store.catalog.volume(volume_id)
     generation = Generation(volume.last_generation + 1)
-    if generation >= 1 << 32:
-        raise LimitExceeded(f"volume {volume.name} has had 2^32 snapshots")
+    if generation > MAX_GENERATION:
+        raise LimitExceeded(f"volume {volume.name} has had all of its 2^32 - 2 snapshots")
     return Snapshot(volume_id, generation, str(uuids.uuid4()), name, volume.size_bytes, volume.mapped_blocks, now)
 
 

@@ -25,6 +25,6 @@ def umount_command(
     mountpoint: Annotated[Path, typer.Argument(metavar="MNT", help="Where a pool is mounted.")],
 ) -> None:
     """Unmount; returns when everything is on disk."""
-    from incfs.mount import unmount  # late: other commands need no FUSE
+    from incfs.unmount import unmount  # late: other commands need no FUSE
 
     unmount(mountpoint.absolute())

@@ -21,7 +21,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from incfs import check as check_module
 from incfs import pool as pool_module
 from incfs import snapshot as snapshots
 from incfs import store as store_module
@@ -121,7 +120,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.setup = setup
         self.home = Path(tempfile.mkdtemp(prefix="incfs-model-", dir=fast_directory()))
         self.constants = store_module._SEAL_AT, store_module._MAX_LEASE_BLOCKS, pool_module.GROUP_BLOCKS
-        pool_module.GROUP_BLOCKS = check_module.GROUP_BLOCKS = setup.group_blocks
+        pool_module.GROUP_BLOCKS = setup.group_blocks
         store_module._SEAL_AT, store_module._MAX_LEASE_BLOCKS = setup.seal_at, setup.lease_blocks
         self.pool = pools.make_pool(
             self.home,
@@ -175,7 +174,6 @@ class CoreMachine(RuleBasedStateMachine):
             pools.check_clean(self.store)
         finally:
             store_module._SEAL_AT, store_module._MAX_LEASE_BLOCKS, pool_module.GROUP_BLOCKS = self.constants
-            check_module.GROUP_BLOCKS = pool_module.GROUP_BLOCKS
             self.store.abandon()
             shutil.rmtree(self.home)
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from incfs.errors import IncfsError
-from incfs.mount import unmount
 from incfs.mount_table import MNT_DETACH, _libc, find_mount
+from incfs.unmount import unmount
 
 INCFS = [sys.executable, "-m", "incfs"]
 START_TIMEOUT_S = 20

@@ -169,7 +169,9 @@ class Model:
                 last_fit = count
         if last_fit is None or last_fit < self.acknowledged:
             raise AssertionError(self._explain(found))
-        return self._restart(found) or last_fit - self.acknowledged
+        unacknowledged = last_fit - self.acknowledged
+        self._restart(found)
+        return unacknowledged
 
     def recover_loosely(self, found: dict[Cell, int]) -> None:
         """Explain what was found cell by cell: each holds its acknowledged value or a later one."""
