@@ -83,7 +83,10 @@ class Driver:
         try:
             async with self.space_lock:
                 while not self._store.grant(table, block_count):
-                    await offload(self._store.grow)
+                    if self._store.freed_bytes >= self._store.options.extend_bytes:
+                        await self._committer.checkpoint()
+                    else:
+                        await offload(self._store.grow)
         except NoSpace as error:
             await self._scrape_space(table, block_count, error)
 

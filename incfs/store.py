@@ -279,6 +279,11 @@ class Store:
                 return
         raise NoSpace("the pool is full: " + "; ".join(reasons) + "; add one with `incfs storage add`, or remove data")
 
+    @property
+    def freed_bytes(self) -> int:
+        """Space that the next checkpoint makes free."""
+        return self.pool.freed_blocks * self.block_bytes
+
     # Commit and checkpoint
 
     def begin_commit(self) -> Commit | None:

@@ -118,7 +118,8 @@ def wait_for(condition, timeout_s=START_TIMEOUT_S):
 
 def require_fuse():
     if not os.path.exists("/dev/fuse") or os.geteuid() != 0:
-        pytest.skip("needs /dev/fuse and root")
+        # In CI a test of the mount that cannot run is a failure.
+        (pytest.fail if os.environ.get("INCFS_REQUIRE_MOUNT") == "1" else pytest.skip)("needs /dev/fuse and root")
 
 
 @contextmanager
