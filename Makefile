@@ -12,11 +12,12 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 C_SOURCES := $(wildcard incfs/*.c incfs/*.h)
 # Compared with mkfs and losetup, a user's PATH may lack the sbin directories; the tests call both.
 export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: help setup system system-test test lint sweep demo bench wheel clean
+.PHONY: help setup system system-test system-bench test lint sweep demo bench bench-quick wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +29,9 @@ system:
 
 system-test: system
 	@tools/system-packages.sh test $(PYTHON)
+
+system-bench: system-test
+	@tools/system-packages.sh bench $(PYTHON)
 
 # Order-only: the packages are looked at each time (milliseconds), but rebuild nothing by themselves.
 $(VENV)/.installed: pyproject.toml setup.py | system
@@ -57,8 +61,11 @@ test: setup system-test lint sweep ## lint, then every test (PYTEST_ARGS=... nar
 demo: setup ## the main job on this machine's own files: examples/quickstart.sh
 	examples/quickstart.sh
 
-bench: setup ## the benchmarks
-	for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+bench: setup system-bench ## the benchmark against peers, hours (BENCH_ARGS=... narrows it)
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+bench-quick: setup system-bench ## its most telling part, under five minutes
+	$(BIN)/python -m bench --quick $(BENCH_ARGS)
 
 wheel: setup ## build a wheel into dist/ and try it in a fresh environment
 	@rm -rf dist build

@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,16 +190,17 @@ def _take_sample(job: Job, session: Session) -> list[Measure]:
 
 def _on_own_volume(job: Job, work: FioJob, session: Session) -> list[Measure]:
     volume = session.subject.create("own", session.size_bytes)
-    finish: list[Callable[[], None]] = [volume.remove]
     try:
-        if job.needs == "snapshotted":
-            fill(volume.path, volume.size_bytes)
-            session.subject.take_snapshot(volume, "before")
-            finish.insert(0, lambda: session.subject.remove_snapshot(volume, "before"))
-        return _measure(work, volume.path, volume.size_bytes, session.seconds)
+        if job.needs != "snapshotted":
+            return _measure(work, volume.path, volume.size_bytes, session.seconds)
+        fill(volume.path, volume.size_bytes)
+        session.subject.take_snapshot(volume, "before")
+        try:
+            return _measure(work, volume.path, volume.size_bytes, session.seconds)
+        finally:
+            session.subject.remove_snapshot(volume, "before")
     finally:
-        for step in finish:
-            step()
+        volume.remove()
 
 
 def _measure(work: FioJob, path: Path, size_bytes: int, seconds: float) -> list[Measure]:

@@ -15,7 +15,7 @@ class StorageDaemon:
     """One daemon with one writable export.
 
     Its qcow2 file has the defaults of qemu-img, its cache those of the daemon (write-back, in the host's page
-    cache), discard is passed on.
+    cache), discard is passed on.  The export is not growable: QEMU 7.2 would then refuse to merge an overlay.
 
     Args:
         directory: Where its files go.
@@ -56,7 +56,7 @@ class StorageDaemon:
             "--blockdev",
             "driver=qcow2,node-name=disk,file=file,discard=unmap",
             "--export",
-            f"type=fuse,id=export,node-name=disk,mountpoint={self.path},writable=on,growable=on",
+            f"type=fuse,id=export,node-name=disk,mountpoint={self.path},writable=on",
         ]
 
     def _is_up(self, log: Path) -> bool:

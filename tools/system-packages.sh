@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs the system packages that are lacking, and touches nothing when none is.
-#   usage: system-packages.sh setup|test PYTHON
+#   usage: system-packages.sh setup|test|bench PYTHON
 # Each line of the lists below is "Debian package|command that succeeds when it is there", so that
 # the check also holds on machines that have the same thing from elsewhere.
 set -eu
@@ -35,6 +35,13 @@ rsync|command -v rsync
 sqlite3|command -v sqlite3
 util-linux|command -v fstrim
 xfsprogs|command -v mkfs.xfs
+EOF
+}
+
+list_bench() {
+    cat <<EOF
+postgresql|ls /usr/lib/postgresql/*/bin/pgbench /usr/local/bin/pgbench 2>/dev/null | grep -q .
+qemu-system-common|command -v qemu-storage-daemon
 EOF
 }
 
