@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -24,6 +26,15 @@ def command(home: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "bench", *SMALL, *output, *words]
 
 
+@contextmanager
+def started(words: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A run that has taken its first sample."""
+    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if "randread-4k-qd1" in line)
+        yield process
+
+
 def assert_nothing_left(work: Path) -> None:
     assert list(work.iterdir()) == []
     assert mounts_below(work) == []
@@ -34,7 +45,7 @@ def assert_nothing_left(work: Path) -> None:
 def test_smoke(tmp_path):
     (tmp_path / "work").mkdir()
     words = command(tmp_path, "--jobs", "randread-4k-qd1", "--rounds", "1", "--seconds", "1")
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "results/results.json").read_text())
     assert [sample["subject"] for sample in document["samples"]] == ["incfs-python", "plain"]
@@ -49,14 +60,10 @@ def test_smoke(tmp_path):
 def test_an_interrupted_run_cleans_up_and_keeps_its_samples(tmp_path):
     (tmp_path / "work").mkdir()
     words = command(tmp_path, "--jobs", "randread-4k-qd1", "--rounds", "50", "--seconds", "0.5")
-    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "randread-4k-qd1" in line:
-            break
-    os.kill(process.pid, signal.SIGINT)
-    process.stderr.read()
-    assert process.wait(60) == 1
+    with started(words) as process:
+        os.kill(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 1
     document = json.loads((tmp_path / "results/results.json").read_text())
     assert document["samples"]
     assert document["failures"] == ["interrupted: the results are not complete"]
@@ -68,11 +75,8 @@ def test_a_killed_run_is_removed_by_the_next(tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     words = command(tmp_path, "--jobs", "randread-4k-qd1", "--rounds", "50", "--seconds", "0.5")
-    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    next(line for line in process.stderr if "randread-4k-qd1" in line)
-    process.kill()
-    process.wait()
+    with started(words) as process:
+        process.kill()
     limit = time.monotonic() + 30
     while mounts_below(work) and time.monotonic() < limit:
         time.sleep(0.1)  # its children were told by the kernel
