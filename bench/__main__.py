@@ -20,12 +20,16 @@ from bench.subjects import SUBJECTS
 from bench.summary import Results, collect, ratio
 
 MIB = 1 << 20
+QUICK = ("incfs-python", "incfs-native", "floor-pyfuse3", "floor-threads", "qemu", "plain")
+"""Subjects of a quick run that names none."""
 _CHART_PEERS = ("qemu", "plain")
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure incfs against its peers.")
-    parser.add_argument("--quick", action="store_true", help="few jobs, 3 rounds, 1 s: under five minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="few jobs, no XFS and btrfs, 3 rounds, 1 s: under five minutes"
+    )
     parser.add_argument("--list", action="store_true", help="list jobs and subjects, measure nothing")
     parser.add_argument("--jobs", metavar="JOB,...", help="only these")
     parser.add_argument("--subjects", metavar="SUBJECT,...", help="only these")
@@ -79,7 +83,7 @@ def make_settings(arguments: argparse.Namespace) -> Settings:
         seconds=arguments.seconds or (1.0 if quick else 3.0),
         file_count=arguments.files,
         mapping_count=arguments.mappings,
-        subjects=_chosen(arguments.subjects, [kind.key for kind in SUBJECTS], "subject"),
+        subjects=_chosen(arguments.subjects, [kind.key for kind in SUBJECTS], "subject") or (QUICK if quick else ()),
     )
 
 

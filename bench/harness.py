@@ -198,7 +198,8 @@ def _on_own_volume(job: Job, work: FioJob, session: Session) -> list[Measure]:
         try:
             return _measure(work, volume.path, volume.size_bytes, session.seconds)
         finally:
-            session.subject.remove_snapshot(volume, "before")
+            if session.subject.removes_snapshots:
+                session.subject.remove_snapshot(volume, "before")
     finally:
         volume.remove()
 

@@ -1,4 +1,4 @@
-"""What incfs spends its time on while a job runs: samples of the daemon's stacks, as two tables.
+"""What incfs spends its time on while a job runs: samples of the daemon's stacks, as three tables.
 
 usage: python -m bench.profile JOB [--plane python|native] [--dir DIR] [--native] [--output STACKS]
 
@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from bench.access import FILE, open_target
 from bench.fio import FioJob, fill, run_fio
@@ -24,6 +25,29 @@ _LINES = 25
 _RATE = 500
 
 
+ROOMS: Final = (
+    ("worker threads: commits, checkpoints", ("WorkerThread",)),
+    ("waiting for requests (epoll)", ("EpollIOManager",)),
+    ("incfs: getxattr", ("getxattr (",)),
+    ("incfs: seal, absorb, begin of a commit", ("absorb (", "begin_commit (")),
+    ("incfs: reads and writes of the images", ("incfs/backing.py",)),
+    ("incfs: handlers, service, store, data plane", ("incfs/boundary.py",)),
+    ("incfs: other tasks", ("incfs/committer.py", "incfs/reclaimer.py", "incfs/control.py")),
+    ("pyfuse3: scheduling and locks", ("trio/",)),
+    ("pyfuse3 and libfuse: /dev/fuse", ("async_wrapper",)),
+)
+"""The first room that one of whose words is in a stack has it; of pyfuse3's the innermost frame decides."""
+
+
+def room_of(frames: list[str]) -> str:
+    """Name the room that a stack belongs to."""
+    for room, words in ROOMS:
+        looked_at = [frames[-1]] if room.startswith("pyfuse3") else frames
+        if any(word in frame for word in words for frame in looked_at):
+            return room
+    return "the rest"
+
+
 def read_stacks(path: Path) -> Iterator[tuple[list[str], int]]:
     """Yield each stack, outermost first, and its samples."""
     for line in path.read_text().splitlines():
@@ -33,16 +57,18 @@ def read_stacks(path: Path) -> Iterator[tuple[list[str], int]]:
 
 def _tables(path: Path) -> str:
     own: Counter[str] = Counter()
+    rooms: Counter[str] = Counter()
     with_callees: Counter[str] = Counter()
     for frames, count in read_stacks(path):
         if frames[-1].startswith("WorkerThread._work"):
             continue  # an idle worker, which py-spy takes for a busy one
         own[frames[-1]] += count
+        rooms[room_of(frames)] += count
         for function in {frame.rpartition(":")[0] or frame for frame in frames}:
             with_callees[function] += count
     total = max(1, own.total())
     parts = []
-    for title, counter in (("own time, by line", own), ("with callees, by function", with_callees)):
+    for title, counter in (("by room", rooms), ("own time, by line", own), ("with callees, by function", with_callees)):
         rows = [f"{count / total:6.1%}  {name}" for name, count in counter.most_common(_LINES)]
         parts.append(f"{title}\n" + "\n".join(rows))
     return "\n\n".join(parts)

@@ -15,7 +15,7 @@ class StorageDaemon:
     """One daemon with one writable export.
 
     Its qcow2 file has the defaults of qemu-img, its cache those of the daemon (write-back, in the host's page
-    cache), discard is passed on.  The export is not growable: QEMU 7.2 would then refuse to merge an overlay.
+    cache), discard is passed on.
 
     Args:
         directory: Where its files go.
@@ -52,9 +52,8 @@ class StorageDaemon:
             "--monitor",
             "chardev=control",
             "--blockdev",
-            f"driver=file,node-name=file,filename={self._images[0]},discard=unmap",
-            "--blockdev",
-            "driver=qcow2,node-name=disk,file=file,discard=unmap",
+            f"driver=qcow2,node-name=disk,discard=unmap,"
+            f"file.driver=file,file.filename={self._images[0]},file.discard=unmap",
             "--export",
             f"type=fuse,id=export,node-name=disk,mountpoint={self.path},writable=on",
         ]
@@ -97,21 +96,6 @@ class StorageDaemon:
         self.execute("blockdev-snapshot", node=self._nodes[-1], overlay=node)
         self._images.append(image)
         self._nodes.append(node)
-
-    def pop_overlay(self, name: str) -> None:
-        """Merge the newest overlay into the file below."""
-        node, image = self._nodes.pop(), self._images.pop()
-        assert node == f"overlay-{name}", "the newest first"
-        self.execute("block-commit", **{"job-id": "merge", "device": node, "auto-dismiss": False})
-        wait_until(lambda: self._job() == "ready", "QEMU to copy an overlay", timeout_s=300)
-        self.execute("job-complete", id="merge")
-        wait_until(lambda: self._job() == "concluded", "QEMU to leave an overlay", timeout_s=300)
-        self.execute("job-dismiss", id="merge")
-        self.execute("blockdev-del", **{"node-name": node})
-        image.unlink()
-
-    def _job(self) -> str:
-        return str(next(job["status"] for job in self.execute("query-jobs") if job["id"] == "merge"))
 
     def remove(self) -> None:
         """End it and delete its files."""

@@ -93,7 +93,7 @@ def _floors(results: Results) -> list[Goal]:
     """Both pass-throughs on every fio job, where both were measured."""
     pairs = (("floor-threads", 0.7, _NATIVE), ("floor-pyfuse3", 0.75, _PYTHON))
     return [
-        Goal(key[2], key, floor, at_least, (subject,))
+        Goal(f"{key[2]}, {key[1]}, {key[0]}", key, floor, at_least, (subject,))
         for key, line in results.items()
         for floor, at_least, subject in pairs
         if key[3] == "rate" and floor in line and subject in line
