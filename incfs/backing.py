@@ -28,7 +28,7 @@ def translate(error: OSError, path: Path, action: str) -> IncfsError:
         return NoSpace(f"{text}; free space on the filesystem of {path.parent}", path=str(path))
     if error.errno == errno.EEXIST:
         return AlreadyExists(text, path=str(path))
-    return BackingError(text, path=str(path), host_errno=error.errno)
+    return BackingError(text, path=str(path), host_errno=error.errno, action=action)
 
 
 class File:
@@ -62,7 +62,9 @@ class File:
             missing -= len(pieces[-1])
         if missing:
             end = offset_bytes + length_bytes - missing
-            raise BackingError(f"{self.path} ends at byte {end}, expected {end + missing}", path=str(self.path))
+            raise BackingError(
+                f"{self.path} ends at byte {end}, expected {end + missing}", path=str(self.path), action="read"
+            )
         return b"".join(pieces)
 
     def pread_cached(self, offset_bytes: int, length_bytes: int) -> bytes | None:

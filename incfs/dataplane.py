@@ -90,6 +90,17 @@ class Batch:
     """Addresses taken from a lease and discarded again: no mapping ever named them."""
 
 
+@dataclass(frozen=True, slots=True)
+class PlaneState:
+    """What is inside a data plane, for tests."""
+
+    pages: dict[tuple[MapId, int], tuple[Entries, Entries]]
+    """(table, page) -> (current mappings of all blocks, what the unsealed ones replaced)."""
+    leases: list[tuple[MapId, int, int]]
+    """(table, first address, blocks), in order."""
+    dropped: list[int]
+
+
 class _Placement(NamedTuple):
     """One block of a write: where it goes."""
 
@@ -242,19 +253,12 @@ class DataPlane:
         for i, crc in enumerate(expected):
             found = checksum(data if len(expected) == 1 else data[i * size : (i + 1) * size])
             if found != crc:
-                storage_id, block_index = split_address(address + i)
-                raise ChecksumMismatch(
-                    f"virtual block {virtual_block + i} of table {map_id >> 32}.{map_id & 0xFFFFFFFF}: block "
-                    f"{block_index} of storage volume {storage_id} has CRC32C {found:08x}, expected {crc:08x}; "
-                    f"restore the range from a snapshot or a replica",
-                    map_id=map_id,
-                    virtual_block=virtual_block + i,
-                    storage=storage_id,
-                    block=block_index,
-                )
+                raise mismatch(map_id, virtual_block + i, address + i, found=found, expected=crc)
 
-    def write(self, map_id: MapId, first_block: int, data: bytes) -> None:
-        """Write whole blocks: new ones to leased blocks, fresh ones in place, zeros as holes.
+    def write(self, map_id: MapId, offset_bytes: int, data: bytes, *, wait: bool = False) -> None:
+        """Write a range: new blocks to leased ones, fresh ones in place, zeros as holes.
+
+        What the range lacks of its first and last block is read, verified and kept.
 
         Atomicity: if it raises ``Refused`` nothing changed.  After another error a prefix of
         the range may be written, as with write(2).
@@ -262,9 +266,12 @@ class DataPlane:
         Raises:
             NotResident: A page must be loaded first.
             LeaseExhausted: More blocks must be granted first.
+            ReadWouldWait: The disk must be read first.
+            ChecksumMismatch: A block of which a part is kept is not what was written.
             NoSpace: The host has no room; nothing else is harmed.
-            BackingError: The host failed to write.
+            BackingError: The host failed.
         """
+        data, first_block = self._complete(map_id, offset_bytes, data, wait=wait)
         placements = self._place(map_id, first_block, data)
         position = 0
         try:
@@ -278,6 +285,18 @@ class DataPlane:
                 position += run
         finally:
             self._mark_dirty(map_id, first_block, len(placements))
+
+    def _complete(self, map_id: MapId, offset_bytes: int, data: bytes, *, wait: bool) -> tuple[bytes, int]:
+        """Extend a write to whole blocks with what is there; give (data, first block)."""
+        block = self._block_bytes
+        first, head = divmod(offset_bytes, block)
+        tail = -(offset_bytes + len(data)) % block
+        if not head and not tail:
+            return data, first
+        last = (offset_bytes + len(data) - 1) // block
+        before = self.read(map_id, first, 1, wait=wait)[:head] if head else b""
+        after = self.read(map_id, last, 1, wait=wait)[block - tail :] if tail else b""
+        return before + data + after, first
 
     def _place(self, map_id: MapId, first_block: int, data: bytes) -> list[_Placement]:
         size, zeros = self._block_bytes, self._zeros
@@ -379,6 +398,29 @@ class DataPlane:
         self._mapped_delta = {}
         self.fresh_count = 0
         return Batch(pages, dropped)
+
+    def inspect(self) -> PlaneState:
+        """Copy everything inside, for tests."""
+        pages = {
+            key: (dict(enumerate(zip(page.addresses, page.checksums, strict=True))), dict(page.fresh))
+            for key, page in self._pages.items()
+        }
+        leases = sorted((table, *run) for table, runs in self._leases.items() for run in runs)
+        return PlaneState(pages, leases, list(self._dropped))
+
+
+def mismatch(map_id: MapId, virtual_block: int, address: int, *, found: int, expected: int) -> ChecksumMismatch:
+    """Make the error that says which block is not what was written."""
+    storage_id, block_index = split_address(address)
+    return ChecksumMismatch(
+        f"virtual block {virtual_block} of table {map_id >> 32}.{map_id & 0xFFFFFFFF}: block "
+        f"{block_index} of storage volume {storage_id} has CRC32C {found:08x}, expected {expected:08x}; "
+        f"restore the range from a snapshot or a replica",
+        map_id=map_id,
+        virtual_block=virtual_block,
+        storage=storage_id,
+        block=block_index,
+    )
 
 
 def _runs(addresses: "array[int]", start: int, count: int) -> Iterator[tuple[int, int, int]]:

@@ -75,6 +75,15 @@ class StorageVolume:
         """Learn from the file's length how far the image has grown."""
         self.grown_blocks = max(0, self.file.length_bytes() - DATA_OFFSET_BYTES) // self._block_bytes
 
+    @property
+    def path(self) -> Path:
+        """Where the image is."""
+        return self.file.path
+
+    def descriptor(self) -> tuple[int, int]:
+        """Give the image's file descriptor, and the offset of the first block's data."""
+        return self.file.fileno(), DATA_OFFSET_BYTES
+
     def read_blocks(self, block_index: int, block_count: int) -> bytes:
         """Read whole blocks, waiting for the disk."""
         return self.file.pread(self._offset(block_index), block_count * self._block_bytes)
@@ -84,8 +93,7 @@ class StorageVolume:
         return self.file.pread_cached(self._offset(block_index), block_count * self._block_bytes)
 
     def write_blocks(self, block_index: int, data: bytes | memoryview) -> None:
-        """Write whole blocks to the page cache; ``sync`` makes them durable."""
-        self.needs_sync = True
+        """Write whole blocks to the page cache; ``sync`` makes them durable once they are committed."""
         self.file.pwrite(self._offset(block_index), data)
 
     def sync(self) -> None:
@@ -287,8 +295,12 @@ class Pool:
             self.volumes[storage_id].set_busy(block_index, count, busy=False)
 
     def commit(self, addresses: Iterable[int]) -> None:
-        """Mark leased blocks as live: a mapping of the current batch points to them."""
-        self._set_live(addresses, live=True)
+        """Mark leased blocks as live: a mapping of the current batch points to them.
+
+        Their images need a sync from now on, whoever wrote them.
+        """
+        for storage_id in self._set_live(addresses, live=True):
+            self.volumes[storage_id].needs_sync = True
 
     def free(self, addresses: Iterable[int]) -> None:
         """Mark live blocks as freed; the next checkpoint makes them free."""
@@ -296,11 +308,14 @@ class Pool:
         self._set_live(addresses, live=False)
         self._freed += addresses
 
-    def _set_live(self, addresses: Iterable[int], *, live: bool) -> None:
+    def _set_live(self, addresses: Iterable[int], *, live: bool) -> set[StorageId]:
+        changed = set()
         for first, count in address_runs(addresses):
             storage_id, block_index = split_address(first)
             groups = self.volumes[storage_id].set_live(block_index, count, live=live)
             self._dirty_groups.update((storage_id, group) for group in groups)
+            changed.add(storage_id)
+        return changed
 
     def adopt(self, addresses: Iterable[int]) -> None:
         """Mark blocks as leased that a replayed journal record mentions."""

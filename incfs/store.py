@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,12 +26,12 @@ from incfs.catalog import Catalog, Record, RecordId, record_id
 from incfs.changes import Change, map_change
 from incfs.checkpoint import Checkpoint, Commit
 from incfs.codec import encode_record
-from incfs.dataplane import DataPlane
 from incfs.errors import IncfsError, NoSpace, PoolReadOnly
 from incfs.journal import Journal
 from incfs.lock import PoolLock
 from incfs.log import IncrementalLog, Tables
 from incfs.model import HOLE, Generation, MapId, SealedPage, Volume, VolumeId, split_map_id
+from incfs.planes import PlaneKind, default_kind, make_plane
 from incfs.pool import DEFAULT_EXTEND_BYTES, Pool, PunchPlan
 from incfs.superblock import Superblock
 
@@ -62,6 +62,8 @@ class Options:
     """Step in which images grow."""
     host_reserve_bytes: int = 16 << 20
     """Space that growth leaves free on an image's host filesystem."""
+    data_plane: PlaneKind = field(default_factory=default_kind)
+    """Who moves the bytes: ``native`` (C), ``python``, or ``auto``: native where it was built."""
 
 
 class Store:
@@ -95,7 +97,7 @@ class Store:
             self.tables.close()
             raise
         self.pool = Pool(directory, UUID(superblock.uuid), superblock.block_bytes, backing)
-        self.plane = DataPlane(superblock.block_bytes, self.pool.volumes)
+        self.plane = make_plane(options.data_plane, superblock.block_bytes, self.pool.volumes, backing)
         self._pending: list[Change] = []
         self._touched: dict[RecordId, None] = {}
         self._lease_blocks: dict[MapId, int] = {}

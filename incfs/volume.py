@@ -284,9 +284,8 @@ def write(store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: b
         raise TrimPending(volume.id)
     if not data:
         return 0
-    whole, first = _whole_blocks(store, table, offset_bytes, data, wait=wait)
     try:
-        _write_blocks(store, table, first, whole)
+        _write_bytes(store, table, offset_bytes, data, wait=wait)
     except NoSpace:
         # Some of it may be written, and nothing stored may lie behind the end: it would come
         # to light when the volume grows.
@@ -297,11 +296,12 @@ def write(store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: b
     return len(data)
 
 
-def _write_blocks(store: Store, table: MapId, first_block: int, data: bytes) -> None:
+def _write_bytes(store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: bool) -> None:
     try:
-        store.plane.write(table, first_block, data)
+        store.plane.write(table, offset_bytes, data, wait=wait)
     except BackingError as error:
-        store.fail(error)
+        if error.facts.get("action") != "read":  # the rest of a partly written block
+            store.fail(error)
         raise
 
 
@@ -311,19 +311,6 @@ def _writable_volume(store: Store, table: MapId) -> Volume:
     if generation:
         raise NotSupported("a snapshot cannot be written to")
     return store.catalog.volume(volume_id)
-
-
-def _whole_blocks(store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: bool) -> tuple[bytes, int]:
-    """Extend a write to whole blocks with what is there; give (data, first block)."""
-    block = store.block_bytes
-    first, head = divmod(offset_bytes, block)
-    tail = -(offset_bytes + len(data)) % block
-    if not head and not tail:
-        return data, first
-    last = (offset_bytes + len(data) - 1) // block
-    before = store.plane.read(table, first, 1, wait=wait)[:head] if head else b""
-    after = store.plane.read(table, last, 1, wait=wait)[block - tail :] if tail else b""
-    return before + data + after, first
 
 
 def _note_write(store: Store, volume_id: VolumeId, end_bytes: int) -> None:
@@ -368,10 +355,9 @@ def discard(
 def _zero_part(store: Store, table: MapId, offset_bytes: int, end_bytes: int, *, wait: bool) -> None:
     old = store.plane.read(table, offset_bytes // store.block_bytes, 1, wait=wait)
     start = offset_bytes % store.block_bytes
-    length = end_bytes - offset_bytes
-    if old[start : start + length] != bytes(length):
-        whole = old[:start] + bytes(length) + old[start + length :]
-        _write_blocks(store, table, offset_bytes // store.block_bytes, whole)
+    zeros = bytes(end_bytes - offset_bytes)
+    if old[start : start + len(zeros)] != zeros:
+        _write_bytes(store, table, offset_bytes, zeros, wait=wait)
 
 
 def _discard_page(store: Store, table: MapId, first_block: int, end_block: int) -> int:

@@ -1,0 +1,622 @@
+/* incfs._dataplane: the Python type of the native data plane (plane.h), with the interface and the
+ * exceptions of incfs/dataplane.py.
+ *
+ * Threads: the methods run with the GIL held, but for large reads and writes; the plane below has
+ * its own locks and may be used by other threads at any time.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "crc32c.h"
+#include "plane.h"
+
+#include <string.h>
+
+/* From here on a request is worth the cost of letting go of the GIL and getting it back. */
+enum { LONG_BYTES = 131072 };
+
+typedef struct {
+    PyObject_HEAD
+    struct plane *plane;
+    uint32_t block_bytes;
+    PyObject *files; /* Mapping[StorageId, BlockFile] */
+} DataPlane;
+
+/* What the control plane is told with; see incfs/nativeplane.py for `errors`. */
+static struct {
+    PyObject *not_resident, *lease_exhausted, *read_would_wait; /* incfs.dataplane */
+    PyObject *batch;
+    PyTypeObject *appended, *sealed_page; /* incfs.model; named tuples */
+} python;
+
+/* ---- Refusals and errors -------------------------------------------------------------------------- */
+
+/* Raises type(*arguments), where type is an exception class; steals arguments. */
+static PyObject *raise(PyObject *type, PyObject *arguments)
+{
+    PyObject *error = arguments ? PyObject_Call(type, arguments, NULL) : NULL;
+    if (error)
+        PyErr_SetObject(type, error);
+    Py_XDECREF(error);
+    Py_XDECREF(arguments);
+    return NULL;
+}
+
+/* Raises what self.method(*arguments) returns; steals arguments. */
+static PyObject *raise_made(DataPlane *self, const char *method, PyObject *arguments)
+{
+    PyObject *maker = PyObject_GetAttrString((PyObject *)self, method);
+    PyObject *error = maker && arguments ? PyObject_Call(maker, arguments, NULL) : NULL;
+    if (error)
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    Py_XDECREF(error);
+    Py_XDECREF(maker);
+    Py_XDECREF(arguments);
+    return NULL;
+}
+
+static PyObject *file_of(DataPlane *self, uint64_t address)
+{
+    PyObject *id = PyLong_FromUnsignedLong(address >> 48);
+    PyObject *file = id ? PyObject_GetItem(self->files, id) : NULL;
+    Py_XDECREF(id);
+    return file;
+}
+
+static PyObject *raise_would_wait(DataPlane *self, const struct plane_refusal *why)
+{
+    PyObject *file = file_of(self, why->address);
+    if (!file)
+        return NULL;
+    return raise(python.read_would_wait, Py_BuildValue("(NKK)", file,
+                                                       (unsigned long long)why->address & 0xFFFFFFFFFFFFull,
+                                                       (unsigned long long)why->block_count));
+}
+
+static PyObject *raise_status(DataPlane *self, enum plane_status status, uint64_t map_id,
+                              const struct plane_refusal *why)
+{
+    unsigned long long map = map_id, address = why->address;
+    switch (status) {
+    case PLANE_NOT_RESIDENT:
+        return raise(python.not_resident, Py_BuildValue("(KK)", map, (unsigned long long)why->page_index));
+    case PLANE_NO_LEASE:
+        return raise(python.lease_exhausted, Py_BuildValue("(KK)", map, (unsigned long long)why->block_count));
+    case PLANE_WOULD_WAIT:
+        return raise_would_wait(self, why);
+    case PLANE_MISMATCH:
+        return raise_made(self, "_mismatch_error",
+                          Py_BuildValue("(KKKII)", map, (unsigned long long)why->virtual_block, address, why->found,
+                                        why->expected));
+    case PLANE_READ_ERROR:
+        return raise_made(self, "_host_error", Py_BuildValue("(sKi)", "read", address, why->host_errno));
+    case PLANE_WRITE_ERROR:
+        return raise_made(self, "_host_error", Py_BuildValue("(sKi)", "write", address, why->host_errno));
+    default:
+        return PyErr_NoMemory();
+    }
+}
+
+/* ---- Life --------------------------------------------------------------------------------------------- */
+
+static PyObject *plane_type_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"block_bytes", "files", NULL};
+    unsigned int block_bytes;
+    PyObject *files;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "IO", names, &block_bytes, &files))
+        return NULL;
+    if (!block_bytes) {
+        PyErr_SetString(PyExc_ValueError, "block_bytes must be positive");
+        return NULL;
+    }
+    DataPlane *self = (DataPlane *)type->tp_alloc(type, 0);
+    if (!self)
+        return NULL;
+    self->block_bytes = block_bytes;
+    self->files = Py_NewRef(files);
+    self->plane = plane_new(block_bytes);
+    if (!self->plane) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
+    return (PyObject *)self;
+}
+
+static int plane_type_traverse(DataPlane *self, visitproc visit, void *arg)
+{
+    Py_VISIT(self->files);
+    Py_VISIT(Py_TYPE(self));
+    return 0;
+}
+
+static int plane_type_clear(DataPlane *self)
+{
+    Py_CLEAR(self->files);
+    return 0;
+}
+
+static void plane_type_dealloc(DataPlane *self)
+{
+    PyObject_GC_UnTrack(self);
+    plane_type_clear(self);
+    if (self->plane)
+        plane_free(self->plane);
+    PyTypeObject *type = Py_TYPE(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+/* Makes the image that an address lies in known to the plane. */
+static int need_file(DataPlane *self, uint64_t address)
+{
+    if (plane_is_attached(self->plane, address))
+        return 0;
+    PyObject *file = file_of(self, address);
+    PyObject *place = file ? PyObject_CallMethod(file, "descriptor", NULL) : NULL;
+    Py_XDECREF(file);
+    if (!place)
+        return -1;
+    int fd;
+    unsigned long long offset;
+    int parsed = PyArg_ParseTuple(place, "iK", &fd, &offset);
+    Py_DECREF(place);
+    if (!parsed)
+        return -1;
+    if (plane_attach(self->plane, address >> 48, fd, offset) != PLANE_OK) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    return 0;
+}
+
+/* ---- Pages and leases --------------------------------------------------------------------------------------- */
+
+static int fill_mappings(DataPlane *self, PyObject *entries, struct plane_mapping *mappings)
+{
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    while (PyDict_Next(entries, &position, &key, &value)) {
+        size_t index = PyLong_AsSize_t(key);
+        if (index >= PLANE_PAGE_BLOCKS || !PyTuple_Check(value) || PyTuple_GET_SIZE(value) != 2) {
+            if (!PyErr_Occurred())
+                PyErr_SetString(PyExc_ValueError, "not a map page");
+            return -1;
+        }
+        mappings[index].address = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(value, 0));
+        mappings[index].checksum = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(value, 1));
+        if (PyErr_Occurred() || (mappings[index].address > PLANE_HOLE && need_file(self, mappings[index].address) < 0))
+            return -1;
+    }
+    return 0;
+}
+
+static PyObject *method_load(DataPlane *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"map_id", "page_index", "entries", "hole", NULL};
+    unsigned long long map_id, page_index, hole = PLANE_INHERIT;
+    PyObject *entries;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KKO!|$K", names, &map_id, &page_index, &PyDict_Type, &entries,
+                                     &hole))
+        return NULL;
+    struct plane_mapping mappings[PLANE_PAGE_BLOCKS] = {0};
+    if (fill_mappings(self, entries, mappings) < 0)
+        return NULL;
+    if (plane_is_resident(self->plane, map_id, page_index)) {
+        PyErr_SetString(PyExc_AssertionError, "the page is resident");
+        return NULL;
+    }
+    if (plane_load(self->plane, map_id, page_index, mappings, hole) != PLANE_OK)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_evict(DataPlane *self, PyObject *arg)
+{
+    unsigned long long map_id = PyLong_AsUnsignedLongLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    plane_evict(self->plane, map_id);
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_shrink(DataPlane *self, PyObject *arg)
+{
+    size_t page_count = PyLong_AsSize_t(arg), evicted_count;
+    if (PyErr_Occurred())
+        return NULL;
+    uint64_t *evicted;
+    if (plane_shrink(self->plane, page_count, &evicted, &evicted_count) != PLANE_OK)
+        return PyErr_NoMemory();
+    PyObject *list = PyList_New(evicted_count);
+    for (size_t i = 0; list && i < evicted_count; i++) {
+        PyObject *pair =
+            Py_BuildValue("(KK)", (unsigned long long)evicted[2 * i], (unsigned long long)evicted[2 * i + 1]);
+        if (!pair)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, i, pair);
+    }
+    free(evicted);
+    return list;
+}
+
+static PyObject *method_is_resident(DataPlane *self, PyObject *args)
+{
+    unsigned long long map_id, page_index;
+    if (!PyArg_ParseTuple(args, "KK", &map_id, &page_index))
+        return NULL;
+    return PyBool_FromLong(plane_is_resident(self->plane, map_id, page_index));
+}
+
+static PyObject *method_grant(DataPlane *self, PyObject *args)
+{
+    unsigned long long map_id, address, block_count;
+    if (!PyArg_ParseTuple(args, "KKK", &map_id, &address, &block_count) || need_file(self, address) < 0)
+        return NULL;
+    if (plane_grant(self->plane, map_id, (struct plane_run){address, block_count}) != PLANE_OK)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_revoke(DataPlane *self, PyObject *args)
+{
+    PyObject *table = Py_None;
+    if (!PyArg_ParseTuple(args, "|O", &table))
+        return NULL;
+    uint64_t map_id = table == Py_None ? 0 : PyLong_AsUnsignedLongLong(table);
+    if (PyErr_Occurred())
+        return NULL;
+    struct plane_run *runs;
+    size_t run_count;
+    if (plane_revoke(self->plane, table == Py_None ? NULL : &map_id, &runs, &run_count) != PLANE_OK)
+        return PyErr_NoMemory();
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list && i < run_count; i++)
+        for (uint64_t k = 0; list && k < runs[i].count; k++) {
+            PyObject *address = PyLong_FromUnsignedLongLong(runs[i].address + k);
+            if (!address || PyList_Append(list, address) < 0)
+                Py_CLEAR(list);
+            Py_XDECREF(address);
+        }
+    free(runs);
+    return list;
+}
+
+/* ---- Bytes ------------------------------------------------------------------------------------------------------- */
+
+static PyObject *method_read(DataPlane *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"map_id", "first_block", "block_count", "wait", NULL};
+    unsigned long long map_id, first_block;
+    Py_ssize_t block_count;
+    int wait = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KKn|$p", names, &map_id, &first_block, &block_count, &wait))
+        return NULL;
+    if (block_count < 0 || block_count > PY_SSIZE_T_MAX / self->block_bytes)
+        return PyErr_Format(PyExc_ValueError, "cannot read %zd blocks", block_count);
+    PyObject *data = PyBytes_FromStringAndSize(NULL, block_count * self->block_bytes);
+    if (!data)
+        return NULL;
+    struct plane_refusal why = {0};
+    enum plane_status status;
+    PyThreadState *thread = wait || PyBytes_GET_SIZE(data) >= LONG_BYTES ? PyEval_SaveThread() : NULL;
+    status = plane_read(self->plane, map_id, first_block, block_count, wait, PyBytes_AS_STRING(data), &why);
+    if (thread)
+        PyEval_RestoreThread(thread);
+    if (status == PLANE_OK)
+        return data;
+    Py_DECREF(data);
+    return raise_status(self, status, map_id, &why);
+}
+
+static PyObject *method_write(DataPlane *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"map_id", "offset_bytes", "data", "wait", NULL};
+    unsigned long long map_id, offset_bytes;
+    Py_buffer data;
+    int wait = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KKy*|$p", names, &map_id, &offset_bytes, &data, &wait))
+        return NULL;
+    struct plane_refusal why = {0};
+    enum plane_status status;
+    PyThreadState *thread = wait || data.len >= LONG_BYTES ? PyEval_SaveThread() : NULL;
+    status = plane_write(self->plane, map_id, offset_bytes, data.buf, data.len, wait, &why);
+    if (thread)
+        PyEval_RestoreThread(thread);
+    PyBuffer_Release(&data);
+    if (status != PLANE_OK)
+        return raise_status(self, status, map_id, &why);
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_discard(DataPlane *self, PyObject *args)
+{
+    unsigned long long map_id, first_block;
+    Py_ssize_t block_count;
+    if (!PyArg_ParseTuple(args, "KKn", &map_id, &first_block, &block_count))
+        return NULL;
+    if (block_count < 0)
+        return PyErr_Format(PyExc_ValueError, "cannot discard %zd blocks", block_count);
+    struct plane_refusal why = {0};
+    enum plane_status status = plane_discard(self->plane, map_id, first_block, block_count, &why);
+    if (status != PLANE_OK)
+        return raise_status(self, status, map_id, &why);
+    Py_RETURN_NONE;
+}
+
+/* ---- Seal -------------------------------------------------------------------------------------------------------------- */
+
+/* Makes a named tuple without going through its __new__: a seal makes thousands.  Steals the members. */
+static PyObject *make_tuple(PyTypeObject *type, Py_ssize_t count, PyObject **members)
+{
+    PyObject *tuple = type->tp_alloc(type, count);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (!members[i])
+            Py_CLEAR(tuple);
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (tuple)
+            PyTuple_SET_ITEM(tuple, i, members[i]);
+        else
+            Py_XDECREF(members[i]);
+    }
+    return tuple;
+}
+
+static PyObject *make_appended(const struct plane_appended *appended)
+{
+    PyObject *members[] = {
+        PyLong_FromUnsignedLong(appended->index),
+        PyLong_FromUnsignedLongLong(appended->address),
+        PyLong_FromUnsignedLong(appended->checksum),
+        PyLong_FromUnsignedLongLong(appended->old_address),
+        PyLong_FromUnsignedLong(appended->old_checksum),
+    };
+    return make_tuple(python.appended, 5, members);
+}
+
+static PyObject *make_sealed_page(const struct plane_sealed_page *page, const struct plane_appended *appended)
+{
+    PyObject *list = PyList_New(page->count);
+    for (size_t i = 0; list && i < page->count; i++) {
+        PyObject *mapping = make_appended(&appended[page->first + i]);
+        if (!mapping)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, i, mapping);
+    }
+    PyObject *members[] = {PyLong_FromUnsignedLongLong(page->map_id), PyLong_FromUnsignedLongLong(page->page_index),
+                           list};
+    return make_tuple(python.sealed_page, 3, members);
+}
+
+static PyObject *make_batch(const struct plane_batch *batch)
+{
+    PyObject *pages = PyList_New(batch->page_count), *dropped = PyList_New(batch->dropped_count);
+    for (size_t i = 0; pages && i < batch->page_count; i++) {
+        PyObject *page = make_sealed_page(&batch->pages[i], batch->appended);
+        if (!page)
+            Py_CLEAR(pages);
+        else
+            PyList_SET_ITEM(pages, i, page);
+    }
+    for (size_t i = 0; dropped && i < batch->dropped_count; i++) {
+        PyObject *address = PyLong_FromUnsignedLongLong(batch->dropped[i]);
+        if (!address)
+            Py_CLEAR(dropped);
+        else
+            PyList_SET_ITEM(dropped, i, address);
+    }
+    PyObject *made = pages && dropped ? PyObject_CallFunctionObjArgs(python.batch, pages, dropped, NULL) : NULL;
+    Py_XDECREF(pages);
+    Py_XDECREF(dropped);
+    return made;
+}
+
+static PyObject *method_seal(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    struct plane_batch batch;
+    if (plane_seal(self->plane, &batch) != PLANE_OK)
+        return PyErr_NoMemory();
+    /* Out of memory here, the mappings are lost to this process: the caller lets the pool fail. */
+    PyObject *made = make_batch(&batch);
+    plane_batch_free(&batch);
+    return made;
+}
+
+static PyObject *method_mapped_delta(DataPlane *self, PyObject *arg)
+{
+    unsigned long long map_id = PyLong_AsUnsignedLongLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyLong_FromLongLong(plane_mapped_delta(self->plane, map_id));
+}
+
+static PyObject *get_fresh_count(DataPlane *self, void *closure)
+{
+    (void)closure;
+    return PyLong_FromSize_t(plane_fresh_count(self->plane));
+}
+
+static PyObject *get_page_count(DataPlane *self, void *closure)
+{
+    (void)closure;
+    return PyLong_FromSize_t(plane_page_count(self->plane));
+}
+
+/* ---- For tests ------------------------------------------------------------------------------------------------------------ */
+
+struct seen {
+    PyObject *pages, *leases, *dropped;
+};
+
+/* Appends what was made, unless that failed; the error stays set. */
+static void append_new(PyObject *list, PyObject *made)
+{
+    if (made)
+        PyList_Append(list, made);
+    Py_XDECREF(made);
+}
+
+static void put_entry(PyObject *entries, unsigned index, uint64_t address, uint32_t checksum)
+{
+    PyObject *key = PyLong_FromUnsignedLong(index);
+    PyObject *value = Py_BuildValue("(KI)", (unsigned long long)address, (unsigned int)checksum);
+    if (entries && key && value)
+        PyDict_SetItem(entries, key, value);
+    Py_XDECREF(key);
+    Py_XDECREF(value);
+}
+
+static void see_page(void *context, uint64_t map_id, uint64_t page_index, const uint64_t *addresses,
+                     const uint32_t *checksums, const struct plane_appended *fresh, size_t fresh_count)
+{
+    struct seen *seen = context;
+    PyObject *entries = PyDict_New(), *replaced = PyDict_New();
+    for (unsigned i = 0; i < PLANE_PAGE_BLOCKS; i++)
+        put_entry(entries, i, addresses[i], checksums[i]);
+    for (size_t i = 0; i < fresh_count; i++)
+        put_entry(replaced, fresh[i].index, fresh[i].old_address, fresh[i].old_checksum);
+    if (entries && replaced)
+        append_new(seen->pages, Py_BuildValue("(KKOO)", (unsigned long long)map_id, (unsigned long long)page_index,
+                                              entries, replaced));
+    Py_XDECREF(entries);
+    Py_XDECREF(replaced);
+}
+
+static void see_lease(void *context, uint64_t map_id, struct plane_run run)
+{
+    struct seen *seen = context;
+    append_new(seen->leases, Py_BuildValue("(KKK)", (unsigned long long)map_id, (unsigned long long)run.address,
+                                           (unsigned long long)run.count));
+}
+
+static void see_dropped(void *context, uint64_t address)
+{
+    struct seen *seen = context;
+    append_new(seen->dropped, PyLong_FromUnsignedLongLong(address));
+}
+
+static PyObject *method_inspect(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    struct seen seen = {PyList_New(0), PyList_New(0), PyList_New(0)};
+    if (seen.pages && seen.leases && seen.dropped) {
+        struct plane_visitor visitor = {&seen, see_page, see_lease, see_dropped};
+        plane_inspect(self->plane, &visitor);
+    }
+    PyObject *all =
+        PyErr_Occurred() ? NULL : PyTuple_Pack(3, seen.pages, seen.leases, seen.dropped);
+    Py_XDECREF(seen.pages);
+    Py_XDECREF(seen.leases);
+    Py_XDECREF(seen.dropped);
+    return all;
+}
+
+static PyObject *module_crc32c(PyObject *module, PyObject *args)
+{
+    (void)module;
+    Py_buffer data;
+    int portable = 0;
+    if (!PyArg_ParseTuple(args, "y*|p", &data, &portable))
+        return NULL;
+    uint32_t crc = portable ? crc32c_portable(data.buf, data.len) : crc32c(data.buf, data.len);
+    PyBuffer_Release(&data);
+    return PyLong_FromUnsignedLong(crc);
+}
+
+/* ---- The module -------------------------------------------------------------------------------------------------------------- */
+
+#define KEYWORDS(function) (PyCFunction)(void (*)(void))(function), METH_VARARGS | METH_KEYWORDS
+
+static PyMethodDef plane_methods[] = {
+    {"load", KEYWORDS(method_load), "Make a page resident."},
+    {"evict", (PyCFunction)method_evict, METH_O, "Forget every page of a table; nothing of it may be unsealed."},
+    {"shrink", (PyCFunction)method_shrink, METH_O, "Evict pages that were not used lately; return which."},
+    {"is_resident", (PyCFunction)method_is_resident, METH_VARARGS, "Tell whether a page is resident."},
+    {"grant", (PyCFunction)method_grant, METH_VARARGS, "Give a table free blocks to write into."},
+    {"revoke", (PyCFunction)method_revoke, METH_VARARGS, "Take back unused leased blocks of one table, or of all."},
+    {"read", KEYWORDS(method_read), "Read whole blocks; holes read as zeros."},
+    {"write", KEYWORDS(method_write), "Write a range of bytes; what it lacks of whole blocks is kept."},
+    {"discard", (PyCFunction)method_discard, METH_VARARGS, "Let whole blocks read as zeros."},
+    {"mapped_delta", (PyCFunction)method_mapped_delta, METH_O, "Blocks that the table gained since the last seal."},
+    {"seal", (PyCFunction)method_seal, METH_NOARGS, "Hand over the mappings appended since the last seal."},
+    {"_inspect", (PyCFunction)method_inspect, METH_NOARGS, "Everything inside: pages, leases, dropped."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef plane_properties[] = {
+    {"fresh_count", (getter)get_fresh_count, NULL, "Mappings appended since the last seal.", NULL},
+    {"page_count", (getter)get_page_count, NULL, "Resident pages.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot plane_slots[] = {
+    {Py_tp_doc, "Block input and output through resident pages, in C."},
+    {Py_tp_new, plane_type_new},
+    {Py_tp_dealloc, plane_type_dealloc},
+    {Py_tp_traverse, plane_type_traverse},
+    {Py_tp_clear, plane_type_clear},
+    {Py_tp_methods, plane_methods},
+    {Py_tp_getset, plane_properties},
+    {0, NULL},
+};
+
+static PyType_Spec plane_spec = {
+    .name = "incfs._dataplane.DataPlane",
+    .basicsize = sizeof(DataPlane),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .slots = plane_slots,
+};
+
+static PyMethodDef module_methods[] = {
+    {"crc32c", module_crc32c, METH_VARARGS, "crc32c(data, portable=False): the checksum, for tests."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module_definition = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "incfs._dataplane",
+    .m_doc = "The native data plane.",
+    .m_size = -1,
+    .m_methods = module_methods,
+};
+
+static int import_names(const char *module_name, int count, const char *const *names, PyObject ***slots)
+{
+    PyObject *module = PyImport_ImportModule(module_name);
+    for (int i = 0; module && i < count; i++)
+        if (!(*slots[i] = PyObject_GetAttrString(module, names[i])))
+            Py_CLEAR(module);
+    if (!module)
+        return -1;
+    Py_DECREF(module);
+    return 0;
+}
+
+static int import_python(void)
+{
+    static const char *const of_dataplane[] = {"NotResident", "LeaseExhausted", "ReadWouldWait", "Batch"};
+    PyObject **dataplane_slots[] = {&python.not_resident, &python.lease_exhausted, &python.read_would_wait,
+                                    &python.batch};
+    static const char *const of_model[] = {"Appended", "SealedPage"};
+    PyObject **model_slots[] = {(PyObject **)&python.appended, (PyObject **)&python.sealed_page};
+    if (import_names("incfs.dataplane", 4, of_dataplane, dataplane_slots) < 0)
+        return -1;
+    return import_names("incfs.model", 2, of_model, model_slots);
+}
+
+PyMODINIT_FUNC PyInit__dataplane(void)
+{
+    crc32c_init();
+    if (import_python() < 0)
+        return NULL;
+    PyObject *module = PyModule_Create(&module_definition);
+    PyObject *type = module ? PyType_FromSpec(&plane_spec) : NULL;
+    if (!type || PyModule_AddObjectRef(module, "DataPlane", type) < 0)
+        Py_CLEAR(module);
+    Py_XDECREF(type);
+    return module;
+}

@@ -1,0 +1,127 @@
+/* The native data plane: resident map pages, and bytes read and written through them.
+ *
+ * The C twin of incfs/dataplane.py, which is the specification: what is said there of pages, leases,
+ * fresh blocks and seals holds here too, and tests hold the two against each other.  Knows nothing of
+ * Python and may be called from any thread.
+ *
+ * Locks, in the order in which they are taken:
+ *   1. gate: a reader-writer lock.  Reads, writes and discards hold it shared, so that many run at
+ *      once; whatever changes which pages, tables and leases there are holds it alone, and so does
+ *      seal, which therefore finds no write half done.
+ *   2. page locks, of one table only, by rising index: they guard a page's mappings.
+ *   3. one of: a table's lease lock, the plane's list lock.  Nothing else is taken under these.
+ *
+ * A write to new blocks holds no page lock while it writes: nobody can see those blocks before it
+ * has set the mappings.  A rewrite in place holds them until the new checksum is set.  A read
+ * copies mappings and reads without locks; when what it finds does not match, it looks again with
+ * the page locked, and only then is the block damaged.
+ */
+#ifndef INCFS_PLANE_H
+#define INCFS_PLANE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum { PLANE_INHERIT = 0, PLANE_HOLE = 1, PLANE_PAGE_BLOCKS = 512 };
+
+struct plane;
+
+enum plane_status {
+    PLANE_OK,
+    PLANE_NOT_RESIDENT, /* page_index must be loaded */
+    PLANE_NO_LEASE,     /* block_count more blocks must be granted */
+    PLANE_WOULD_WAIT,   /* block_count blocks at address must be brought into the page cache */
+    PLANE_MISMATCH,     /* virtual_block at address has checksum found, not expected */
+    PLANE_READ_ERROR,   /* host_errno at address; 0: the image ends too early */
+    PLANE_WRITE_ERROR,  /* host_errno at address */
+    PLANE_NO_MEMORY,    /* nothing was changed */
+};
+
+/* Why a request was not served; which members count, plane_status says. */
+struct plane_refusal {
+    uint64_t page_index;
+    uint64_t virtual_block;
+    uint64_t address;
+    uint64_t block_count;
+    uint32_t found, expected;
+    int host_errno;
+};
+
+struct plane_mapping {
+    uint64_t address;
+    uint32_t checksum;
+};
+
+struct plane_run {
+    uint64_t address, count;
+};
+
+/* One mapping appended since the last seal, and the one it replaced. */
+struct plane_appended {
+    uint64_t address, old_address;
+    uint32_t checksum, old_checksum;
+    uint32_t index; /* in the page */
+};
+
+struct plane_sealed_page {
+    uint64_t map_id, page_index;
+    size_t first, count; /* in the batch's `appended` */
+};
+
+struct plane_batch {
+    struct plane_sealed_page *pages; /* by rising map_id and page_index */
+    size_t page_count;
+    struct plane_appended *appended;
+    uint64_t *dropped; /* taken from a lease and discarded again */
+    size_t dropped_count;
+};
+
+struct plane *plane_new(uint32_t block_bytes);
+void plane_free(struct plane *plane);
+
+/* Lets addresses of a storage volume be used: block n lies at data_offset + n * block_bytes of fd.
+ * The descriptor stays the caller's and must outlive the plane's use. */
+enum plane_status plane_attach(struct plane *plane, uint16_t storage_id, int fd, uint64_t data_offset);
+bool plane_is_attached(struct plane *plane, uint64_t address);
+
+/* Pages: the storage volumes of all addresses must be attached. */
+enum plane_status plane_load(struct plane *plane, uint64_t map_id, uint64_t page_index,
+                             const struct plane_mapping mappings[PLANE_PAGE_BLOCKS], uint64_t hole);
+void plane_evict(struct plane *plane, uint64_t map_id);
+/* Evicts what was not used lately; *evicted (to be freed) is pairs of map_id and page_index. */
+enum plane_status plane_shrink(struct plane *plane, size_t page_count, uint64_t **evicted, size_t *evicted_count);
+size_t plane_page_count(struct plane *plane);
+bool plane_is_resident(struct plane *plane, uint64_t map_id, uint64_t page_index);
+
+/* Leases */
+enum plane_status plane_grant(struct plane *plane, uint64_t map_id, struct plane_run run);
+/* Takes back unused blocks, of all tables when map_id is NULL; *runs is to be freed. */
+enum plane_status plane_revoke(struct plane *plane, const uint64_t *map_id, struct plane_run **runs, size_t *run_count);
+
+/* Blocks.  `can_wait`: read the disk here rather than refuse. */
+enum plane_status plane_read(struct plane *plane, uint64_t map_id, uint64_t first_block, size_t block_count, bool can_wait,
+                             void *buffer, struct plane_refusal *why);
+/* Any byte range; what is missing of the first and the last block is read and kept. */
+enum plane_status plane_write(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
+                              size_t length_bytes, bool can_wait, struct plane_refusal *why);
+enum plane_status plane_discard(struct plane *plane, uint64_t map_id, uint64_t first_block, size_t block_count,
+                                struct plane_refusal *why);
+
+int64_t plane_mapped_delta(struct plane *plane, uint64_t map_id);
+size_t plane_fresh_count(struct plane *plane);
+enum plane_status plane_seal(struct plane *plane, struct plane_batch *batch);
+void plane_batch_free(struct plane_batch *batch);
+
+/* Shows everything to callbacks, for tests; they must not call the plane. */
+struct plane_visitor {
+    void *context;
+    /* A resident page; `fresh` are its unsealed mappings and what they replaced, by index. */
+    void (*page)(void *context, uint64_t map_id, uint64_t page_index, const uint64_t *addresses,
+                 const uint32_t *checksums, const struct plane_appended *fresh, size_t fresh_count);
+    void (*lease)(void *context, uint64_t map_id, struct plane_run run);
+    void (*dropped)(void *context, uint64_t address);
+};
+void plane_inspect(struct plane *plane, const struct plane_visitor *visitor);
+
+#endif

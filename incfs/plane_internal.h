@@ -1,0 +1,90 @@
+/* What plane.c (structure) and plane_io.c (bytes) share. */
+#ifndef INCFS_PLANE_INTERNAL_H
+#define INCFS_PLANE_INTERNAL_H
+
+#include "plane.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+enum { MAX_STORAGE_ID = 65535, ADDRESS_BLOCK_BITS = 48, FRESH_WORDS = PLANE_PAGE_BLOCKS / 64 };
+
+struct file {
+    int fd;
+    uint64_t data_offset;
+    atomic_bool can_nowait; /* RWF_NOWAIT works; not on tmpfs of older kernels */
+};
+
+struct table {
+    struct table *next_in_bucket;
+    uint64_t map_id;
+    size_t page_count; /* resident; gate */
+    pthread_mutex_t lease_lock;
+    struct plane_run *lease; /* lease_lock; used from lease_first on */
+    size_t lease_first, lease_end, lease_room;
+    uint64_t lease_blocks; /* of all runs together */
+    _Atomic int64_t mapped_delta;
+};
+
+/* The mappings that fresh ones of a page replaced. */
+struct replaced {
+    uint64_t addresses[PLANE_PAGE_BLOCKS];
+    uint32_t checksums[PLANE_PAGE_BLOCKS];
+};
+
+struct page {
+    struct page *next_in_bucket;
+    struct page *previous, *next; /* by age; gate */
+    struct page *next_dirty;      /* list_lock */
+    struct table *table;
+    uint64_t page_index, hole;
+    atomic_bool was_used; /* since shrink last came by */
+    pthread_mutex_t lock; /* guards all below */
+    bool is_dirty;        /* in the dirty list: something is fresh */
+    uint64_t fresh[FRESH_WORDS];
+    struct replaced *replaced; /* NULL or room for the fresh mappings' predecessors */
+    uint64_t addresses[PLANE_PAGE_BLOCKS];
+    uint32_t checksums[PLANE_PAGE_BLOCKS];
+};
+
+struct plane {
+    uint32_t block_bytes;
+    pthread_rwlock_t gate;
+    /* gate */
+    struct page **page_buckets;
+    struct table **table_buckets;
+    size_t page_bucket_count, table_bucket_count; /* powers of two */
+    size_t page_count, table_count;
+    struct page *oldest, *newest;
+    /* list_lock */
+    pthread_mutex_t list_lock;
+    struct page *dirty;
+    size_t dirty_count;
+    uint64_t *dropped;
+    size_t dropped_count, dropped_room;
+    /* no lock */
+    _Atomic size_t fresh_count;
+    _Atomic(struct file *) files[MAX_STORAGE_ID + 1];
+};
+
+struct page *plane_find_page(struct plane *plane, uint64_t map_id, uint64_t page_index);
+struct table *plane_find_table(struct plane *plane, uint64_t map_id);
+
+/* Takes exactly block_count blocks, in runs; false when there are not enough.  runs: room for block_count. */
+bool table_take(struct table *table, uint64_t block_count, struct plane_run *runs);
+
+/* Notes blocks that no mapping will ever name. */
+void plane_drop(struct plane *plane, uint64_t address);
+
+/* Under the page's lock: makes room for predecessors; false when out of memory. */
+bool page_prepare(struct page *page);
+
+/* Under the page's lock, after page_prepare: the mapping of one block is this from now on. */
+void page_set(struct plane *plane, struct page *page, unsigned index, uint64_t address, uint32_t checksum);
+
+static inline bool page_is_fresh(const struct page *page, unsigned index)
+{
+    return page->fresh[index / 64] >> index % 64 & 1;
+}
+
+#endif

@@ -1,0 +1,556 @@
+/* Bytes of the native data plane: read, write, discard.  See plane.h for the locks. */
+#define _GNU_SOURCE
+#include "crc32c.h"
+#include "plane_internal.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+/* What most requests need; larger ones ask for memory. */
+enum { INLINE_SPANS = 4, INLINE_BLOCKS = 64 };
+
+/* ---- Image files ------------------------------------------------------------------------------------ */
+
+static struct file *file_of(struct plane *plane, uint64_t address)
+{
+    return atomic_load_explicit(&plane->files[address >> ADDRESS_BLOCK_BITS], memory_order_acquire);
+}
+
+static off_t file_offset(const struct plane *plane, const struct file *file, uint64_t address)
+{
+    uint64_t block_index = address & (((uint64_t)1 << ADDRESS_BLOCK_BITS) - 1);
+    return file->data_offset + block_index * plane->block_bytes;
+}
+
+static enum plane_status read_waiting(const struct file *file, off_t offset, char *buffer, size_t length, int *error)
+{
+    while (length) {
+        ssize_t count = pread(file->fd, buffer, length, offset);
+        if (count < 0 && errno == EINTR)
+            continue;
+        if (count <= 0) {
+            *error = count < 0 ? errno : 0;
+            return PLANE_READ_ERROR;
+        }
+        buffer += count;
+        offset += count;
+        length -= count;
+    }
+    return PLANE_OK;
+}
+
+/* Reads blocks that lie one behind the other. */
+static enum plane_status read_extent(struct plane *plane, uint64_t address, size_t block_count, bool can_wait, char *buffer,
+                                     struct plane_refusal *why)
+{
+    struct file *file = file_of(plane, address);
+    off_t offset = file_offset(plane, file, address);
+    size_t length = block_count * plane->block_bytes;
+    why->address = address;
+    why->block_count = block_count;
+    if (can_wait || !atomic_load_explicit(&file->can_nowait, memory_order_relaxed))
+        return read_waiting(file, offset, buffer, length, &why->host_errno);
+    struct iovec vector = {buffer, length};
+    ssize_t count = preadv2(file->fd, &vector, 1, offset, RWF_NOWAIT);
+    if (count == (ssize_t)length)
+        return PLANE_OK;
+    if (count >= 0 || errno == EAGAIN || errno == EINTR)
+        return PLANE_WOULD_WAIT;
+    if (errno != EOPNOTSUPP && errno != ENOSYS) {
+        why->host_errno = errno;
+        return PLANE_READ_ERROR;
+    }
+    /* tmpfs and others: their reads do not wait anyway. */
+    atomic_store_explicit(&file->can_nowait, false, memory_order_relaxed);
+    return read_waiting(file, offset, buffer, length, &why->host_errno);
+}
+
+static enum plane_status write_extent(struct plane *plane, uint64_t address, size_t block_count, const char *data,
+                                      struct plane_refusal *why)
+{
+    struct file *file = file_of(plane, address);
+    off_t offset = file_offset(plane, file, address);
+    size_t length = block_count * plane->block_bytes;
+    while (length) {
+        ssize_t count = pwrite(file->fd, data, length, offset);
+        if (count < 0 && errno == EINTR)
+            continue;
+        if (count <= 0) {
+            why->address = address;
+            why->host_errno = count < 0 ? errno : EIO;
+            return PLANE_WRITE_ERROR;
+        }
+        data += count;
+        offset += count;
+        length -= count;
+    }
+    return PLANE_OK;
+}
+
+/* ---- Reading ---------------------------------------------------------------------------------------------- */
+
+/* Blocks from `start` on that are one extent, or one kind of zeros. */
+static size_t run_length(const uint64_t *addresses, size_t start, size_t end)
+{
+    uint64_t step = addresses[start] > PLANE_HOLE, expected = addresses[start] + step;
+    size_t stop = start + 1;
+    for (; stop < end && addresses[stop] == expected; stop++)
+        expected += step;
+    return stop - start;
+}
+
+static bool matches(struct plane *plane, uint64_t virtual_block, uint64_t address, const char *block, uint32_t expected,
+                    struct plane_refusal *why)
+{
+    uint32_t found = crc32c(block, plane->block_bytes);
+    if (found == expected)
+        return true;
+    why->virtual_block = virtual_block;
+    why->address = address;
+    why->found = found;
+    why->expected = expected;
+    return false;
+}
+
+/* Reads one block of a locked page: nobody rewrites it meanwhile, so a mismatch is damage. */
+static enum plane_status read_locked(struct plane *plane, struct page *page, unsigned index, bool can_wait, char *buffer,
+                                     struct plane_refusal *why)
+{
+    uint64_t address = page->addresses[index];
+    if (address <= PLANE_HOLE) {
+        memset(buffer, 0, plane->block_bytes);
+        return PLANE_OK;
+    }
+    enum plane_status status = read_extent(plane, address, 1, can_wait, buffer, why);
+    if (status != PLANE_OK)
+        return status;
+    uint64_t virtual_block = page->page_index * PLANE_PAGE_BLOCKS + index;
+    return matches(plane, virtual_block, address, buffer, page->checksums[index], why) ? PLANE_OK : PLANE_MISMATCH;
+}
+
+/* What was read without the lock did not match: the block may have been rewritten since. */
+static enum plane_status read_again(struct plane *plane, uint64_t map_id, uint64_t page_index, unsigned index, bool can_wait,
+                                    char *buffer, struct plane_refusal *why)
+{
+    enum plane_status status = PLANE_NOT_RESIDENT;
+    why->page_index = page_index;
+    pthread_rwlock_rdlock(&plane->gate);
+    struct page *page = plane_find_page(plane, map_id, page_index);
+    if (page) {
+        pthread_mutex_lock(&page->lock);
+        status = read_locked(plane, page, index, can_wait, buffer, why);
+        pthread_mutex_unlock(&page->lock);
+    }
+    pthread_rwlock_unlock(&plane->gate);
+    return status;
+}
+
+struct copied {
+    uint64_t addresses[PLANE_PAGE_BLOCKS];
+    uint32_t checksums[PLANE_PAGE_BLOCKS];
+};
+
+static bool copy_mappings(struct plane *plane, uint64_t map_id, uint64_t page_index, unsigned start, unsigned count,
+                          struct copied *copied)
+{
+    pthread_rwlock_rdlock(&plane->gate);
+    struct page *page = plane_find_page(plane, map_id, page_index);
+    if (page) {
+        atomic_store_explicit(&page->was_used, true, memory_order_relaxed);
+        pthread_mutex_lock(&page->lock);
+        memcpy(copied->addresses, page->addresses + start, count * sizeof *copied->addresses);
+        memcpy(copied->checksums, page->checksums + start, count * sizeof *copied->checksums);
+        pthread_mutex_unlock(&page->lock);
+    }
+    pthread_rwlock_unlock(&plane->gate);
+    return page != NULL;
+}
+
+static enum plane_status read_page(struct plane *plane, uint64_t map_id, uint64_t page_index, unsigned start, unsigned count,
+                                   bool can_wait, char *buffer, struct plane_refusal *why)
+{
+    struct copied copied;
+    why->page_index = page_index;
+    if (!copy_mappings(plane, map_id, page_index, start, count, &copied))
+        return PLANE_NOT_RESIDENT;
+    enum plane_status status = PLANE_OK;
+    for (size_t i = 0, run; i < count && status == PLANE_OK; i += run) {
+        run = run_length(copied.addresses, i, count);
+        char *target = buffer + i * plane->block_bytes;
+        if (copied.addresses[i] <= PLANE_HOLE) {
+            memset(target, 0, run * plane->block_bytes);
+            continue;
+        }
+        status = read_extent(plane, copied.addresses[i], run, can_wait, target, why);
+        for (size_t k = i; k < i + run && status == PLANE_OK; k++) {
+            char *block = buffer + k * plane->block_bytes;
+            uint64_t virtual_block = page_index * PLANE_PAGE_BLOCKS + start + k;
+            if (!matches(plane, virtual_block, copied.addresses[k], block, copied.checksums[k], why))
+                status = read_again(plane, map_id, page_index, start + k, can_wait, block, why);
+        }
+    }
+    return status;
+}
+
+enum plane_status plane_read(struct plane *plane, uint64_t map_id, uint64_t first_block, size_t block_count, bool can_wait,
+                             void *buffer, struct plane_refusal *why)
+{
+    char *target = buffer;
+    enum plane_status status = PLANE_OK;
+    while (block_count && status == PLANE_OK) {
+        unsigned start = first_block % PLANE_PAGE_BLOCKS;
+        unsigned count = PLANE_PAGE_BLOCKS - start;
+        if (count > block_count)
+            count = block_count;
+        status = read_page(plane, map_id, first_block / PLANE_PAGE_BLOCKS, start, count, can_wait, target, why);
+        first_block += count;
+        block_count -= count;
+        target += (size_t)count * plane->block_bytes;
+    }
+    return status;
+}
+
+/* ---- The pages of a change ---------------------------------------------------------------------------------- */
+
+struct span {
+    struct page *page;
+    unsigned start, count;
+};
+
+struct spans {
+    struct span *items;
+    size_t count;
+    struct span small[INLINE_SPANS];
+};
+
+/* Under the gate: finds every page of a range, ready for new mappings once locked. */
+static enum plane_status find_spans(struct plane *plane, uint64_t map_id, uint64_t first_block, size_t block_count,
+                                    struct spans *spans, struct plane_refusal *why)
+{
+    size_t most = block_count / PLANE_PAGE_BLOCKS + 2;
+    spans->count = 0;
+    spans->items = most <= INLINE_SPANS ? spans->small : malloc(most * sizeof *spans->items);
+    if (!spans->items)
+        return PLANE_NO_MEMORY;
+    while (block_count) {
+        unsigned start = first_block % PLANE_PAGE_BLOCKS;
+        unsigned count = PLANE_PAGE_BLOCKS - start;
+        if (count > block_count)
+            count = block_count;
+        struct page *page = plane_find_page(plane, map_id, first_block / PLANE_PAGE_BLOCKS);
+        if (!page) {
+            why->page_index = first_block / PLANE_PAGE_BLOCKS;
+            return PLANE_NOT_RESIDENT;
+        }
+        atomic_store_explicit(&page->was_used, true, memory_order_relaxed);
+        spans->items[spans->count++] = (struct span){page, start, count};
+        first_block += count;
+        block_count -= count;
+    }
+    return PLANE_OK;
+}
+
+static void free_spans(struct spans *spans)
+{
+    if (spans->items != spans->small)
+        free(spans->items);
+}
+
+static void lock_spans(const struct spans *spans)
+{
+    for (size_t i = 0; i < spans->count; i++)
+        pthread_mutex_lock(&spans->items[i].page->lock);
+}
+
+static void unlock_spans(const struct spans *spans)
+{
+    for (size_t i = spans->count; i--;)
+        pthread_mutex_unlock(&spans->items[i].page->lock);
+}
+
+static bool prepare_spans(const struct spans *spans)
+{
+    for (size_t i = 0; i < spans->count; i++)
+        if (!page_prepare(spans->items[i].page))
+            return false;
+    return true;
+}
+
+/* ---- Writing ------------------------------------------------------------------------------------------------------ */
+
+/* Where one block of a write goes. */
+struct placement {
+    uint64_t address;
+    uint32_t checksum;
+    bool is_zero, is_new;
+};
+
+struct write {
+    struct plane *plane;
+    struct spans spans;
+    const char *data; /* whole blocks */
+    size_t block_count, new_count;
+    bool in_place; /* some block is rewritten where it is */
+    struct placement *placements;
+};
+
+static bool is_zero(const char *data, size_t length)
+{
+    /* Compares the block with itself, one byte on: equal when all bytes equal the first. */
+    return !data[0] && !memcmp(data, data + 1, length - 1);
+}
+
+static void digest(struct write *write, size_t block)
+{
+    size_t size = write->plane->block_bytes;
+    const char *data = write->data + block * size;
+    write->placements[block].is_zero = is_zero(data, size);
+    write->placements[block].checksum = write->placements[block].is_zero ? 0 : crc32c(data, size);
+}
+
+/* With the pages locked: decides for each block whether it needs a new place. */
+static void place(struct write *write)
+{
+    struct placement *placement = write->placements;
+    for (size_t s = 0; s < write->spans.count; s++) {
+        const struct span *span = &write->spans.items[s];
+        for (unsigned i = span->start; i < span->start + span->count; i++, placement++) {
+            if (placement->is_zero)
+                continue;
+            placement->address = span->page->addresses[i];
+            placement->is_new = placement->address <= PLANE_HOLE || !page_is_fresh(span->page, i);
+            write->new_count += placement->is_new;
+            write->in_place |= !placement->is_new;
+        }
+    }
+}
+
+/* Gives each new block its address, if the lease has enough. */
+static enum plane_status take_blocks(struct write *write)
+{
+    struct plane_run small[INLINE_BLOCKS];
+    struct plane_run *runs = write->new_count <= INLINE_BLOCKS ? small : malloc(write->new_count * sizeof *runs);
+    if (!runs)
+        return PLANE_NO_MEMORY;
+    bool taken = table_take(write->spans.items[0].page->table, write->new_count, runs);
+    struct plane_run *run = runs;
+    for (size_t i = 0; taken && i < write->block_count; i++) {
+        if (!write->placements[i].is_new)
+            continue;
+        if (!run->count)
+            run++;
+        write->placements[i].address = run->address++;
+        run->count--;
+    }
+    if (runs != small)
+        free(runs);
+    return taken ? PLANE_OK : PLANE_NO_LEASE;
+}
+
+/* Blocks from `first` on that one call writes, or that are all zeros. */
+static size_t contiguous(const struct write *write, size_t first)
+{
+    const struct placement *placements = write->placements;
+    size_t end = first + 1;
+    for (; end < write->block_count && placements[end].is_zero == placements[first].is_zero; end++)
+        if (!placements[first].is_zero && placements[end].address != placements[first].address + (end - first))
+            break;
+    return end - first;
+}
+
+/* Writes as far as it goes; returns how many blocks are written. */
+static size_t write_blocks(struct write *write, enum plane_status *status, struct plane_refusal *why)
+{
+    size_t done = 0;
+    while (done < write->block_count) {
+        size_t run = contiguous(write, done);
+        const struct placement *first = &write->placements[done];
+        if (!first->is_zero) {
+            const char *data = write->data + done * write->plane->block_bytes;
+            *status = write_extent(write->plane, first->address, run, data, why);
+            if (*status != PLANE_OK)
+                break;
+        }
+        done += run;
+    }
+    return done;
+}
+
+/* With the pages locked: the first `count` blocks are written, let them be seen. */
+static void set_mappings(struct write *write, size_t count)
+{
+    const struct placement *placement = write->placements;
+    for (size_t s = 0; s < write->spans.count; s++) {
+        const struct span *span = &write->spans.items[s];
+        for (unsigned i = span->start; i < span->start + span->count && count; i++, placement++, count--)
+            page_set(write->plane, span->page, i, placement->is_zero ? span->page->hole : placement->address,
+                     placement->is_zero ? 0 : placement->checksum);
+    }
+}
+
+/* After a failed rewrite in place the blocks are a mix of old and new: take them as they are. */
+static void reread_in_place(struct write *write, size_t from, size_t run)
+{
+    size_t size = write->plane->block_bytes, position = 0;
+    char *block = malloc(size);
+    for (size_t s = 0; block && s < write->spans.count; s++) {
+        const struct span *span = &write->spans.items[s];
+        for (unsigned i = span->start; i < span->start + span->count; i++, position++) {
+            const struct placement *placement = &write->placements[position];
+            struct plane_refusal unused;
+            if (position >= from && position < from + run && !placement->is_zero && !placement->is_new &&
+                read_extent(write->plane, placement->address, 1, true, block, &unused) == PLANE_OK)
+                span->page->checksums[i] = crc32c(block, size);
+        }
+    }
+    free(block);
+}
+
+static void give_up(struct write *write, size_t from)
+{
+    reread_in_place(write, from, contiguous(write, from));
+    for (size_t i = from; i < write->block_count; i++)
+        if (write->placements[i].is_new)
+            plane_drop(write->plane, write->placements[i].address);
+}
+
+/* Pages locked at entry and at exit. */
+static enum plane_status write_placed(struct write *write, struct plane_refusal *why)
+{
+    enum plane_status status = PLANE_OK;
+    /* Only blocks that a reader can find need the lock while they are written. */
+    if (!write->in_place)
+        unlock_spans(&write->spans);
+    size_t done = write_blocks(write, &status, why);
+    if (!write->in_place)
+        lock_spans(&write->spans);
+    set_mappings(write, done);
+    if (status != PLANE_OK)
+        give_up(write, done);
+    return status;
+}
+
+/* A range of bytes, and the whole blocks that it makes once what lies around it is read. */
+struct bytes {
+    const char *data;
+    size_t head, length, tail; /* tail: missing behind the range */
+    char *whole;               /* NULL when nothing is missing */
+};
+
+/* With the pages locked: reads what the first and last block lack, around the range. */
+static enum plane_status complete(struct write *write, const struct bytes *bytes, bool can_wait,
+                                  struct plane_refusal *why)
+{
+    size_t size = write->plane->block_bytes, last = write->block_count - 1;
+    const struct span *first_span = &write->spans.items[0];
+    const struct span *last_span = &write->spans.items[write->spans.count - 1];
+    enum plane_status status = PLANE_OK;
+    if (bytes->head || (bytes->tail && !last))
+        status = read_locked(write->plane, first_span->page, first_span->start, can_wait, bytes->whole, why);
+    if (status == PLANE_OK && bytes->tail && last)
+        status = read_locked(write->plane, last_span->page, last_span->start + last_span->count - 1, can_wait,
+                             bytes->whole + last * size, why);
+    if (status != PLANE_OK)
+        return status;
+    memcpy(bytes->whole + bytes->head, bytes->data, bytes->length);
+    digest(write, 0);
+    if (last)
+        digest(write, last);
+    return PLANE_OK;
+}
+
+/* Under the gate, pages locked. */
+static enum plane_status write_locked(struct write *write, const struct bytes *bytes, bool can_wait,
+                                      struct plane_refusal *why)
+{
+    enum plane_status status = PLANE_OK;
+    if (bytes->whole) {
+        status = complete(write, bytes, can_wait, why);
+        if (status != PLANE_OK)
+            return status;
+    }
+    place(write);
+    if (!prepare_spans(&write->spans))
+        return PLANE_NO_MEMORY;
+    why->block_count = write->new_count;
+    if (write->new_count && (status = take_blocks(write)) != PLANE_OK)
+        return status;
+    /* Merged bytes are right only as long as nobody changes the block: keep the lock. */
+    write->in_place |= bytes->whole != NULL;
+    return write_placed(write, why);
+}
+
+static enum plane_status write_whole(struct write *write, uint64_t map_id, uint64_t first_block,
+                                     const struct bytes *bytes, bool can_wait, struct plane_refusal *why)
+{
+    for (size_t i = 0; i < write->block_count; i++)
+        if (!bytes->whole || (i && i < write->block_count - 1))
+            digest(write, i);
+    pthread_rwlock_rdlock(&write->plane->gate);
+    enum plane_status status = find_spans(write->plane, map_id, first_block, write->block_count, &write->spans, why);
+    if (status == PLANE_OK) {
+        lock_spans(&write->spans);
+        status = write_locked(write, bytes, can_wait, why);
+        unlock_spans(&write->spans);
+    }
+    pthread_rwlock_unlock(&write->plane->gate);
+    free_spans(&write->spans);
+    return status;
+}
+
+enum plane_status plane_write(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
+                              size_t length_bytes, bool can_wait, struct plane_refusal *why)
+{
+    size_t size = plane->block_bytes;
+    struct bytes bytes = {.data = data, .head = offset_bytes % size, .length = length_bytes};
+    size_t block_count = (bytes.head + length_bytes + size - 1) / size;
+    bytes.tail = block_count * size - bytes.head - length_bytes;
+    if (!block_count)
+        return PLANE_OK;
+    struct placement small[INLINE_BLOCKS];
+    struct placement *placements = block_count <= INLINE_BLOCKS ? small : malloc(block_count * sizeof *placements);
+    if ((bytes.head || bytes.tail) && (bytes.whole = malloc(block_count * size)))
+        memcpy(bytes.whole + bytes.head, data, length_bytes);
+    enum plane_status status = PLANE_NO_MEMORY;
+    if (placements && (bytes.whole || !(bytes.head || bytes.tail))) {
+        memset(placements, 0, block_count * sizeof *placements);
+        struct write write = {
+            .plane = plane,
+            .data = bytes.whole ? bytes.whole : data,
+            .block_count = block_count,
+            .placements = placements,
+        };
+        status = write_whole(&write, map_id, offset_bytes / size, &bytes, can_wait, why);
+    }
+    free(bytes.whole);
+    if (placements != small)
+        free(placements);
+    return status;
+}
+
+/* ---- Discarding ------------------------------------------------------------------------------------------------------ */
+
+enum plane_status plane_discard(struct plane *plane, uint64_t map_id, uint64_t first_block, size_t block_count,
+                                struct plane_refusal *why)
+{
+    struct spans spans;
+    pthread_rwlock_rdlock(&plane->gate);
+    enum plane_status status = find_spans(plane, map_id, first_block, block_count, &spans, why);
+    if (status == PLANE_OK) {
+        lock_spans(&spans);
+        if (!prepare_spans(&spans))
+            status = PLANE_NO_MEMORY;
+        for (size_t s = 0; status == PLANE_OK && s < spans.count; s++) {
+            const struct span *span = &spans.items[s];
+            for (unsigned i = span->start; i < span->start + span->count; i++)
+                page_set(plane, span->page, i, span->page->hole, 0);
+        }
+        unlock_spans(&spans);
+    }
+    pthread_rwlock_unlock(&plane->gate);
+    free_spans(&spans);
+    return status;
+}

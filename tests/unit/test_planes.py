@@ -1,0 +1,282 @@
+"""The two data planes against each other: the same calls give the same answers, batches and files."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import crc32c
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from incfs.backing import Backing, File
+from incfs.dataplane import DataPlane, LeaseExhausted, NotResident, ReadWouldWait
+from incfs.errors import ChecksumMismatch, IncfsError
+from incfs.model import HOLE, INHERIT, MapId, StorageId
+from tests.conftest import fast_directory
+
+nativeplane = pytest.importorskip("incfs.nativeplane", reason="the C data plane was not built")
+from incfs import _dataplane  # noqa: E402
+
+BLOCK = 64
+TABLES = (MapId(1 << 32), MapId(2 << 32), MapId(1 << 32 | 3))
+HEADER = 4096
+IMAGE_BLOCKS = 20_000
+
+
+class Image:
+    """A storage volume without a pool."""
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def descriptor(self) -> tuple[int, int]:
+        return self.file.fileno(), HEADER
+
+    def read_blocks(self, block_index: int, block_count: int) -> bytes:
+        return self.file.pread(HEADER + block_index * BLOCK, block_count * BLOCK)
+
+    def read_blocks_cached(self, block_index: int, block_count: int) -> bytes | None:
+        return self.file.pread_cached(HEADER + block_index * BLOCK, block_count * BLOCK)
+
+    def write_blocks(self, block_index: int, data: bytes | memoryview) -> None:
+        self.file.pwrite(HEADER + block_index * BLOCK, data)
+
+
+def make_images(directory: Path) -> dict[StorageId, Any]:
+    images = {}
+    for number in (1, 2):
+        images[StorageId(number)] = Image(Backing().create(directory / f"image{number}"))
+        images[StorageId(number)].file.truncate(HEADER + IMAGE_BLOCKS * BLOCK)
+    return images
+
+
+class Pair:
+    """Both planes, each with images of its own."""
+
+    def __init__(self, home: Path) -> None:
+        self.images = []
+        for name in ("python", "native"):
+            (home / name).mkdir()
+            self.images.append(make_images(home / name))
+        self.planes: list[Any] = [DataPlane(BLOCK, self.images[0]), nativeplane.NativePlane(BLOCK, self.images[1])]
+        self.next_block = {1: 1, 2: 1}
+
+    def both(self, call: Callable[[Any], Any]) -> Any:
+        outcomes = [outcome_of(lambda plane=plane: call(plane)) for plane in self.planes]
+        assert outcomes[0] == outcomes[1]
+        return outcomes[0]
+
+    def check(self) -> None:
+        self.both(lambda plane: (plane.fresh_count, plane.page_count))
+        self.both(lambda plane: [plane.mapped_delta(table) for table in TABLES])
+        self.both(lambda plane: plane.inspect())
+
+    def close(self) -> None:
+        for images in self.images:
+            for image in images.values():
+                image.file.close()
+
+
+def outcome_of(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except NotResident as refusal:
+        return "load", refusal.map_id, refusal.page_index
+    except LeaseExhausted as refusal:
+        return "grant", refusal.map_id, refusal.block_count
+    except ReadWouldWait as refusal:
+        return "wait", refusal._extent
+    except IncfsError as error:
+        return type(error), str(error).replace("/python/", "/native/"), {**error.facts, "path": None}
+
+
+tables = st.sampled_from(TABLES)
+blocks = st.one_of(st.integers(0, 40), st.integers(500, 530), st.integers(0, 1600))
+counts = st.one_of(st.integers(1, 12), st.sampled_from([1, 1, 512, 700]))
+contents = st.sampled_from([b"\0", b"\0", b"x", b"y", b"z"])
+
+
+@st.composite
+def data(draw: st.DrawFn) -> bytes:
+    pieces = draw(st.lists(st.tuples(contents, st.integers(1, 5)), min_size=1, max_size=6))
+    cut = draw(st.sampled_from([0, 0, 0, 1, 17, 63]))
+    whole = b"".join(byte * BLOCK * count for byte, count in pieces)
+    return whole[: len(whole) - cut]
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("write"), tables, blocks, st.sampled_from([0, 0, 0, 1, 40]), data()),
+        st.tuples(st.just("read"), tables, blocks, counts),
+        st.tuples(st.just("discard"), tables, blocks, counts),
+        st.tuples(st.just("seal")),
+        st.tuples(st.just("grant"), tables, st.integers(1, 30), st.sampled_from([1, 2])),
+        st.tuples(st.just("revoke"), st.one_of(st.none(), tables)),
+        st.tuples(st.just("shrink"), st.integers(0, 6)),
+        st.tuples(st.just("damage"), st.integers(1, 200)),
+        st.tuples(st.just("evict"), tables),
+    ),
+    max_size=60,
+)
+
+
+class Run:
+    """One sequence of calls; pages come from what was sealed, as the store's would."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+        self.sealed: dict[tuple[MapId, int], dict[int, tuple[int, int]]] = {}
+
+    def drive(self, call: Callable[[Any], Any]) -> Any:
+        """Repeat until nothing is refused."""
+        while True:
+            outcome = self.pair.both(call)
+            match outcome:
+                case ("load", table, page_index):
+                    hole = HOLE if table == TABLES[1] else INHERIT
+                    entries = self.sealed.get((table, page_index), {})
+                    self.pair.both(lambda plane: plane.load(table, page_index, dict(entries), hole=hole))  # noqa: B023
+                case ("grant", table, count):
+                    self.grant(table, count, 1)
+                case _:
+                    return outcome
+
+    def grant(self, table: MapId, count: int, storage: int) -> None:
+        first = self.pair.next_block[storage]
+        # Sometimes next to the last lease, sometimes not.
+        self.pair.next_block[storage] = first + count + first % 2
+        assert first + count < IMAGE_BLOCKS
+        self.pair.both(lambda plane: plane.grant(table, storage << 48 | first, count))
+
+    def seal(self) -> None:
+        batch = self.pair.both(lambda plane: plane.seal())
+        for page in batch.pages:
+            entries = self.sealed.setdefault((page.map_id, page.page_index), {})
+            for change in page.appended:
+                assert entries.get(change.slot, (0, 0)) == (change.old_address, change.old_checksum)
+                entries[change.slot] = change.address, change.checksum
+
+    def step(self, step: tuple[Any, ...]) -> None:
+        match step:
+            case ("write", table, block, shift, content):
+                self.drive(lambda plane: plane.write(table, block * BLOCK + shift, content))
+            case ("read", table, block, count):
+                self.drive(lambda plane: plane.read(table, block, count))
+            case ("discard", table, block, count):
+                self.drive(lambda plane: plane.discard(table, block, count))
+            case ("seal",):
+                self.seal()
+            case ("grant", table, count, storage):
+                self.grant(table, count, storage)
+            case ("revoke", None):
+                self.pair.both(lambda plane: sorted(plane.revoke()))
+            case ("revoke", table):
+                self.pair.both(lambda plane: plane.revoke(table))
+            case ("shrink", count):
+                self.pair.both(lambda plane: plane.shrink(count))
+            case ("damage", block):
+                for images in self.pair.images:
+                    images[StorageId(1)].file.pwrite(HEADER + block * BLOCK + 5, b"!")
+            case ("evict", table):
+                self.seal()
+                self.pair.both(lambda plane: plane.evict(table))
+
+
+@settings(max_examples=150)
+@given(steps)
+def test_planes_agree(sequence: list[tuple[Any, ...]]) -> None:
+    home = Path(tempfile.mkdtemp(prefix="incfs-test-", dir=fast_directory()))
+    pair = Pair(home)
+    try:
+        run = Run(pair)
+        for step in sequence:
+            run.step(step)
+            pair.check()
+        run.seal()
+        pair.check()
+        for storage in (StorageId(1), StorageId(2)):
+            python, native = (images[storage].read_blocks(0, IMAGE_BLOCKS) for images in pair.images)
+            assert python == native
+    finally:
+        pair.close()
+        shutil.rmtree(home)
+
+
+@pytest.fixture
+def pair(pool_home):
+    pair = Pair(pool_home)
+    yield pair
+    pair.close()
+
+
+def test_damage_is_told_in_the_same_words(pair):
+    run = Run(pair)
+    run.grant(TABLES[0], 10, 1)
+    run.drive(lambda plane: plane.write(TABLES[0], 0, b"a" * 3 * BLOCK))
+    run.step(("damage", 2))
+    outcome = run.drive(lambda plane: plane.read(TABLES[0], 0, 3))
+    assert outcome[0] is ChecksumMismatch
+    assert "virtual block 1 of table 1.0: block 2 of storage volume 1" in outcome[1]
+
+
+def test_no_room_drops_the_new_blocks(pair, tmp_path):
+    """/dev/full refuses every write: what the lease gave is handed back with the next batch."""
+    run = Run(pair)
+    full = os.open("/dev/full", os.O_RDWR)
+    for images in pair.images:
+        os.dup2(full, images[StorageId(2)].file.fileno())
+    os.close(full)
+    run.grant(TABLES[0], 10, 2)
+    outcome = run.drive(lambda plane: plane.write(TABLES[0], 0, b"a" * 3 * BLOCK))
+    assert outcome[0].__name__ == "NoSpace"
+    pair.check()
+    batch = pair.both(lambda plane: plane.seal())
+    assert batch.pages == []
+    assert len(batch.dropped) == 3
+
+
+def test_rewrite_in_place_that_fails_keeps_what_is_there(pair):
+    """A fresh block whose rewrite fails keeps a checksum that matches what the host has of it."""
+    run = Run(pair)
+    run.grant(TABLES[0], 1, 1)
+    run.drive(lambda plane: plane.write(TABLES[0], 0, b"a" * BLOCK))
+    for images in pair.images:
+        file = images[StorageId(1)].file
+        read_only = os.open(file.path, os.O_RDONLY)
+        os.dup2(read_only, file.fileno())
+        os.close(read_only)
+    outcome = run.drive(lambda plane: plane.write(TABLES[0], 0, b"b" * BLOCK))
+    assert outcome[0].__name__ == "BackingError"
+    assert run.drive(lambda plane: plane.read(TABLES[0], 0, 1)) == b"a" * BLOCK
+
+
+def test_image_that_ends_early(pair):
+    run = Run(pair)
+    run.grant(TABLES[0], 1, 1)
+    run.drive(lambda plane: plane.write(TABLES[0], 0, b"a" * BLOCK))
+    for images in pair.images:
+        images[StorageId(1)].file.truncate(HEADER)
+    for plane in pair.planes:
+        with pytest.raises(IncfsError, match=r"image1 ends"):
+            plane.read(TABLES[0], 0, 1, wait=True)
+
+
+@given(st.binary(max_size=5000))
+def test_checksum_is_crc32c(content: bytes) -> None:
+    expected = crc32c.crc32c(content)
+    assert _dataplane.crc32c(content) == expected
+    assert _dataplane.crc32c(content, True) == expected
+
+
+@pytest.mark.parametrize("length", [504, 511, 4032, 4096, 65536, 1 << 20])
+def test_checksum_of_long_data(length):
+    content = os.urandom(length)
+    assert _dataplane.crc32c(content) == crc32c.crc32c(content)
