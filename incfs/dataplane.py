@@ -294,6 +294,8 @@ class DataPlane:
         if not head and not tail:
             return data, first
         last = (offset_bytes + len(data) - 1) // block
+        for page_index, _, _ in split_pages(first, last + 1 - first):
+            self._page(map_id, page_index)
         before = self.read(map_id, first, 1, wait=wait)[:head] if head else b""
         after = self.read(map_id, last, 1, wait=wait)[block - tail :] if tail else b""
         return before + data + after, first

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 import pyfuse3
@@ -167,7 +167,12 @@ def _is_left_behind(mountpoint: Path) -> bool:
 
 
 def _store_options(options: MountOptions) -> Options:
-    return Options() if options.commit_s is None else Options(commit_interval_s=options.commit_s)
+    chosen: dict[str, Any] = {}
+    if options.commit_s is not None:
+        chosen["commit_interval_s"] = options.commit_s
+    if options.data_plane is not None:
+        chosen["data_plane"] = options.data_plane
+    return Options(**chosen)
 
 
 @dataclass(slots=True)

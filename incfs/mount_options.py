@@ -5,6 +5,7 @@ from typing import Final, cast
 
 from incfs.errors import UsageError
 from incfs.fuse_files import CacheMode
+from incfs.planes import PLANE_KINDS, PlaneKind
 
 CACHE_MODES: Final = ("writeback", "writethrough", "none")
 
@@ -33,6 +34,8 @@ class MountOptions:
     read_only: bool = False
     commit_s: float | None = None
     """Seconds between commits that nobody asked for; None is the pool's own choice."""
+    data_plane: PlaneKind | None = None
+    """Who moves the bytes; None is what the environment or the installation says."""
     source: str | None = None
     """What mount(8) and df show as the device; None is the pool's directory."""
     kernel: tuple[str, ...] = ()
@@ -66,6 +69,12 @@ def _parse_cache(option: str, value: str) -> CacheMode:
     return cast("CacheMode", value)
 
 
+def _parse_plane(option: str, value: str) -> PlaneKind:
+    if value not in PLANE_KINDS:
+        raise UsageError(f"mount option {option!r}: data_plane is one of {', '.join(PLANE_KINDS)}", option=option)
+    return cast("PlaneKind", value)
+
+
 def _parse_seconds(option: str, value: str) -> float:
     try:
         seconds = float(value)
@@ -91,6 +100,7 @@ def _parse_text(option: str, value: str) -> str:
 _PARSERS: Final = {
     "cache": ("cache", _parse_cache),
     "commit": ("commit_s", _parse_seconds),
+    "data_plane": ("data_plane", _parse_plane),
     "allow_other": ("allow_other", _parse_flag),
     "fsname": ("source", _parse_text),
 }

@@ -6,6 +6,7 @@ from typing import Any
 from incfs.blocks import split_address
 from incfs.changes import decode_body
 from incfs.codec import decode_entries, entry_runs, open_value, unpack
+from incfs.dataplane import DataPlane
 from incfs.journal import Journal
 from incfs.log import DATABASES, Tables
 from incfs.model import HOLE, PAGE_BLOCKS, MapId, Storage
@@ -35,6 +36,7 @@ def pool_facts(store: Store) -> dict[str, Any]:
         "metadata_map_bytes": store.tables.map_bytes(),
         "sequence": store.durable_sequence,
         "resident_pages": store.plane.page_count,
+        "data_plane": "python" if isinstance(store.plane, DataPlane) else "native",
         "overlay_pages": store.log.overlay_pages,
         "read_only": store.failure is not None,
         "failure": None if store.failure is None else str(store.failure),

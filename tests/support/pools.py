@@ -10,6 +10,7 @@ from incfs import volume as volumes
 from incfs.backing import Backing
 from incfs.blocks import split_address
 from incfs.check import Checker, CheckReport
+from incfs.dataplane import PlaneState
 from incfs.model import HOLE, MapId, Snapshot, Volume, VolumeId, split_map_id
 from incfs.overlay import TableKey
 from incfs.pool import PunchPlan
@@ -158,7 +159,8 @@ def check_memory(store: Store, punching: PunchPlan | None = None) -> None:
     live, busy = _members(store, "live"), _members(store, "busy")
     assert len(owned) == len(set(owned)), f"two owners: {_repeated(owned)}"
     assert set(owned) == live, f"owned but not live {set(owned) - live}, live but not owned {live - set(owned)}"
-    others = [*_lease_addresses(store), *_fresh_addresses(store), *store.plane._dropped, *_freed_addresses(store)]
+    plane = store.plane.inspect()
+    others = [*_lease_addresses(plane), *_fresh_addresses(plane), *plane.dropped, *_freed_addresses(store)]
     for storage_id, block_index, count in punching.runs if punching else ():
         others += [storage_id << 48 | block_index + i for i in range(count)]
     accounted = owned + others
@@ -206,16 +208,15 @@ def _members(store: Store, kind: str) -> set[int]:
     }
 
 
-def _lease_addresses(store: Store) -> list[int]:
-    runs = [run for lease in store.plane._leases.values() for run in lease]
-    return [address + i for address, count in runs for i in range(count)]
+def _lease_addresses(plane: PlaneState) -> list[int]:
+    return [address + i for _, address, count in plane.leases for i in range(count)]
 
 
-def _fresh_addresses(store: Store) -> Iterator[int]:
-    for page in store.plane._pages.values():
-        for index, (old, _) in page.fresh.items():
-            if page.addresses[index] > HOLE and page.addresses[index] != old:
-                yield page.addresses[index]
+def _fresh_addresses(plane: PlaneState) -> Iterator[int]:
+    for entries, replaced in plane.pages.values():
+        for index, (old, _) in replaced.items():
+            if HOLE < entries[index][0] != old:
+                yield entries[index][0]
 
 
 def _freed_addresses(store: Store) -> list[int]:
@@ -236,15 +237,15 @@ def _check_counters(store: Store) -> None:
 
 def _check_resident_pages(store: Store) -> None:
     """What is resident, unsealed writes taken back, is what the log says."""
-    for (table, page_index), page in store.plane._pages.items():
+    for (table, page_index), (entries, replaced) in store.plane.inspect().pages.items():
         volume_id, generation = split_map_id(table)
         volume = store.catalog.volumes.get(volume_id)
         assert volume is not None, f"page of volume {volume_id} is resident, but it is gone"
         if not volume.name or (generation and not store.catalog.snapshot_by_generation(volume_id, generation).name):
             continue  # being reclaimed: nobody reads it any more
         sealed = volumes.page_entries(store, table, page_index)
-        for index in range(len(page.addresses)):
-            found = page.fresh.get(index, (page.addresses[index], page.checksums[index]))
+        for index, entry in entries.items():
+            found = replaced.get(index, entry)
             assert found == sealed.get(index, (0, 0)), f"table {volume_id}.{generation} page {page_index} index {index}"
 
 
