@@ -22,8 +22,10 @@ setup(
     ext_modules=[
         Extension(
             "incfs._fusext",
-            ["incfs/_fusext.c"],
-            extra_compile_args=[*flags, *pkg_config("--cflags")],
+            ["incfs/_fusext.c", "incfs/fuse_hot.c"],
+            depends=["incfs/fuse_hot.h", "incfs/hot.h"],
+            extra_compile_args=[*flags, "-pthread", *pkg_config("--cflags")],
+            extra_link_args=["-pthread"],
             # Not linked with libfuse3: the module must be first to define fuse_session_new, and
             # finds the real one with dlopen (see the top of _fusext.c).
             libraries=["dl"],
@@ -31,7 +33,7 @@ setup(
         Extension(
             "incfs._dataplane",
             ["incfs/_dataplane.c", "incfs/plane.c", "incfs/plane_io.c", "incfs/crc32c.c"],
-            depends=["incfs/plane.h", "incfs/plane_internal.h", "incfs/crc32c.h"],
+            depends=["incfs/plane.h", "incfs/plane_internal.h", "incfs/crc32c.h", "incfs/hot.h"],
             extra_compile_args=[*flags, "-pthread"],
             extra_link_args=["-pthread"],
         ),

@@ -8,6 +8,7 @@
 #include <Python.h>
 
 #include "crc32c.h"
+#include "hot.h"
 #include "plane.h"
 
 #include <string.h>
@@ -170,6 +171,14 @@ static int need_file(DataPlane *self, uint64_t address)
     return 0;
 }
 
+/* Appends what was made, unless that failed; the error stays set. */
+static void append_new(PyObject *list, PyObject *made)
+{
+    if (made)
+        PyList_Append(list, made);
+    Py_XDECREF(made);
+}
+
 /* ---- Pages and leases --------------------------------------------------------------------------------------- */
 
 static int fill_mappings(DataPlane *self, PyObject *entries, struct plane_mapping *mappings)
@@ -281,6 +290,118 @@ static PyObject *method_revoke(DataPlane *self, PyObject *args)
         }
     free(runs);
     return list;
+}
+
+static PyObject *method_leased_blocks(DataPlane *self, PyObject *arg)
+{
+    unsigned long long map_id = PyLong_AsUnsignedLongLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyLong_FromUnsignedLongLong(plane_leased_blocks(self->plane, map_id));
+}
+
+/* ---- Served requests --------------------------------------------------------------------------------------- */
+
+static PyObject *method_serve(DataPlane *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"map_id", "size_bytes", "is_writable", NULL};
+    unsigned long long map_id, size_bytes;
+    int is_writable;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KK$p", names, &map_id, &size_bytes, &is_writable))
+        return NULL;
+    if (plane_serve(self->plane, map_id, size_bytes, is_writable) != PLANE_OK)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_unserve(DataPlane *self, PyObject *arg)
+{
+    unsigned long long map_id = PyLong_AsUnsignedLongLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    plane_unserve(self->plane, map_id);
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_freeze(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    plane_freeze(self->plane);
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_watch(DataPlane *self, PyObject *arg)
+{
+    size_t seal_at = PyLong_AsSize_t(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    int fd = plane_watch(self->plane, seal_at);
+    return fd < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(fd);
+}
+
+static PyObject *method_attend(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    uint64_t *tables;
+    size_t table_count;
+    if (plane_attend(self->plane, &tables, &table_count) != PLANE_OK)
+        return PyErr_NoMemory();
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list && i < table_count; i++)
+        append_new(list, PyLong_FromUnsignedLongLong(tables[i]));
+    free(tables);
+    if (PyErr_Occurred())
+        Py_CLEAR(list);
+    return list;
+}
+
+static PyObject *method_written(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    uint64_t *writes;
+    size_t write_count;
+    if (plane_written(self->plane, &writes, &write_count) != PLANE_OK)
+        return PyErr_NoMemory();
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list && i < write_count; i++)
+        append_new(list, Py_BuildValue("(KK)", (unsigned long long)writes[2 * i], (unsigned long long)writes[2 * i + 1]));
+    free(writes);
+    if (PyErr_Occurred())
+        Py_CLEAR(list);
+    return list;
+}
+
+static bool server_read(void *plane, uint64_t inode, uint64_t offset_bytes, size_t length_bytes, bool can_wait,
+                        char *buffer, size_t room, size_t *start, size_t *count)
+{
+    return plane_serve_read(plane, inode, offset_bytes, length_bytes, can_wait, buffer, room, start, count) == PLANE_OK;
+}
+
+static bool server_write(void *plane, uint64_t inode, uint64_t offset_bytes, const void *data, size_t length_bytes)
+{
+    return plane_serve_write(plane, inode, offset_bytes, data, length_bytes) == PLANE_OK;
+}
+
+static void release_capsule(PyObject *capsule)
+{
+    free(PyCapsule_GetPointer(capsule, HOT_SERVER_CAPSULE));
+    Py_XDECREF((PyObject *)PyCapsule_GetContext(capsule));
+}
+
+/* The capsule keeps the plane alive. */
+static PyObject *method_server(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    struct hot_server *server = malloc(sizeof *server);
+    if (!server)
+        return PyErr_NoMemory();
+    *server = (struct hot_server){self->plane, server_read, server_write};
+    PyObject *capsule = PyCapsule_New(server, HOT_SERVER_CAPSULE, release_capsule);
+    if (!capsule)
+        free(server);
+    else
+        PyCapsule_SetContext(capsule, Py_NewRef((PyObject *)self));
+    return capsule;
 }
 
 /* ---- Bytes ------------------------------------------------------------------------------------------------------- */
@@ -452,14 +573,6 @@ struct seen {
     PyObject *pages, *leases, *dropped;
 };
 
-/* Appends what was made, unless that failed; the error stays set. */
-static void append_new(PyObject *list, PyObject *made)
-{
-    if (made)
-        PyList_Append(list, made);
-    Py_XDECREF(made);
-}
-
 static void put_entry(PyObject *entries, unsigned index, uint64_t address, uint32_t checksum)
 {
     PyObject *key = PyLong_FromUnsignedLong(index);
@@ -538,6 +651,14 @@ static PyMethodDef plane_methods[] = {
     {"is_resident", (PyCFunction)method_is_resident, METH_VARARGS, "Tell whether a page is resident."},
     {"grant", (PyCFunction)method_grant, METH_VARARGS, "Give a table free blocks to write into."},
     {"revoke", (PyCFunction)method_revoke, METH_VARARGS, "Take back unused leased blocks of one table, or of all."},
+    {"leased_blocks", (PyCFunction)method_leased_blocks, METH_O, "Unused leased blocks of a table."},
+    {"serve", KEYWORDS(method_serve), "Let other threads read a table up to a size, and write it."},
+    {"unserve", (PyCFunction)method_unserve, METH_O, "Let other threads no longer read or write a table."},
+    {"freeze", (PyCFunction)method_freeze, METH_NOARGS, "Let other threads no longer write anything."},
+    {"watch", (PyCFunction)method_watch, METH_O, "Give a descriptor that is readable when attend() is wanted."},
+    {"attend", (PyCFunction)method_attend, METH_NOARGS, "Reset the descriptor; list tables whose leases run low."},
+    {"written", (PyCFunction)method_written, METH_NOARGS, "List (table, time in ns) of other threads' writes."},
+    {"server", (PyCFunction)method_server, METH_NOARGS, "Give what hot threads need, in a capsule."},
     {"read", KEYWORDS(method_read), "Read whole blocks; holes read as zeros."},
     {"write", KEYWORDS(method_write), "Write a range of bytes; what it lacks of whole blocks is kept."},
     {"discard", (PyCFunction)method_discard, METH_VARARGS, "Let whole blocks read as zeros."},

@@ -1,7 +1,8 @@
 /* incfs._fusext: what pyfuse3 lacks of libfuse's low-level interface.
  *
- * Owns: the operations lseek, fallocate and copy_file_range, and the limits of the connection
- * (max_background, congestion_threshold, max_readahead, capability bits).  pyfuse3 stays the session
+ * Owns: the operations lseek, fallocate and copy_file_range, the limits of the connection
+ * (max_background, congestion_threshold, max_readahead, capability bits), and the way of requests past
+ * Python (fuse_hot.c).  pyfuse3 stays the session
  * loop and keeps every other operation.
  *
  * How it gets between: pyfuse3's extension calls fuse_session_new, and the dynamic linker takes the
@@ -10,10 +11,8 @@
  * to it).  It is not linked with libfuse3: at the first call it looks up the very library that
  * pyfuse3 has loaded, whatever its version, and calls that one's functions.
  *
- * Threads: everything here runs with the GIL held, which is what guards all static state.  Hot
- * threads that read /dev/fuse themselves can be added in the same way, by also defining
- * fuse_session_fd and fuse_session_receive_buf; they will need their own lock, since they must not
- * wait for the GIL, and must not touch `pending`.
+ * Threads: everything here runs with the GIL held, which is what guards all static state.  The hot
+ * threads of fuse_hot.c, which read /dev/fuse themselves, never wait for the GIL and touch nothing here.
  *
  * Invariants:
  *   1. A fuse_req_t is answered exactly once: it is owned by one Request, and whoever clears `req`
@@ -26,6 +25,8 @@
 
 #include <Python.h>
 #include <structmember.h>
+
+#include "fuse_hot.h"
 
 #include <dlfcn.h>
 #include <errno.h>
@@ -49,6 +50,8 @@ EXPORTED struct fuse_session *fuse_session_new_versioned(struct fuse_args *args,
                                                          size_t ops_size, struct libfuse_version *version,
                                                          void *userdata);
 EXPORTED void fuse_session_destroy(struct fuse_session *session);
+EXPORTED int fuse_session_fd(struct fuse_session *session);
+EXPORTED int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buffer);
 
 /* ---- libfuse as pyfuse3 loaded it ---------------------------------------------------------- */
 
@@ -64,6 +67,8 @@ static struct {
     int (*reply_lseek)(fuse_req_t, off_t);
     int (*reply_write)(fuse_req_t, size_t);
     const struct fuse_ctx *(*req_ctx)(fuse_req_t);
+    int (*version)(void);
+    struct hot_libfuse hot;
 } libfuse;
 
 /* Called for each loaded object; keeps the path of the one that is libfuse3. */
@@ -114,7 +119,10 @@ static int find_libfuse(void)
                    look_up(handle, "fuse_reply_err", &libfuse.reply_err) &
                    look_up(handle, "fuse_reply_lseek", &libfuse.reply_lseek) &
                    look_up(handle, "fuse_reply_write", &libfuse.reply_write) &
-                   look_up(handle, "fuse_req_ctx", &libfuse.req_ctx);
+                   look_up(handle, "fuse_req_ctx", &libfuse.req_ctx) &
+                   look_up(handle, "fuse_version", &libfuse.version) &
+                   look_up(handle, "fuse_session_fd", &libfuse.hot.session_fd) &
+                   look_up(handle, "fuse_session_receive_buf", &libfuse.hot.session_receive_buf);
     look_up(handle, "fuse_session_new_versioned", &libfuse.session_new_versioned);
     if (!complete) {
         fprintf(stderr, "incfs: this libfuse3 lacks a function that incfs needs\n");
@@ -370,6 +378,7 @@ static struct {
     unsigned int max_readahead;
     unsigned int want_set;
     unsigned int want_clear;
+    unsigned int hot_threads; /* 0: every request goes to Python */
 } limits;
 
 static struct fuse_session *session; /* the one that was created through this module, until destroyed */
@@ -419,6 +428,12 @@ static struct fuse_lowlevel_ops *extended(const struct fuse_lowlevel_ops *ops, s
     return table;
 }
 
+/* libfuse 3.17 made struct fuse_buf longer; hot threads must use the struct of the library that is loaded. */
+static int same_buffers(void)
+{
+    return (libfuse.version() >= 317) == (FUSE_VERSION >= 317);
+}
+
 /* Creates the session with libfuse's own function; version is NULL for the unversioned one. */
 static struct fuse_session *create_session(struct fuse_args *args, const struct fuse_lowlevel_ops *ops, size_t size,
                                            struct libfuse_version *version, void *userdata)
@@ -438,6 +453,8 @@ static struct fuse_session *create_session(struct fuse_args *args, const struct 
     free(table); /* libfuse has copied it */
     if (!is_ours) {
         session = created;
+        if (created && limits.hot_threads && same_buffers() && !hot_open(created, &libfuse.hot))
+            fprintf(stderr, "incfs: no descriptor for the hot threads: %s\n", strerror(errno));
         was_started = dispatch != NULL;
         memset(&negotiated, 0, sizeof negotiated);
     }
@@ -456,6 +473,15 @@ struct fuse_session *fuse_session_new_versioned(struct fuse_args *args, const st
     return create_session(args, ops, ops_size, version, userdata);
 }
 
+static PyObject *server; /* the capsule whose plane the hot threads use */
+
+/* Ends the hot threads; then nobody uses the plane any more. */
+static void release_server(void)
+{
+    hot_stop();
+    Py_CLEAR(server);
+}
+
 void fuse_session_destroy(struct fuse_session *ended)
 {
     if (!find_libfuse())
@@ -463,10 +489,27 @@ void fuse_session_destroy(struct fuse_session *ended)
     PyGILState_STATE gil = PyGILState_Ensure();
     if (ended == session) {
         close_pending();
+        release_server();
+        hot_close();
         session = NULL;
     }
     PyGILState_Release(gil);
     libfuse.session_destroy(ended);
+}
+
+/* pyfuse3 waits for this descriptor to be readable, and then receives one request. */
+int fuse_session_fd(struct fuse_session *asked)
+{
+    if (hot_is_open() && asked == session)
+        return hot_fd();
+    return find_libfuse() ? libfuse.hot.session_fd(asked) : -1;
+}
+
+int fuse_session_receive_buf(struct fuse_session *asked, struct fuse_buf *buffer)
+{
+    if (hot_is_open() && asked == session)
+        return hot_receive(buffer);
+    return find_libfuse() ? libfuse.hot.session_receive_buf(asked, buffer) : -ENOSYS;
 }
 
 /* ---- The module -------------------------------------------------------------------------------- */
@@ -478,15 +521,18 @@ static int came_late;
 static PyObject *module_configure(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     (void)module;
-    static char *names[] = {"max_background", "congestion_threshold", "max_readahead", "want_set", "want_clear", NULL};
-    unsigned int background, congestion, readahead, set, clear;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$IIIII", names, &background, &congestion, &readahead, &set, &clear))
+    static char *names[] = {"max_background", "congestion_threshold", "max_readahead", "want_set",
+                            "want_clear",     "hot_threads",          NULL};
+    unsigned int background, congestion, readahead, set, clear, hot;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$IIIIII", names, &background, &congestion, &readahead, &set, &clear,
+                                     &hot))
         return NULL;
     limits.max_background = background;
     limits.congestion_threshold = congestion;
     limits.max_readahead = readahead;
     limits.want_set = set;
     limits.want_clear = clear;
+    limits.hot_threads = hot;
     Py_RETURN_NONE;
 }
 
@@ -509,6 +555,48 @@ static PyObject *module_stop(PyObject *module, PyObject *unused)
     close_pending();
     Py_CLEAR(dispatch);
     Py_RETURN_NONE;
+}
+
+static PyObject *module_start_hot(PyObject *module, PyObject *capsule)
+{
+    (void)module;
+    struct hot_server *given = PyCapsule_GetPointer(capsule, HOT_SERVER_CAPSULE);
+    if (!given)
+        return NULL;
+    int error = hot_start(given, limits.hot_threads);
+    if (error) {
+        errno = error;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    Py_XSETREF(server, Py_NewRef(capsule));
+    Py_RETURN_NONE;
+}
+
+static PyObject *module_stop_hot(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    release_server();
+    Py_RETURN_NONE;
+}
+
+static PyObject *module_is_hot(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    return PyBool_FromLong(hot_is_open());
+}
+
+static PyObject *module_hot_counts(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    struct hot_counts counts = hot_get_counts();
+    return Py_BuildValue("{sK sK sK sK sK sK sK sK}", "reads", (unsigned long long)counts.reads, "read_bytes",
+                         (unsigned long long)counts.read_bytes, "writes", (unsigned long long)counts.writes,
+                         "write_bytes", (unsigned long long)counts.write_bytes, "getxattrs", (unsigned long long)counts.getxattrs, "handed_reads",
+                         (unsigned long long)counts.handed_reads, "handed_writes",
+                         (unsigned long long)counts.handed_writes, "others", (unsigned long long)counts.others);
 }
 
 static PyObject *module_is_interposed(PyObject *module, PyObject *unused)
@@ -542,6 +630,10 @@ static PyMethodDef module_methods[] = {
      "Set the limits of the next connection."},
     {"start", module_start, METH_O, "Hand requests to dispatch(operation, request, *arguments) from now on."},
     {"stop", module_stop, METH_NOARGS, "Answer pending requests with EIO and hand over no more."},
+    {"is_hot", module_is_hot, METH_NOARGS, "Whether the session's requests come through hot threads: start them."},
+    {"start_hot", module_start_hot, METH_O, "Start the hot threads on a data plane, given by its capsule."},
+    {"stop_hot", module_stop_hot, METH_NOARGS, "End the hot threads; what they had begun is answered."},
+    {"hot_counts", module_hot_counts, METH_NOARGS, "Requests that hot threads answered, and left to Python."},
     {"is_interposed", module_is_interposed, METH_NOARGS, "Whether pyfuse3 calls us and not libfuse."},
     {"has_session", module_has_session, METH_NOARGS, "Whether the running session was created through us."},
     {"negotiated", module_negotiated, METH_NOARGS, "What was agreed with the kernel; zeros before the session began."},

@@ -207,6 +207,21 @@ class DataPlane:
                 lease.appendleft((address + step, count - step))
         return taken
 
+    # Other threads: the native plane serves requests by itself; this one has no other threads.
+
+    def serve(self, map_id: MapId, size_bytes: int, *, is_writable: bool) -> None:
+        """Let other threads read a table up to a size, and perhaps write it."""
+
+    def unserve(self, map_id: MapId) -> None:
+        """Let other threads no longer read or write a table."""
+
+    def freeze(self) -> None:
+        """Let other threads no longer write anything."""
+
+    def written(self) -> list[tuple[MapId, int]]:
+        """Take (table, time in nanoseconds) of writes by other threads."""
+        return []
+
     # Blocks
 
     def read(self, map_id: MapId, first_block: int, block_count: int, *, wait: bool = False) -> bytes:

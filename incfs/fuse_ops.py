@@ -51,6 +51,7 @@ class Operations(FileHandlers):
         if kind is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
         if kind is Kind.VOLUME:
+            self.service.note_writes()
             return self._volume_attributes(self.service.volume_by_id(volume_of(inode)))
         if kind is Kind.SNAPSHOT:
             volume_id, generation = split_map_id(MapId(inode))

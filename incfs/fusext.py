@@ -61,6 +61,8 @@ class Limits:
     """FUSE_CAP bits to ask for, as far as the kernel has them."""
     want_clear: int = 0
     """FUSE_CAP bits not to ask for."""
+    hot_threads: int = 0
+    """Threads that answer what a data plane can serve, past Python; then nothing is spliced."""
 
 
 DEFAULT_LIMITS: Final = Limits()
@@ -86,15 +88,21 @@ def install(limits: Limits = DEFAULT_LIMITS) -> bool:
         congestion_threshold=limits.congestion_threshold,
         max_readahead=limits.max_readahead_bytes,
         want_set=limits.want_set,
-        want_clear=limits.want_clear | (0 if limits.splice else splice),
+        want_clear=limits.want_clear | (0 if limits.splice and not limits.hot_threads else splice),
+        hot_threads=limits.hot_threads,
     )
     return True
 
 
-def start(nursery: trio.Nursery, handlers: Handlers) -> bool:
+def start(nursery: trio.Nursery, handlers: Handlers, server: object = None) -> bool:
     """Answer the three operations with ``handlers``, each request in a task of ``nursery``.
 
     Call between ``pyfuse3.init`` and ``pyfuse3.main``.
+
+    Args:
+        nursery: For tasks that answer.
+        handlers: What the operations mean.
+        server: What the hot threads serve from, if the limits had any: ``DataPlane.server()``.
 
     Returns:
         False when the session is not the extension's; the reason is in the log.
@@ -114,6 +122,8 @@ def start(nursery: trio.Nursery, handlers: Handlers) -> bool:
         nursery.start_soon(_answer, handlers, operation, request, arguments, name=f"fuse {operation}")
 
     _fusext.start(dispatch)
+    if _fusext.is_hot():
+        _fusext.start_hot(server)
     return True
 
 
@@ -123,7 +133,17 @@ def stop() -> None:
         from incfs import _fusext
     except ImportError:
         return
+    _fusext.stop_hot()
     _fusext.stop()
+
+
+def hot_counts() -> dict[str, int]:
+    """Return how many requests, and bytes, went past Python, and how many could not; empty without hot threads."""
+    try:
+        from incfs import _fusext
+    except ImportError:
+        return {}
+    return _fusext.hot_counts() if _fusext.is_hot() else {}
 
 
 def negotiated() -> dict[str, int]:

@@ -130,7 +130,7 @@ async def _run(pool: Path, mountpoint: Path, options: MountOptions, parent: Pare
         operations = Operations(service, options.cache)
         with _fuse_session(operations, pool, mountpoint, options) as session:
             async with trio.open_nursery() as nursery:
-                fusext.start(nursery, operations)
+                fusext.start(nursery, operations, service.server)
                 with _hooked(service, operations, KernelHook(mountpoint, outside)) as hook:
                     stopping = _Stopping(service, hook, mountpoint, outside)
                     await nursery.start(serve_control, service)
@@ -185,7 +185,8 @@ class _Session:
 @contextlib.contextmanager
 def _fuse_session(operations: Operations, pool: Path, mountpoint: Path, options: MountOptions) -> Iterator[_Session]:
     """Mount; at the end close the connection, and unmount only what never answered."""
-    fusext.install()
+    has_server = operations.service.server is not None
+    fusext.install(fusext.Limits(hot_threads=options.threads if has_server else 0))
     session = _Session()
     try:
         pyfuse3.init(operations, str(mountpoint), fuse_options(pool, options))

@@ -7,6 +7,7 @@ from incfs.errors import UsageError
 from incfs.fuse_files import CacheMode
 from incfs.planes import PLANE_KINDS, PlaneKind
 
+MAX_THREADS: Final = 16
 CACHE_MODES: Final = ("writeback", "writethrough", "none")
 
 # fmt: off
@@ -36,6 +37,8 @@ class MountOptions:
     """Seconds between commits that nobody asked for; None is the pool's own choice."""
     data_plane: PlaneKind | None = None
     """Who moves the bytes; None is what the environment or the installation says."""
+    threads: int = 2
+    """Threads of the native data plane that read and write past Python; 0 for none."""
     source: str | None = None
     """What mount(8) and df show as the device; None is the pool's directory."""
     kernel: tuple[str, ...] = ()
@@ -75,6 +78,12 @@ def _parse_plane(option: str, value: str) -> PlaneKind:
     return cast("PlaneKind", value)
 
 
+def _parse_threads(option: str, value: str) -> int:
+    if not (value.isdecimal() and int(value) <= MAX_THREADS):
+        raise UsageError(f"mount option {option!r}: threads is a number from 0 to {MAX_THREADS}", option=option)
+    return int(value)
+
+
 def _parse_seconds(option: str, value: str) -> float:
     try:
         seconds = float(value)
@@ -101,6 +110,7 @@ _PARSERS: Final = {
     "cache": ("cache", _parse_cache),
     "commit": ("commit_s", _parse_seconds),
     "data_plane": ("data_plane", _parse_plane),
+    "threads": ("threads", _parse_threads),
     "allow_other": ("allow_other", _parse_flag),
     "fsname": ("source", _parse_text),
 }

@@ -6,6 +6,8 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
 
 enum { FIRST_BUCKETS = 64 };
 
@@ -28,6 +30,7 @@ struct plane *plane_new(uint32_t block_bytes)
     pthread_rwlock_init(&plane->gate, &attributes);
     pthread_rwlockattr_destroy(&attributes);
     pthread_mutex_init(&plane->list_lock, NULL);
+    plane->attention_fd = -1;
     if (!plane->page_buckets || !plane->table_buckets) {
         plane_free(plane);
         return NULL;
@@ -62,6 +65,8 @@ void plane_free(struct plane *plane)
         }
     for (size_t id = 0; id <= MAX_STORAGE_ID; id++)
         free(plane->files[id]);
+    if (plane->attention_fd >= 0)
+        close(plane->attention_fd);
     pthread_rwlock_destroy(&plane->gate);
     pthread_mutex_destroy(&plane->list_lock);
     free(plane->page_buckets);
@@ -169,7 +174,7 @@ static struct table *need_table(struct plane *plane, uint64_t map_id)
 /* Frees the table when nothing is known of it any more; a pool may see millions of snapshots pass. */
 static void release_table(struct plane *plane, struct table *table)
 {
-    if (table->page_count || table->lease_blocks)
+    if (table->page_count || table->lease_blocks || table->is_served)
         return;
     struct table **link = &plane->table_buckets[scramble(table->map_id, 0) & (plane->table_bucket_count - 1)];
     while (*link != table)
@@ -345,6 +350,7 @@ enum plane_status plane_grant(struct plane *plane, uint64_t map_id, struct plane
     if (done) {
         table->lease[table->lease_end++] = run;
         table->lease_blocks += run.count;
+        table->granted_blocks = run.count;
     } else if (table) {
         release_table(plane, table);
     }
@@ -370,6 +376,28 @@ bool table_take(struct table *table, uint64_t block_count, struct plane_run *run
     }
     pthread_mutex_unlock(&table->lease_lock);
     return enough;
+}
+
+bool table_runs_low(struct table *table)
+{
+    pthread_mutex_lock(&table->lease_lock);
+    bool is_low = table->lease_blocks < table->granted_blocks / 2;
+    pthread_mutex_unlock(&table->lease_lock);
+    return is_low;
+}
+
+uint64_t plane_leased_blocks(struct plane *plane, uint64_t map_id)
+{
+    uint64_t blocks = 0;
+    pthread_rwlock_rdlock(&plane->gate);
+    struct table *table = plane_find_table(plane, map_id);
+    if (table) {
+        pthread_mutex_lock(&table->lease_lock);
+        blocks = table->lease_blocks;
+        pthread_mutex_unlock(&table->lease_lock);
+    }
+    pthread_rwlock_unlock(&plane->gate);
+    return blocks;
 }
 
 static void move_lease(struct table *table, struct plane_run *runs, size_t *run_count)
@@ -418,6 +446,98 @@ enum plane_status plane_revoke(struct plane *plane, const uint64_t *map_id, stru
     }
     pthread_rwlock_unlock(&plane->gate);
     return status;
+}
+
+/* ---- What may be served ---------------------------------------------------------------------------------------- */
+
+enum plane_status plane_serve(struct plane *plane, uint64_t map_id, uint64_t size_bytes, bool is_writable)
+{
+    pthread_rwlock_wrlock(&plane->gate);
+    struct table *table = need_table(plane, map_id);
+    if (table) {
+        table->is_served = true;
+        table->is_writable = is_writable;
+        table->size_bytes = size_bytes;
+    }
+    pthread_rwlock_unlock(&plane->gate);
+    return table ? PLANE_OK : PLANE_NO_MEMORY;
+}
+
+void plane_unserve(struct plane *plane, uint64_t map_id)
+{
+    pthread_rwlock_wrlock(&plane->gate);
+    struct table *table = plane_find_table(plane, map_id);
+    if (table) {
+        table->is_served = table->is_writable = false;
+        release_table(plane, table);
+    }
+    pthread_rwlock_unlock(&plane->gate);
+}
+
+void plane_freeze(struct plane *plane)
+{
+    pthread_rwlock_wrlock(&plane->gate);
+    atomic_store(&plane->is_frozen, true);
+    pthread_rwlock_unlock(&plane->gate);
+}
+
+int plane_watch(struct plane *plane, size_t seal_at)
+{
+    pthread_rwlock_wrlock(&plane->gate);
+    plane->seal_at = seal_at;
+    if (plane->attention_fd < 0)
+        plane->attention_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    pthread_rwlock_unlock(&plane->gate);
+    return plane->attention_fd;
+}
+
+void plane_call(struct plane *plane)
+{
+    uint64_t one = 1;
+    if (plane->attention_fd >= 0 && !atomic_exchange(&plane->is_calling, true) &&
+        write(plane->attention_fd, &one, sizeof one) < 0)
+        atomic_store(&plane->is_calling, false);
+}
+
+/* Makes room for two numbers of each table. */
+static uint64_t *room_for_tables(struct plane *plane)
+{
+    return malloc((2 * plane->table_count + 1) * sizeof(uint64_t));
+}
+
+enum plane_status plane_attend(struct plane *plane, uint64_t **tables, size_t *table_count)
+{
+    uint64_t count;
+    *table_count = 0;
+    pthread_rwlock_rdlock(&plane->gate);
+    *tables = room_for_tables(plane);
+    /* First the descriptor, then the flag, then the look: whoever calls after the look is heard. */
+    if (read(plane->attention_fd, &count, sizeof count) < 0)
+        count = 0;
+    atomic_store(&plane->is_calling, false);
+    for (size_t i = 0; *tables && i < plane->table_bucket_count; i++)
+        for (struct table *table = plane->table_buckets[i]; table; table = table->next_in_bucket)
+            if (table->is_writable && table_runs_low(table))
+                (*tables)[(*table_count)++] = table->map_id;
+    pthread_rwlock_unlock(&plane->gate);
+    return *tables ? PLANE_OK : PLANE_NO_MEMORY;
+}
+
+enum plane_status plane_written(struct plane *plane, uint64_t **writes, size_t *write_count)
+{
+    *write_count = 0;
+    pthread_rwlock_rdlock(&plane->gate);
+    *writes = room_for_tables(plane);
+    for (size_t i = 0; *writes && i < plane->table_bucket_count; i++)
+        for (struct table *table = plane->table_buckets[i]; table; table = table->next_in_bucket) {
+            uint64_t written_ns = atomic_exchange_explicit(&table->written_ns, 0, memory_order_relaxed);
+            if (written_ns) {
+                (*writes)[2 * *write_count] = table->map_id;
+                (*writes)[2 * (*write_count)++ + 1] = written_ns;
+            }
+        }
+    pthread_rwlock_unlock(&plane->gate);
+    return *writes ? PLANE_OK : PLANE_NO_MEMORY;
 }
 
 /* ---- Fresh mappings ------------------------------------------------------------------------------------------- */

@@ -36,6 +36,7 @@ enum plane_status {
     PLANE_READ_ERROR,   /* host_errno at address; 0: the image ends too early */
     PLANE_WRITE_ERROR,  /* host_errno at address */
     PLANE_NO_MEMORY,    /* nothing was changed */
+    PLANE_NOT_SERVED,   /* only the control plane may answer this */
 };
 
 /* Why a request was not served; which members count, plane_status says. */
@@ -99,6 +100,8 @@ enum plane_status plane_grant(struct plane *plane, uint64_t map_id, struct plane
 /* Takes back unused blocks, of all tables when map_id is NULL; *runs is to be freed. */
 enum plane_status plane_revoke(struct plane *plane, const uint64_t *map_id, struct plane_run **runs, size_t *run_count);
 
+uint64_t plane_leased_blocks(struct plane *plane, uint64_t map_id);
+
 /* Blocks.  `can_wait`: read the disk here rather than refuse. */
 enum plane_status plane_read(struct plane *plane, uint64_t map_id, uint64_t first_block, size_t block_count, bool can_wait,
                              void *buffer, struct plane_refusal *why);
@@ -107,6 +110,27 @@ enum plane_status plane_write(struct plane *plane, uint64_t map_id, uint64_t off
                               size_t length_bytes, bool can_wait, struct plane_refusal *why);
 enum plane_status plane_discard(struct plane *plane, uint64_t map_id, uint64_t first_block, size_t block_count,
                                 struct plane_refusal *why);
+
+/* Requests that are served without the control plane.  It says of which tables, up to which size, and
+ * whether they may be written; everything else is PLANE_NOT_SERVED and has changed nothing. */
+enum plane_status plane_serve(struct plane *plane, uint64_t map_id, uint64_t size_bytes, bool is_writable);
+void plane_unserve(struct plane *plane, uint64_t map_id);
+/* The pool failed: no write is served any more, and none is under way on return. */
+void plane_freeze(struct plane *plane);
+/* The bytes are *count ones at buffer + *start; short at the end of the table. */
+enum plane_status plane_serve_read(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, size_t length_bytes,
+                                   bool can_wait, char *buffer, size_t room, size_t *start, size_t *count);
+enum plane_status plane_serve_write(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
+                                    size_t length_bytes);
+
+/* Returns a descriptor that becomes readable when served writes need the control plane soon: a lease
+ * runs low, or seal_at mappings are unsealed; -1 when there is none.  It belongs to the plane. */
+int plane_watch(struct plane *plane, size_t seal_at);
+/* Resets the descriptor; *tables (to be freed) are those whose leases run low. */
+enum plane_status plane_attend(struct plane *plane, uint64_t **tables, size_t *table_count);
+/* Takes what is known of the times of served writes: *writes (to be freed) is pairs of map_id and
+ * nanoseconds since 1970. */
+enum plane_status plane_written(struct plane *plane, uint64_t **writes, size_t *write_count);
 
 int64_t plane_mapped_delta(struct plane *plane, uint64_t map_id);
 size_t plane_fresh_count(struct plane *plane);

@@ -23,6 +23,11 @@ struct table {
     struct plane_run *lease; /* lease_lock; used from lease_first on */
     size_t lease_first, lease_end, lease_room;
     uint64_t lease_blocks; /* of all runs together */
+    uint64_t granted_blocks; /* by the last grant */
+    /* For served requests; gate */
+    bool is_served, is_writable;
+    uint64_t size_bytes;
+    _Atomic uint64_t written_ns; /* time of the last served write that was not asked for yet */
     _Atomic int64_t mapped_delta;
 };
 
@@ -62,7 +67,14 @@ struct plane {
     size_t dirty_count;
     uint64_t *dropped;
     size_t dropped_count, dropped_room;
+    /* The first served write that the host refused; list_lock */
+    int failed_errno;
+    uint64_t failed_address;
     /* no lock */
+    atomic_bool is_frozen;
+    atomic_bool is_calling; /* attention_fd was written to and not attended yet */
+    int attention_fd;
+    size_t seal_at;
     _Atomic size_t fresh_count;
     _Atomic(struct file *) files[MAX_STORAGE_ID + 1];
 };
@@ -72,6 +84,12 @@ struct table *plane_find_table(struct plane *plane, uint64_t map_id);
 
 /* Takes exactly block_count blocks, in runs; false when there are not enough.  runs: room for block_count. */
 bool table_take(struct table *table, uint64_t block_count, struct plane_run *runs);
+
+/* Whether the lease should be added to before it is used up. */
+bool table_runs_low(struct table *table);
+
+/* Makes attention_fd readable. */
+void plane_call(struct plane *plane);
 
 /* Notes blocks that no mapping will ever name. */
 void plane_drop(struct plane *plane, uint64_t address);

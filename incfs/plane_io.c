@@ -7,10 +7,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 /* What most requests need; larger ones ask for memory. */
 enum { INLINE_SPANS = 4, INLINE_BLOCKS = 64 };
+
+/* With more unsealed mappings than this, writes go through the control plane until it has caught up. */
+enum { MOST_UNSEALED = 16384 };
 
 /* ---- Image files ------------------------------------------------------------------------------------ */
 
@@ -293,7 +297,8 @@ struct write {
     struct spans spans;
     const char *data; /* whole blocks */
     size_t block_count, new_count;
-    bool in_place; /* some block is rewritten where it is */
+    bool in_place;  /* some block is rewritten where it is */
+    bool is_served; /* nobody asked the control plane */
     struct placement *placements;
 };
 
@@ -483,14 +488,26 @@ static enum plane_status write_locked(struct write *write, const struct bytes *b
     return write_placed(write, why);
 }
 
+/* Under the gate: whether a served write that ends there is within what the control plane allows. */
+static bool may_serve(const struct write *write, uint64_t end_bytes)
+{
+    const struct table *table = write->spans.items[0].page->table;
+    return table->is_served && table->is_writable && end_bytes <= table->size_bytes &&
+           !atomic_load_explicit(&write->plane->is_frozen, memory_order_relaxed) &&
+           plane_fresh_count(write->plane) < MOST_UNSEALED;
+}
+
 static enum plane_status write_whole(struct write *write, uint64_t map_id, uint64_t first_block,
                                      const struct bytes *bytes, bool can_wait, struct plane_refusal *why)
 {
+    uint64_t size = write->plane->block_bytes;
     for (size_t i = 0; i < write->block_count; i++)
         if (!bytes->whole || (i && i < write->block_count - 1))
             digest(write, i);
     pthread_rwlock_rdlock(&write->plane->gate);
     enum plane_status status = find_spans(write->plane, map_id, first_block, write->block_count, &write->spans, why);
+    if (status == PLANE_OK && write->is_served && !may_serve(write, (first_block * size) + bytes->head + bytes->length))
+        status = PLANE_NOT_SERVED;
     if (status == PLANE_OK) {
         lock_spans(&write->spans);
         status = write_locked(write, bytes, can_wait, why);
@@ -501,8 +518,8 @@ static enum plane_status write_whole(struct write *write, uint64_t map_id, uint6
     return status;
 }
 
-enum plane_status plane_write(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
-                              size_t length_bytes, bool can_wait, struct plane_refusal *why)
+static enum plane_status write_bytes(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
+                                     size_t length_bytes, bool is_served, bool can_wait, struct plane_refusal *why)
 {
     size_t size = plane->block_bytes;
     struct bytes bytes = {.data = data, .head = offset_bytes % size, .length = length_bytes};
@@ -522,12 +539,101 @@ enum plane_status plane_write(struct plane *plane, uint64_t map_id, uint64_t off
             .data = bytes.whole ? bytes.whole : data,
             .block_count = block_count,
             .placements = placements,
+            .is_served = is_served,
         };
         status = write_whole(&write, map_id, offset_bytes / size, &bytes, can_wait, why);
     }
     free(bytes.whole);
     if (placements != small)
         free(placements);
+    return status;
+}
+
+enum plane_status plane_write(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
+                              size_t length_bytes, bool can_wait, struct plane_refusal *why)
+{
+    pthread_mutex_lock(&plane->list_lock);
+    why->host_errno = plane->failed_errno;
+    why->address = plane->failed_address;
+    pthread_mutex_unlock(&plane->list_lock);
+    /* Nobody has been told yet of the served write that failed, and none is tried again after it (I10). */
+    if (why->host_errno)
+        return PLANE_WRITE_ERROR;
+    return write_bytes(plane, map_id, offset_bytes, data, length_bytes, false, can_wait, why);
+}
+
+/* ---- Serving ------------------------------------------------------------------------------------------------------------ */
+
+/* Under no lock: where a read ends; false when the table is not served. */
+static bool find_end(struct plane *plane, uint64_t map_id, uint64_t *size_bytes)
+{
+    pthread_rwlock_rdlock(&plane->gate);
+    const struct table *table = plane_find_table(plane, map_id);
+    bool is_served = table && table->is_served;
+    if (is_served)
+        *size_bytes = table->size_bytes;
+    pthread_rwlock_unlock(&plane->gate);
+    return is_served;
+}
+
+enum plane_status plane_serve_read(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, size_t length_bytes,
+                                   bool can_wait, char *buffer, size_t room, size_t *start, size_t *count)
+{
+    uint64_t size_bytes, block = plane->block_bytes;
+    if (!find_end(plane, map_id, &size_bytes))
+        return PLANE_NOT_SERVED;
+    *start = *count = 0;
+    if (offset_bytes >= size_bytes)
+        return PLANE_OK;
+    if (length_bytes > size_bytes - offset_bytes)
+        length_bytes = size_bytes - offset_bytes;
+    *start = offset_bytes % block;
+    *count = length_bytes;
+    size_t block_count = (*start + length_bytes + block - 1) / block;
+    if (block_count * block > room)
+        return PLANE_NOT_SERVED;
+    struct plane_refusal why;
+    return plane_read(plane, map_id, offset_bytes / block, block_count, can_wait, buffer, &why);
+}
+
+/* Keeps the first failure for the control plane; a full disk harms nothing and is no failure. */
+static void note_failure(struct plane *plane, const struct plane_refusal *why)
+{
+    if (why->host_errno == ENOSPC || why->host_errno == EDQUOT)
+        return;
+    pthread_mutex_lock(&plane->list_lock);
+    if (!plane->failed_errno) {
+        plane->failed_errno = why->host_errno;
+        plane->failed_address = why->address;
+    }
+    pthread_mutex_unlock(&plane->list_lock);
+    atomic_store(&plane->is_frozen, true);
+}
+
+static void note_served_write(struct plane *plane, uint64_t map_id)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME_COARSE, &now);
+    pthread_rwlock_rdlock(&plane->gate);
+    struct table *table = plane_find_table(plane, map_id);
+    bool is_low = table && table_runs_low(table);
+    if (table)
+        atomic_store_explicit(&table->written_ns, (uint64_t)now.tv_sec * 1000000000u + now.tv_nsec,
+                              memory_order_relaxed);
+    if (is_low || plane_fresh_count(plane) >= plane->seal_at)
+        plane_call(plane);
+    pthread_rwlock_unlock(&plane->gate);
+}
+
+enum plane_status plane_serve_write(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
+                                    size_t length_bytes)
+{
+    struct plane_refusal why;
+    enum plane_status status = write_bytes(plane, map_id, offset_bytes, data, length_bytes, true, false, &why);
+    if (status == PLANE_OK)
+        note_served_write(plane, map_id);
+    else if (status == PLANE_WRITE_ERROR)
+        note_failure(plane, &why);
     return status;
 }
 

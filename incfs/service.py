@@ -15,6 +15,7 @@ import trio
 from incfs import recovery, snapshot, status, volume
 from incfs.check import Checker, CheckReport, Progress
 from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
+from incfs.dataplane import DataPlane
 from incfs.driver import Driver
 from incfs.errors import Busy, IncfsError, NoData
 from incfs.model import Generation, MapId, Snapshot, Volume, VolumeId, split_map_id
@@ -120,11 +121,21 @@ class Service:
             blocks = self.volume_by_id(volume_id).mapped_blocks + self._store.plane.mapped_delta(table)
         return blocks * self.block_bytes
 
+    def note_writes(self) -> None:
+        """Bring the volumes' times of modification up to date."""
+        self._store.note_writes()
+
+    @property
+    def server(self) -> object:
+        """What hot threads serve from; None where the data plane is Python's."""
+        return None if isinstance(self._store.plane, DataPlane) else self._store.plane.server()
+
     # Open files
 
     def open_handle(self, table: MapId, holder: str) -> None:
         """Note that a file is open: it stays readable although its name goes."""
         self._handles.setdefault(table, []).append(holder)
+        self._store.serve(table)
 
     def close_handle(self, table: MapId) -> None:
         """Note that one is closed."""
@@ -132,6 +143,7 @@ class Service:
         holders.pop()
         if not holders:
             del self._handles[table]
+            self._store.unserve(table)
             self._reclaimer.reclaim_soon()
 
     def holders(self, volume_id: VolumeId) -> list[str]:
@@ -153,8 +165,7 @@ class Service:
         """
         data = bytes(data)
         written = await self._driver.drive(lambda wait: volume.write(self._store, table, offset_bytes, data, wait=wait))
-        if self._store.pending_mappings >= COMMIT_AT_MAPPINGS:
-            self._committer.commit_soon()
+        self._commit_if_large()
         return written
 
     async def discard(self, table: MapId, offset_bytes: int, length_bytes: int) -> None:
@@ -424,6 +435,19 @@ class Service:
             nursery.start_soon(self._committer.run_timers)
             nursery.start_soon(self._reclaimer.run)
             nursery.start_soon(self._trim_interrupted)
+            nursery.start_soon(self._attend)
+
+    async def _attend(self) -> None:
+        """Do what the data plane's own threads need of the owner thread."""
+        wanted = self._store.watch()
+        while wanted is not None:
+            await trio.lowlevel.wait_readable(wanted)
+            self._store.attend()
+            self._commit_if_large()
+
+    def _commit_if_large(self) -> None:
+        if self._store.pending_mappings >= COMMIT_AT_MAPPINGS:
+            self._committer.commit_soon()
 
     async def _trim_interrupted(self) -> None:
         """Finish what a shrink had begun when the pool was last cut off."""

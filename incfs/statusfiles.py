@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from incfs import fusext
 from incfs.boundary import BUCKETS_S, Histogram
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ def render_metrics(service: "Service", durations: Mapping[str, Histogram]) -> st
         [(_label("volume", v.name), service.mapped_bytes(v.map_id)) for v in volumes],
     )
     lines += _operations(durations)
+    if counts := fusext.hot_counts():
+        samples = [(_label("kind", kind), count) for kind, count in counts.items()]
+        lines += _family(
+            "incfs_data_plane_total", "counter", "What hot threads answered past Python, and handed to it.", samples
+        )
     return "\n".join(lines) + "\n"
 
 

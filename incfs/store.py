@@ -26,6 +26,7 @@ from incfs.catalog import Catalog, Record, RecordId, record_id
 from incfs.changes import Change, map_change
 from incfs.checkpoint import Checkpoint, Commit
 from incfs.codec import encode_record
+from incfs.dataplane import DataPlane
 from incfs.errors import IncfsError, NoSpace, PoolReadOnly
 from incfs.journal import Journal
 from incfs.lock import PoolLock
@@ -102,6 +103,8 @@ class Store:
         self._touched: dict[RecordId, None] = {}
         self._lease_blocks: dict[MapId, int] = {}
         self._folded_sequence = 0
+        self._served: dict[MapId, tuple[int, bool]] = {}
+        """Open tables -> (size, whether the data plane's own threads may write)."""
         self._commit: Commit | None = None
         self._checkpoint: Checkpoint | None = None
 
@@ -117,6 +120,7 @@ class Store:
         if self.failure is None:
             logger.error("pool %s is read-only from now on: %s", self.directory, error)
             self.failure = error
+            self.plane.freeze()
 
     def require_writable(self) -> None:
         """Refuse when the pool is read-only.
@@ -144,16 +148,21 @@ class Store:
 
     def change(self, *records: Record) -> None:
         """Put records, in order: one atomic change, after ``begin_change`` in the same step."""
-        assert not self.plane.fresh_count, "begin_change comes first"
+        assert self._served or not self.plane.fresh_count, "begin_change comes first"
         for record in records:
-            self.catalog.put(record)
+            self._put(record)
             self._touched.pop(record_id(record), None)
             self._pending.append(["put", record_id(record)[0], encode_record(record)])
 
     def touch(self, record: Record) -> None:
         """Put a record whose latest state goes into the next commit."""
-        self.catalog.put(record)
+        self._put(record)
         self._touched[record_id(record)] = None
+
+    def _put(self, record: Record) -> None:
+        self.catalog.put(record)
+        if isinstance(record, Volume) and record.map_id in self._served:
+            self.serve(record.map_id)
 
     def drop(self, identity: RecordId) -> None:
         """Remove a record."""
@@ -166,6 +175,7 @@ class Store:
 
         Cost: about 3 us for each mapping since the last seal.
         """
+        self.note_writes()
         batch = self.plane.seal()
         self.pool.release(batch.dropped)
         by_volume: dict[VolumeId, list[SealedPage]] = {}
@@ -221,6 +231,29 @@ class Store:
         """Do what ``empty`` says, in memory."""
         for page_index in page_indexes:
             self.pool.free(self.log.drop_page(volume_id, page_index))
+
+    # What the data plane may serve by itself
+
+    def serve(self, table: MapId) -> None:
+        """Let the data plane's own threads serve an open table, as far as its records allow."""
+        volume_id, generation = split_map_id(table)
+        is_writable = not generation and self.catalog.volume(volume_id).trim_from_bytes is None
+        allowed = self.catalog.size_bytes(table), is_writable and self.failure is None
+        if self._served.get(table) != allowed:
+            self._served[table] = allowed
+            self.plane.serve(table, allowed[0], is_writable=allowed[1])
+
+    def unserve(self, table: MapId) -> None:
+        """End ``serve``: nobody has the table open."""
+        if self._served.pop(table, None) is not None:
+            self.plane.unserve(table)
+
+    def note_writes(self) -> None:
+        """Let volumes know when the data plane's own threads wrote to them."""
+        for table, written_ns in self.plane.written():
+            volume = self.catalog.volume(split_map_id(table)[0])
+            if written_ns > volume.modified_ns:
+                self.touch(replace(volume, modified_ns=written_ns, changed_ns=written_ns))
 
     # The data plane's needs
 
@@ -450,6 +483,19 @@ class Store:
                 self.checkpoint()
             if not self.grant(table, block_count):
                 raise
+
+    def watch(self) -> int | None:
+        """Give a descriptor that is readable when the data plane wants ``attend``; None when it never will."""
+        return None if isinstance(self.plane, DataPlane) else self.plane.watch(_SEAL_AT)
+
+    def attend(self) -> None:
+        """Seal what the data plane's own threads wrote, and add to their leases before they are used up."""
+        assert not isinstance(self.plane, DataPlane)
+        low = self.plane.attend()
+        if self.failure is None:
+            self.seal_if_large()
+            for table in low:
+                self.grant(table, self.plane.leased_blocks(table) + 1)
 
     def seal_if_large(self) -> None:
         """Seal when many mappings wait for it."""
