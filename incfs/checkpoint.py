@@ -31,6 +31,12 @@ def stored_runs(changes: list[Change]) -> Iterator[MapRun]:
             yield from (run for run in map_runs(change[2]) if run.address > HOLE)
 
 
+def stored_blocks(changes: list[Change]) -> int:
+    """Count the blocks of ``stored_runs``, without decoding them."""
+    flats = [change[2] for change in changes if change[0] == "map"]
+    return sum(count for flat in flats for count, address in zip(flat[1::4], flat[2::4], strict=True) if address > HOLE)
+
+
 @dataclass(frozen=True, slots=True)
 class Commit:
     """One journal record in the making."""
@@ -52,10 +58,9 @@ class Commit:
             BackingError: A write or sync failed; the pool must become read-only.
             ChecksumMismatch: The host returned other data than was just written.
         """
-        runs = list(stored_runs(self.changes))
         data = b""
-        if sum(run.block_count for run in runs) * self.block_bytes <= self.small_bytes:
-            data = b"".join(self._read_back(run) for run in runs)
+        if stored_blocks(self.changes) * self.block_bytes <= self.small_bytes:
+            data = b"".join(self._read_back(run) for run in stored_runs(self.changes))
         else:
             self.pool.sync()
         self.journal.append(self.sequence, encode_body(self.changes, data))

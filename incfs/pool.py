@@ -23,7 +23,7 @@ from pathlib import Path
 from uuid import UUID
 
 from incfs.backing import Backing, File
-from incfs.blocks import address_runs, bit_mask, find_clear_run, pack_address, split_address
+from incfs.blocks import address_runs, bit_mask, bit_set, find_clear_run, pack_address, split_address
 from incfs.errors import ImageMismatch, IncfsError, NoSpace, StorageNotFound
 from incfs.image import DATA_OFFSET_BYTES, ImageHeader, read_header, write_header
 from incfs.model import Address, Storage, StorageId
@@ -130,11 +130,23 @@ class StorageVolume:
         """Lease blocks, or make them free."""
         self.busy_blocks += self._change(self.busy, block_index, count, present=busy)
 
-    def set_live(self, block_index: int, count: int, *, live: bool) -> list[int]:
-        """Commit blocks, or take them out of the committed set; give the groups that changed."""
-        self.reach(block_index + count)
-        self.live_blocks += self._change(self.live, block_index, count, present=live)
-        return list(range(block_index // GROUP_BLOCKS, (block_index + count - 1) // GROUP_BLOCKS + 1))
+    def set_live(self, group_index: int, members: list[int], *, live: bool) -> None:
+        """Commit blocks of one group, or take them out of the committed set."""
+        self.reach((group_index + 1) * GROUP_BLOCKS)
+        self.live_blocks += self._change_members(self.live, group_index, members, present=live)
+
+    def release(self, group_index: int, members: list[int]) -> None:
+        """Make blocks of one group free."""
+        self.busy_blocks += self._change_members(self.busy, group_index, members, present=False)
+
+    @staticmethod
+    def _change_members(groups: list[int], group_index: int, members: list[int], *, present: bool) -> int:
+        mask = bit_set(members, GROUP_BLOCKS)
+        assert mask.bit_count() == len(members), f"a block of group {group_index} was given twice"
+        before = groups[group_index] & mask
+        assert before == (0 if present else mask), f"blocks of group {group_index} are already in that state"
+        groups[group_index] ^= mask
+        return len(members) if present else -len(members)
 
     @staticmethod
     def _change(groups: list[int], block_index: int, count: int, *, present: bool) -> int:
@@ -290,9 +302,8 @@ class Pool:
 
     def release(self, addresses: Iterable[int]) -> None:
         """Take back leased blocks that no commit mentions: they are free at once."""
-        for first, count in address_runs(addresses):
-            storage_id, block_index = split_address(first)
-            self.volumes[storage_id].set_busy(block_index, count, busy=False)
+        for storage_id, group_index, members in _by_group(addresses):
+            self.volumes[storage_id].release(group_index, members)
 
     def commit(self, addresses: Iterable[int]) -> None:
         """Mark leased blocks as live: a mapping of the current batch points to them.
@@ -310,10 +321,9 @@ class Pool:
 
     def _set_live(self, addresses: Iterable[int], *, live: bool) -> set[StorageId]:
         changed = set()
-        for first, count in address_runs(addresses):
-            storage_id, block_index = split_address(first)
-            groups = self.volumes[storage_id].set_live(block_index, count, live=live)
-            self._dirty_groups.update((storage_id, group) for group in groups)
+        for storage_id, group_index, members in _by_group(addresses):
+            self.volumes[storage_id].set_live(group_index, members, live=live)
+            self._dirty_groups.add((storage_id, group_index))
             changed.add(storage_id)
         return changed
 
@@ -399,3 +409,17 @@ class Pool:
         for volume in self.volumes.values():
             volume.file.close()
         self.volumes.clear()
+
+
+def _by_group(addresses: Iterable[int]) -> Iterator[tuple[StorageId, int, list[int]]]:
+    """Sort addresses into groups: a group's bit set is long, so it is changed once for all its members.
+
+    Yields:
+        (storage volume, group, indexes in the group).
+    """
+    groups: dict[int, list[int]] = {}
+    for address in addresses:
+        groups.setdefault(address // GROUP_BLOCKS, []).append(address % GROUP_BLOCKS)
+    for key, members in groups.items():
+        storage_id, block_index = split_address(key * GROUP_BLOCKS)
+        yield storage_id, block_index // GROUP_BLOCKS, members

@@ -188,15 +188,17 @@ class Store:
 
     def append_mappings(self, volume: Volume, pages: list[SealedPage]) -> None:
         """Append sealed mappings: into the log, the bitmaps and the counters."""
-        mapped = held = 0
+        new: list[int] = []
+        freed: list[int] = []
+        replaced = 0
         for page in pages:
-            new = [c.address for c in page.appended if c.address > HOLE]
-            old = sum(c.old_address > HOLE for c in page.appended)
-            freed = self.log.append(volume.id, volume.newest_generation, page.page_index, page.appended)
-            self.pool.commit(new)
-            self.pool.free(freed)
-            mapped += len(new) - old
-            held += old - len(freed)
+            new += [c.address for c in page.appended if c.address > HOLE]
+            replaced += sum(c.old_address > HOLE for c in page.appended)
+            freed += self.log.append(volume.id, volume.newest_generation, page.page_index, page.appended)
+        self.pool.commit(new)
+        self.pool.free(freed)
+        mapped = len(new) - replaced
+        held = replaced - len(freed)
         if mapped:
             self.touch(replace(volume, mapped_blocks=volume.mapped_blocks + mapped))
         if held:
