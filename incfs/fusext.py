@@ -65,6 +65,8 @@ class Limits:
     """Threads that answer what a data plane can serve, past Python; then nothing is spliced."""
 
 
+_UNHEARD: Final = ("fuse_release(): fuse_reply_* failed", "fuse_releasedir(): fuse_reply_* failed")
+
 DEFAULT_LIMITS: Final = Limits()
 
 
@@ -123,6 +125,7 @@ def start(nursery: trio.Nursery, handlers: Handlers, server: object = None) -> b
 
     _fusext.start(dispatch)
     if _fusext.is_hot():
+        logging.getLogger("pyfuse3").addFilter(_is_news)
         _fusext.start_hot(server)
     return True
 
@@ -135,6 +138,15 @@ def stop() -> None:
         return
     _fusext.stop_hot()
     _fusext.stop()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Tell whether to log; not that nobody took the answer to a close.
+
+    An unmount does not wait for those.  Hot threads take them off the kernel before it ends, so
+    that Python, which answers them, is told.
+    """
+    return not (isinstance(record.msg, str) and record.msg.startswith(_UNHEARD))
 
 
 def hot_counts() -> dict[str, int]:

@@ -22,6 +22,9 @@ class FakeService:
         self._opened = {}
         self._ids = count(1)
 
+    def note_writes(self):
+        pass
+
     # look-ups
 
     def facts(self):

@@ -42,18 +42,18 @@ def test_nothing_changes_when_a_request_is_refused() -> None:
         plane.write(TABLE, 0, b"x" * 64 * 3)
     assert refused.value.block_count == 3
     with pytest.raises(NotResident):
-        plane.write(TABLE, 511, b"x" * 128)
+        plane.write(TABLE, 511 * 64, b"x" * 128)
     assert (plane.leased_blocks(TABLE), plane.fresh_count, blocks.writes) == (2, 0, [])
 
 
 def test_a_fresh_block_is_rewritten_in_place_and_a_sealed_one_is_not() -> None:
     plane, blocks = plane_with_a_page()
-    plane.write(TABLE, 3, b"a" * 64)
-    plane.write(TABLE, 3, b"b" * 64)
+    plane.write(TABLE, 3 * 64, b"a" * 64)
+    plane.write(TABLE, 3 * 64, b"b" * 64)
     assert blocks.writes == [(0, 1), (0, 1)]
     (page,) = plane.seal().pages
     assert [(c.slot, c.address, c.old_address) for c in page.appended] == [(3, BASE, 0)]
-    plane.write(TABLE, 3, b"c" * 64)
+    plane.write(TABLE, 3 * 64, b"c" * 64)
     assert blocks.writes[-1] == (1, 1)
     (page,) = plane.seal().pages
     assert [(c.slot, c.address, c.old_address) for c in page.appended] == [(3, BASE + 1, BASE)]

@@ -1,0 +1,182 @@
+"""Requests that native threads answer past Python: counted, verified under load, and never lost at the end."""
+
+import contextlib
+import mmap
+import os
+import random
+import re
+import threading
+import time
+
+import pytest
+
+from incfs.planes import HAS_NATIVE
+from tests.mount.conftest import mounted_pool, wait_for
+
+pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the C data plane was not built")
+
+BLOCK = 4096
+BLOCKS = 2048
+WORKERS = 4
+
+
+@pytest.fixture
+def hot(tmp_path):
+    with mounted_pool(tmp_path, "data_plane=native,threads=3") as pool:
+        yield pool
+
+
+def counts(pool):
+    text = (pool / ".incfs/metrics").read_text()
+    return {kind: int(value) for kind, value in re.findall(r'incfs_data_plane_total\{kind="(\w+)"\} (\d+)', text)}
+
+
+def aligned(content: bytes) -> mmap.mmap:
+    """A buffer that O_DIRECT takes."""
+    buffer = mmap.mmap(-1, len(content))
+    buffer[:] = content
+    return buffer
+
+
+def block_of(index: int, number: int) -> bytes:
+    return (b"%08d-%012d|" % (index, number)).ljust(32, b".") * (BLOCK // 32)
+
+
+class Load:
+    """Threads that each rewrite blocks of their own, directly, and remember what was acknowledged."""
+
+    def __init__(self, path) -> None:
+        self.fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+        self.acknowledged = [0] * BLOCKS
+        self.begun = [0] * BLOCKS
+        self.errors: list[Exception] = []
+        self._stopping = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(i,)) for i in range(WORKERS)]
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+        with contextlib.suppress(OSError):  # the daemon may have been killed
+            os.close(self.fd)
+
+    def _run(self, worker: int) -> None:
+        chance = random.Random(worker)
+        try:
+            while not self._stopping.is_set():
+                index = chance.randrange(BLOCKS // WORKERS) * WORKERS + worker
+                if chance.random() < 0.3:
+                    self.check(index)
+                    continue
+                self.begun[index] += 1
+                os.pwritev(self.fd, [aligned(block_of(index, self.begun[index]))], index * BLOCK)
+                self.acknowledged[index] = self.begun[index]
+        except (OSError, AssertionError) as error:
+            self.errors.append(error)
+
+    def check(self, index: int) -> None:
+        expected = block_of(index, self.acknowledged[index]) if self.acknowledged[index] else bytes(BLOCK)
+        buffer = mmap.mmap(-1, BLOCK)
+        assert os.preadv(self.fd, [buffer], index * BLOCK) == BLOCK
+        assert buffer[:] == expected, f"block {index}"
+
+
+def make_volume(pool):
+    with open(pool / "vol", "wb") as file:
+        file.truncate(BLOCKS * BLOCK)
+    return pool / "vol"
+
+
+def test_hot_requests_are_right_and_do_not_go_through_python(hot):
+    with Load(make_volume(hot)) as load:
+        time.sleep(2)
+    assert load.errors == []
+    found = counts(hot)
+    # All but the first writes to each page and lease.
+    assert found["writes"] > 10 * found["handed_writes"], found
+    assert found["reads"] > 10 * found["handed_reads"], found
+
+
+def test_hot_writes_are_seen_everywhere(hot):
+    """By a snapshot, by du, by the modification time, by a second mount."""
+    path = make_volume(hot)
+    before = path.stat()
+    with Load(path) as load:
+        wait_for(lambda: counts(hot)["writes"] > 500)
+    assert load.errors == []
+    hot.command("snapshot", "create", "vol@one")
+    frozen = list(load.acknowledged)
+    after = path.stat()
+    assert after.st_mtime_ns > before.st_mtime_ns
+    assert after.st_blocks * 512 == sum(number > 0 for number in frozen) * BLOCK
+    with Load(path) as more:
+        more.acknowledged[:] = more.begun[:] = frozen
+        time.sleep(0.5)
+    assert more.errors == []
+    hot.remount("data_plane=python")
+    snapshot = (hot / ".snapshots/vol/one").read_bytes()
+    live = (hot / "vol").read_bytes()
+    for index in range(BLOCKS):
+        span = slice(index * BLOCK, (index + 1) * BLOCK)
+        assert snapshot[span] == (block_of(index, frozen[index]) if frozen[index] else bytes(BLOCK))
+        number = more.acknowledged[index]
+        assert live[span] == (block_of(index, number) if number else bytes(BLOCK))
+
+
+def test_a_killed_daemon_has_what_fsync_acknowledged(hot):
+    with Load(make_volume(hot)) as load:
+        wait_for(lambda: counts(hot)["writes"] > 500)
+        synced = list(load.acknowledged)
+        os.fsync(load.fd)
+        time.sleep(0.2)
+        hot.kill()
+    hot.take_down()
+    hot.start("data_plane=native")
+    live = (hot / "vol").read_bytes()
+    for index in range(BLOCKS):
+        found = live[index * BLOCK : (index + 1) * BLOCK]
+        possible = [block_of(index, number) for number in range(synced[index], load.begun[index] + 1)]
+        assert found in possible or (not synced[index] and found == bytes(BLOCK)), f"block {index}"
+
+
+def test_a_signal_under_load_answers_or_refuses_every_request(hot):
+    hot.expected_log = ["Device or resource busy", "busy", "the mount stays in place"]
+    with Load(make_volume(hot)) as load:
+        wait_for(lambda: counts(hot)["writes"] > 500)
+        hot.process.terminate()
+        hot.process.wait(60)
+        time.sleep(0.1)
+    assert all(isinstance(error, OSError) for error in load.errors), load.errors
+    assert len(load.errors) == WORKERS
+    hot.process = None
+    hot.take_down()
+    hot.start("data_plane=native")
+    live = (hot / "vol").read_bytes()
+    for index in range(BLOCKS):
+        found = live[index * BLOCK : (index + 1) * BLOCK]
+        possible = [block_of(index, number) for number in range(load.acknowledged[index], load.begun[index] + 1)]
+        assert found in possible or (not load.acknowledged[index] and found == bytes(BLOCK)), f"block {index}"
+
+
+def test_truncation_under_load(hot):
+    """What lay behind a shrunk end is gone, whoever wrote there."""
+    path = make_volume(hot)
+    half = BLOCKS // 2 * BLOCK
+    with Load(path) as load:
+        wait_for(lambda: counts(hot)["writes"] > 300)
+    assert load.errors == []
+    os.truncate(path, half)
+    os.truncate(path, 2 * half)
+    assert path.read_bytes()[half:] == bytes(half)
+
+
+def test_no_threads_at_all(tmp_path):
+    with mounted_pool(tmp_path, "data_plane=native,threads=0") as pool:
+        (pool / "vol").write_bytes(b"x" * 10000)
+        assert (pool / "vol").read_bytes() == b"x" * 10000
+        assert counts(pool) == {}
