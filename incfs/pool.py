@@ -417,9 +417,10 @@ def _by_group(addresses: Iterable[int]) -> Iterator[tuple[StorageId, int, list[i
     Yields:
         (storage volume, group, indexes in the group).
     """
-    groups: dict[int, list[int]] = {}
+    groups: dict[tuple[StorageId, int], list[int]] = {}
     for address in addresses:
-        groups.setdefault(address // GROUP_BLOCKS, []).append(address % GROUP_BLOCKS)
-    for key, members in groups.items():
-        storage_id, block_index = split_address(key * GROUP_BLOCKS)
-        yield storage_id, block_index // GROUP_BLOCKS, members
+        storage_id, block_index = split_address(address)
+        group_index, member = divmod(block_index, GROUP_BLOCKS)
+        groups.setdefault((storage_id, group_index), []).append(member)
+    for (storage_id, group_index), members in groups.items():
+        yield storage_id, group_index, members
