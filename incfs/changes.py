@@ -1,6 +1,6 @@
 """The body of a journal record: an ordered list of changes, and small blocks' data.  Pure.
 
-A body is msgpack ``[changes, data]``.  A change is one of
+A body is msgpack ``[changes, data, folded]``.  A change is one of
 
     ["map", volume id, [first virtual block, count, address, checksums, ...]]
     ["put", kind, record]
@@ -9,13 +9,15 @@ A body is msgpack ``[changes, data]``.  A change is one of
     ["empty", volume id, [page indexes]]
 
 ``data`` holds the blocks of all stored runs in order, or is empty: then they are in the
-images already.  Applying the same list to the same tables always gives the same result.
+images already.  ``folded`` is the last commit that the tables were known to contain: blocks
+that it freed may have been reused since, so older tables do not go with this record.
+Applying the same list to the same tables always gives the same result.
 """
 
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from incfs.codec import Entries, entry_runs, pack, unpack
 from incfs.errors import FormatError
@@ -66,26 +68,37 @@ def map_runs(flat: Any) -> Iterator[MapRun]:
         yield MapRun(first, count, address, struct.unpack(f"<{len(packed) // 4}I", packed))
 
 
-def encode_body(changes: list[Change], data: bytes) -> bytes:
+class Body(NamedTuple):
+    """What a journal record says."""
+
+    changes: list[Change]
+    data: bytes
+    folded_sequence: int
+
+
+def encode_body(changes: list[Change], data: bytes, folded_sequence: int) -> bytes:
     """Make the body of a journal record."""
-    return pack([changes, data])
+    return pack([changes, data, folded_sequence])
 
 
-def decode_body(body: bytes) -> tuple[list[Change], bytes]:
+def decode_body(body: bytes) -> Body:
     """Undo ``encode_body``.
 
     Raises:
         FormatError: Not a list of changes.
     """
     value = unpack(body)
-    if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], list) and isinstance(value[1], bytes)):
-        raise FormatError("journal: record body is not [changes, data]")
-    for change in value[0]:
+    match value:
+        case [list(changes), bytes(data), int(folded)]:
+            pass
+        case _:
+            raise FormatError("journal: record body is not [changes, data, folded]")
+    for change in changes:
         if not (isinstance(change, list) and change and isinstance(change[0], str) and change[0] in _LENGTHS):
             raise FormatError(f"journal: unknown change {str(change)[:80]}")
         if len(change) != _LENGTHS[change[0]]:
             raise FormatError(f"journal: change {change[0]} has {len(change)} parts")
-    return value[0], value[1]
+    return Body(changes, data, folded)
 
 
 _LENGTHS = {"map": 3, "put": 3, "drop": 3, "fold": 5, "empty": 3}

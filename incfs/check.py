@@ -88,6 +88,7 @@ class Checker:
 
         Cost: proportional to the mappings; with ``data`` every live block is read.
         """
+        self._prove_file()
         self._load_records()
         self._total_blocks = sum(bits.bit_count() for _, _, bits in self._space())
         for volume in self._catalog.volumes.values():
@@ -95,6 +96,12 @@ class Checker:
         self._check_strays()
         self._check_space()
         return self.report
+
+    def _prove_file(self) -> None:
+        try:
+            self._reader.prove()
+        except IncfsError as error:
+            self.report.damage("tables", str(error))
 
     def _load_records(self) -> None:
         for kind in KINDS:

@@ -15,7 +15,7 @@ from incfs.changes import Change, MapRun, encode_body, map_runs
 from incfs.codec import checksum
 from incfs.errors import ChecksumMismatch
 from incfs.journal import Journal
-from incfs.log import Puts, Tables, meta_put, space_key
+from incfs.log import Puts, Tables, space_key
 from incfs.model import HOLE, StorageId
 from incfs.overlay import Layer
 from incfs.pool import Pool
@@ -48,6 +48,8 @@ class Commit:
     block_bytes: int
     small_bytes: int
     """Up to this much data goes into the record."""
+    folded_sequence: int
+    """The last commit that the tables contain."""
 
     def run(self) -> None:
         """Make the changes durable: data first or inside the record, then the record (I2).
@@ -63,7 +65,7 @@ class Commit:
             data = b"".join(self._read_back(run) for run in stored_runs(self.changes))
         else:
             self.pool.sync()
-        self.journal.append(self.sequence, encode_body(self.changes, data))
+        self.journal.append(self.sequence, encode_body(self.changes, data, self.folded_sequence))
 
     def _read_back(self, run: MapRun) -> bytes:
         storage_id, block_index = split_address(run.address)
@@ -137,7 +139,5 @@ class Checkpoint:
             space_key(*key): bits.to_bytes((bits.bit_length() + 7) // 8, "little") if bits else None
             for key, bits in self.groups.items()
         }
-        values["meta"] = meta_put(
-            {"sequence": self.sequence, "segment": self.segment_number, "last_volume": self.last_volume_id}
-        )
-        self.tables.write(self.layer, Puts(values))
+        facts = {"sequence": self.sequence, "segment": self.segment_number, "last_volume": self.last_volume_id}
+        self.tables.write(self.layer, Puts(values, facts))

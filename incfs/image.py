@@ -4,12 +4,15 @@
 """
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 from incfs.backing import File
 from incfs.codec import checksum
-from incfs.errors import BackingError, ImageMismatch
+from incfs.errors import BackingError, ImageMismatch, IncfsError
 
 DATA_OFFSET_BYTES = 65536
 HEADER_BYTES = 4096
@@ -66,3 +69,42 @@ def read_header(file: File) -> ImageHeader:
     if version != _VERSION:
         raise ImageMismatch(f"{file.path} is a storage image of version {version}, supported is {_VERSION}")
     return ImageHeader(UUID(bytes=pool), UUID(bytes=storage), storage_id, block_bytes)
+
+
+class AbsentImage(File):
+    """Stands for an image that could not be attached: whatever needs its blocks fails with the reason."""
+
+    def __init__(self, path: Path, reason: IncfsError) -> None:
+        super().__init__(path, -1)
+        self._reason = reason
+
+    def pread_cached(self, offset_bytes: int, length_bytes: int) -> bytes | None:
+        """Refuse."""
+        del offset_bytes, length_bytes
+        raise self._refusal()
+
+    def _call(self, action: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        del action, function, arguments
+        raise self._refusal()
+
+    def _fallocate(self, action: str, mode: int, offset_bytes: int, length_bytes: int) -> bool:
+        del action, mode, offset_bytes, length_bytes
+        raise self._refusal()
+
+    def _refusal(self) -> IncfsError:
+        return type(self._reason)(self._reason.message, **self._reason.facts)
+
+    def length_bytes(self) -> int:
+        """Nothing of it is there."""
+        return 0
+
+    def allocated_bytes(self) -> int:
+        """Nothing of it is there."""
+        return 0
+
+    def host_free_bytes(self) -> int:
+        """Nothing can be written."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -6,7 +6,8 @@ what a record means.
 Invariants:
     1. Segment n lives in file n mod 2; its header is durable before any of its records.
     2. Record k+1 is written only after record k is durable, so a valid record behind an
-       invalid one is damage, not a torn tail.
+       invalid one is damage, not a torn tail.  So is an acknowledgement, which is written
+       (but not flushed) behind a record that is durable, for as long as none follows it.
     3. A record carries its segment's random nonce: bytes of users that happen to look like
        a record, and records of an earlier use of the file, are never taken for one.
 """
@@ -28,6 +29,7 @@ _SEGMENT_MAGIC = b"INCFSJN\0"
 _VERSION = 1
 _RECORD = struct.Struct("<4sIQQI")
 _RECORD_MAGIC = b"JREC"
+_ACK_MAGIC = b"JACK"
 _CRC = struct.Struct("<I")
 
 
@@ -80,6 +82,20 @@ def decode_segment(pool: UUID, sector: bytes) -> Segment | None:
     return Segment(number, start, nonce)
 
 
+def encode_ack(sequence: int, nonce: int) -> bytes:
+    """Make the sector that says: all records up to ``sequence`` are durable."""
+    head = _RECORD.pack(_ACK_MAGIC, 0, sequence, nonce, 0)
+    return (head + _CRC.pack(checksum(head))).ljust(SECTOR_BYTES, b"\0")
+
+
+def decode_ack(sector: bytes) -> int | None:
+    """Undo ``encode_ack``: the sequence, or None for anything else."""
+    if len(sector) < _HEAD_BYTES or _CRC.unpack_from(sector, _RECORD.size)[0] != checksum(sector[: _RECORD.size]):
+        return None
+    magic, _, sequence, _, _ = _RECORD.unpack_from(sector)
+    return int(sequence) if magic == _ACK_MAGIC else None
+
+
 def encode_record(sequence: int, nonce: int, body: bytes) -> bytes:
     """Frame one record, padded to whole sectors so that later appends never rewrite it.
 
@@ -96,13 +112,18 @@ def encode_record(sequence: int, nonce: int, body: bytes) -> bytes:
 _HEAD_BYTES = _RECORD.size + _CRC.size
 
 
-def decode_record(file: File, offset_bytes: int, length_bytes: int, nonce: int) -> tuple[JournalRecord, int] | None:
-    """Read the record at ``offset_bytes``: (record, offset behind it), or None if none is sound."""
+def decode_record(
+    file: File, offset_bytes: int, length_bytes: int, nonce: int | None
+) -> tuple[JournalRecord, int] | None:
+    """Read the record at ``offset_bytes``: (record, offset behind it), or None if none is sound.
+
+    Without a nonce a record of any segment counts.
+    """
     if offset_bytes + _HEAD_BYTES > length_bytes:
         return None
     head = file.pread(offset_bytes, _HEAD_BYTES)
     magic, size, sequence, found, body_crc = _RECORD.unpack_from(head)
-    if magic != _RECORD_MAGIC or found != nonce or size > MAX_RECORD_BYTES:
+    if magic != _RECORD_MAGIC or nonce not in (None, found) or size > MAX_RECORD_BYTES:
         return None
     if _CRC.unpack_from(head, _RECORD.size)[0] != checksum(head[: _RECORD.size]):
         return None
@@ -116,6 +137,14 @@ def decode_record(file: File, offset_bytes: int, length_bytes: int, nonce: int) 
     return JournalRecord(sequence, body, offset_bytes), end + -end % SECTOR_BYTES
 
 
+def _sequence_at(file: File, offset_bytes: int, length_bytes: int, nonce: int | None) -> int | None:
+    """Give the sequence of the sound record or acknowledgement at ``offset_bytes``, if there is one."""
+    found = decode_record(file, offset_bytes, length_bytes, nonce)
+    if found is not None:
+        return found[0].sequence
+    return decode_ack(file.pread(offset_bytes, min(_HEAD_BYTES, length_bytes - offset_bytes)))
+
+
 class Journal:
     """The two segment files of one pool.
 
@@ -127,6 +156,7 @@ class Journal:
         self._files = files
         self._segment = Segment(0, 0, 0)
         self._end_bytes = SECTOR_BYTES
+        self._next_sequence = 0
 
     @classmethod
     def create(cls, backing: Backing, directory: Path, pool: UUID, *, segment_bytes: int, nonce: int) -> None:
@@ -178,6 +208,14 @@ class Journal:
         Raises:
             JournalDamaged: A segment is missing, or a record before the tail is damaged.
         """
+        yield from self._replay(segment_number, sequence)
+        if self._next_sequence <= sequence:
+            raise JournalDamaged(
+                f"{self._file(self._segment.number).path}: record {self._next_sequence} is damaged; "
+                f"the tables have all up to {sequence}, but nothing can be appended behind it"
+            )
+
+    def _replay(self, segment_number: int, sequence: int) -> Iterator[JournalRecord]:
         segment = self._header(segment_number)
         if segment is None:
             path = self._file(segment_number).path
@@ -186,6 +224,9 @@ class Journal:
         following = self._header(segment_number + 1)
         for current in (segment, following):
             if current is None:
+                # A header is durable before its records: without one there must be none.
+                file = self._file(segment_number + 1)
+                self._refuse_later_records(file, None, SECTOR_BYTES, file.length_bytes(), expected)
                 return
             if current.start_sequence > expected:
                 raise JournalDamaged(
@@ -205,21 +246,23 @@ class Journal:
             record, offset = found
             expected += 1
             yield record
-        self._end_bytes = offset
-        self._refuse_later_records(file, segment, offset, length, expected)
+        self._end_bytes, self._next_sequence = offset, expected
+        self._refuse_later_records(file, segment.nonce, offset, length, expected)
 
-    def _refuse_later_records(self, file: File, segment: Segment, offset: int, length: int, expected: int) -> None:
-        nonce = struct.pack("<Q", segment.nonce)
+    def _refuse_later_records(self, file: File, nonce: int | None, offset: int, length: int, expected: int) -> None:
+        """Refuse what proves that the record expected at ``offset`` was durable; without a nonce of any segment."""
+        wanted = b"" if nonce is None else struct.pack("<Q", nonce)
         for chunk_offset in range(offset, length, 1 << 20):
             chunk = file.pread(chunk_offset, min(1 << 20, length - chunk_offset))
             for position in range(0, len(chunk), SECTOR_BYTES):
-                if chunk[position : position + 4] != _RECORD_MAGIC or chunk[position + 16 : position + 24] != nonce:
+                magic = chunk[position : position + 4]
+                if magic not in (_RECORD_MAGIC, _ACK_MAGIC) or not chunk[position + 16 :].startswith(wanted):
                     continue
-                later = decode_record(file, chunk_offset + position, length, segment.nonce)
-                if later and later[0].sequence >= expected:
+                later = _sequence_at(file, chunk_offset + position, length, nonce)
+                if later is not None and later >= expected:
                     raise JournalDamaged(
                         f"{file.path}: record {expected} at byte {offset} is damaged, "
-                        f"but record {later[0].sequence} behind it is sound"
+                        f"but record {later} behind it is not"
                     )
 
     def records(self) -> Iterator[JournalRecord]:
@@ -253,6 +296,8 @@ class Journal:
         file.pwrite(self._end_bytes, framed)
         file.sync()
         self._end_bytes += len(framed)
+        # Nobody waits for it: the host writes it some time, or with the record that replaces it.
+        file.pwrite(self._end_bytes, encode_ack(sequence, self._segment.nonce))
 
     def close(self) -> None:
         """Close both files."""

@@ -12,9 +12,10 @@ Invariants:
        thread, or fetched in a worker and composed only if no checkpoint ended in between.
 """
 
+import logging
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,14 @@ from typing import Any
 
 import lmdb
 
+from incfs.backing import Backing
 from incfs.codec import Entries, decode_entries, encode_entries, open_value, pack, seal_value, unpack
 from incfs.errors import BackingError, FormatError, NoSpace
 from incfs.model import HOLE, INHERIT, Appended
 from incfs.overlay import Layer, Overlay, TableKey
+from incfs.tablesfile import MARK_MODULUS, TablesFile, damaged_values, key_mark, value_mark
+
+logger = logging.getLogger(__name__)
 
 LMDB_LIB_VERSION = 0
 """Engine 0.9: ``lmdb`` 3 bundles two, whose files differ."""
@@ -51,19 +56,36 @@ def space_key(storage_id: int, group_index: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Puts:
-    """What one checkpoint writes besides pages: database -> key -> value (None deletes)."""
+    """What one checkpoint writes besides pages."""
 
     values: dict[str, dict[bytes, bytes | None]]
+    """Database -> key -> value (None deletes)."""
+    checkpoint: dict[str, Any]
+    """The checkpoint's own facts."""
 
 
 class Tables:
     """The LMDB environment.
 
+    Args:
+        path: Its file, which is proved to be whole before LMDB may have it.
+        backing: The host's files.
+        create: Make the file.
+        map_bytes: Address space to begin with.
+
     Concurrency: any number of readers in any thread; one writer.
+
+    Raises:
+        FormatError: The file is damaged, or not the one that was last written.
+        BackingError: It is missing, or the host failed.
     """
 
-    def __init__(self, path: Path, *, map_bytes: int = INITIAL_MAP_BYTES) -> None:
+    def __init__(
+        self, path: Path, backing: Backing, *, create: bool = False, map_bytes: int = INITIAL_MAP_BYTES
+    ) -> None:
         self._path = path
+        self._backing = backing
+        self._marks = (0, 0) if create else self._prove()
         self._reader_count = 0
         self._readers_changed = threading.Condition()
         with self._translated("open"):
@@ -78,6 +100,37 @@ class Tables:
             )
             self._databases = {name: self._env.open_db(name.encode()) for name in DATABASES}
         self._grow_map_if_needed()
+
+    def _prove(self, transaction: int | None = None) -> tuple[int, int]:
+        """Prove the file as it is after a transaction; give the sums of its marks.
+
+        A value that is damaged by itself is left to whoever reads it.
+        """
+        file = self._backing.open(self._path)
+        try:
+            tables = TablesFile(file, transaction)
+            survey = tables.prove(DATABASES)
+            expected = self._recorded_marks(tables)
+            if expected[0] != survey.keys:
+                raise FormatError(f"{self._path} is damaged: keys are missing, or are of another time")
+            if expected[1] != survey.values:
+                self._explain_values(tables)
+            return survey.keys, survey.values
+        finally:
+            file.close()
+
+    def _recorded_marks(self, tables: TablesFile) -> tuple[int, int]:
+        for entry in tables.entries(tables.databases()["meta"]):
+            if entry.key == _CHECKPOINT_KEY:
+                return _marks_of(unpack(open_value(entry.key, tables.value(entry))))
+        raise FormatError(f"{self._path} holds no checkpoint record")
+
+    def _explain_values(self, tables: TablesFile) -> None:
+        damaged = damaged_values(tables, "meta")
+        if not damaged:
+            raise FormatError(f"{self._path} is damaged: values are of another time")
+        for database, key in damaged[:10]:
+            logger.warning("%s: the value of %s %s is damaged", self._path, database, key.hex())
 
     @contextmanager
     def _translated(self, action: str) -> Iterator[None]:
@@ -97,7 +150,7 @@ class Tables:
             self._reader_count += 1
         try:
             with self._translated("read"), self._env.begin() as transaction:
-                yield Reader(transaction, self._databases)
+                yield Reader(transaction, self._databases, self._prove)
         finally:
             with self._readers_changed:
                 self._reader_count -= 1
@@ -110,13 +163,21 @@ class Tables:
         Cost: proportional to the pages in ``layer``.
         """
         self._grow_map_if_needed()
-        with self._translated("write"), self._env.begin(write=True) as transaction:
-            for table in sorted(layer):
-                for page_index in sorted(layer[table]):
-                    self._fold(transaction, table, page_index, layer)
-            for database, values in puts.values.items():
-                for key in sorted(values):
-                    self._put(transaction, database, key, values[key])
+        before = self._marks
+        try:
+            with self._translated("write"), self._env.begin(write=True) as transaction:
+                for table in sorted(layer):
+                    for page_index in sorted(layer[table]):
+                        self._fold(transaction, table, page_index, layer)
+                for database, values in puts.values.items():
+                    for key in sorted(values):
+                        self._put(transaction, database, key, values[key])
+                facts = {**puts.checkpoint, "key_mark": self._marks[0], "value_mark": self._marks[1]}
+                value = seal_value(_CHECKPOINT_KEY, pack(facts))
+                transaction.put(_CHECKPOINT_KEY, value, db=self._databases["meta"])
+        except BaseException:
+            self._marks = before
+            raise
 
     def _fold(self, transaction: Any, table: TableKey, page_index: int, layer: Layer) -> None:
         database, key = page_key(table, page_index)
@@ -131,10 +192,19 @@ class Tables:
         self._put(transaction, database, key, encode_entries(entries) if entries else None)
 
     def _put(self, transaction: Any, database: str, key: bytes, body: bytes | None) -> None:
-        if body is None:
+        keys, values = self._marks
+        old = transaction.get(key, db=self._databases[database])
+        if old is not None:
+            keys -= key_mark(database, key)
+            values -= value_mark(database, key, bytes(old[-4:]))
+        if body is not None:
+            value = seal_value(key, body)
+            keys += key_mark(database, key)
+            values += value_mark(database, key, value[-4:])
+            transaction.put(key, value, db=self._databases[database])
+        elif old is not None:
             transaction.delete(key, db=self._databases[database])
-        else:
-            transaction.put(key, seal_value(key, body), db=self._databases[database])
+        self._marks = keys % MARK_MODULUS, values % MARK_MODULUS
 
     def _grow_map_if_needed(self) -> None:
         """Keep half of the map free: LMDB cannot even delete in a full one.
@@ -163,9 +233,20 @@ class Tables:
 class Reader:
     """One read transaction over the tables."""
 
-    def __init__(self, transaction: Any, databases: dict[str, Any]) -> None:
+    def __init__(
+        self, transaction: Any, databases: dict[str, Any], prove: Callable[[int | None], tuple[int, int]]
+    ) -> None:
         self._transaction = transaction
         self._databases = databases
+        self._prove = prove
+
+    def prove(self) -> None:
+        """Prove the structure of the file as this reader sees it.
+
+        Raises:
+            FormatError: It is damaged.
+        """
+        self._prove(self._transaction.id())
 
     def get(self, database: str, key: bytes) -> bytes | None:
         """Read one value.
@@ -253,8 +334,11 @@ class IncrementalLog:
         Returns:
             The stored addresses that nothing refers to any more.
         """
+        try:
+            replaced = self._replaced_bits(volume_id, newest_generation, page_index) if newest_generation else -1
+        except FormatError as error:
+            return self._append_beside_damage(volume_id, page_index, changes, error)
         live = self._overlay.patch(TableKey(volume_id), page_index).entries
-        replaced = self._replaced_bits(volume_id, newest_generation, page_index) if newest_generation else -1
         freed: list[int] = []
         kept: Entries = {}
         for change in changes:
@@ -268,6 +352,15 @@ class IncrementalLog:
             self._overlay.patch(TableKey(volume_id, newest_generation), page_index).entries.update(kept)
             self._replaced[volume_id, page_index] = newest_generation, replaced
         return freed
+
+    def _append_beside_damage(
+        self, volume_id: int, page_index: int, changes: Iterable[Appended], error: FormatError
+    ) -> list[int]:
+        """The newest increment's page is lost: nobody knows which replaced blocks it has, so none becomes free."""
+        logger.warning("volume %d, page %d: replaced blocks stay in use: %s", volume_id, page_index, error)
+        live = self._overlay.patch(TableKey(volume_id), page_index).entries
+        live.update({change.slot: (change.address, change.checksum) for change in changes})
+        return []
 
     def _replaced_bits(self, volume_id: int, generation: int, page_index: int) -> int:
         known, bits = self._replaced.get((volume_id, page_index), (0, 0))
@@ -377,6 +470,8 @@ class IncrementalLog:
         return self._overlay.page_count
 
 
-def meta_put(values: dict[str, Any]) -> dict[bytes, bytes | None]:
-    """Encode the checkpoint's own facts for ``Puts``."""
-    return {_CHECKPOINT_KEY: pack(values)}
+def _marks_of(value: Any) -> tuple[int, int]:
+    match value:
+        case {"key_mark": int(keys), "value_mark": int(values)}:
+            return keys, values
+    raise FormatError("the tables hold no valid checkpoint record")

@@ -24,8 +24,8 @@ from uuid import UUID
 
 from incfs.backing import Backing, File
 from incfs.blocks import address_runs, bit_mask, bit_set, find_clear_run, pack_address, split_address
-from incfs.errors import ImageMismatch, IncfsError, NoSpace, StorageNotFound
-from incfs.image import DATA_OFFSET_BYTES, ImageHeader, read_header, write_header
+from incfs.errors import FormatError, ImageMismatch, IncfsError, NoSpace, StorageNotFound
+from incfs.image import DATA_OFFSET_BYTES, AbsentImage, ImageHeader, read_header, write_header
 from incfs.model import Address, Storage, StorageId
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ class StorageVolume:
         self.live_blocks = 0
         self.busy_blocks = 0
         self.needs_sync = False
+        self.state = "online"
+        """online; or what is wrong with the image: missing, mismatch, truncated."""
         self.measure()
 
     def measure(self) -> None:
@@ -155,6 +157,16 @@ class StorageVolume:
             assert before == (0 if present else mask), f"blocks at {block_index} are already in that state"
             groups[group_index] ^= mask
         return count if present else -count
+
+    def is_busy(self, block_index: int, count: int) -> bool:
+        """Tell whether any of these blocks, at most a group's worth of them, is given out."""
+        for block in (block_index, block_index + count - 1):
+            group_index = block // GROUP_BLOCKS
+            base = group_index * GROUP_BLOCKS
+            start, stop = max(block_index, base), min(block_index + count, base + GROUP_BLOCKS)
+            if group_index < len(self.busy) and self.busy[group_index] & bit_mask(start - base, stop - start):
+                return True
+        return False
 
     def highest_live_block(self) -> int:
         """Give the highest committed block, -1 without any."""
@@ -254,15 +266,25 @@ class Pool:
             file.close()
             raise
 
+    def attach_absent(self, record: Storage, reason: IncfsError) -> None:
+        """Have the storage volume without its image: its blocks cannot be read."""
+        path = self.image_path(record)
+        volume = StorageVolume(record, AbsentImage(path, reason), self._block_bytes)
+        volume.state = "mismatch" if path.exists() else "missing"
+        self.volumes[record.id] = volume
+
     def verify_lengths(self) -> None:
         """Refuse images that end before their last live block.
 
         Raises:
-            ImageMismatch: One was truncated.
+            ImageMismatch: One was truncated; its state says so.
         """
         for volume in self.volumes.values():
             volume.measure()
-            if volume.highest_live_block() >= volume.grown_blocks:
+            if volume.state == "online" and volume.highest_live_block() >= volume.grown_blocks:
+                volume.state = "truncated"
+        for volume in self.volumes.values():
+            if volume.state == "truncated":
                 raise ImageMismatch(
                     f"storage volume {volume.record.id}: {volume.file.path} is truncated to "
                     f"{volume.file.length_bytes()} bytes, but block {volume.highest_live_block()} is in use",
@@ -332,6 +354,12 @@ class Pool:
         for first, count in address_runs(addresses):
             storage_id, block_index = split_address(first)
             volume = self.volume(storage_id)
+            if block_index + count > volume.record.capacity_blocks or volume.is_busy(block_index, count):
+                raise FormatError(
+                    f"the journal gives out blocks {block_index}+{count} of storage volume {storage_id}, "
+                    f"which are in use or do not exist",
+                    storage=storage_id,
+                )
             volume.reach(block_index + count)
             volume.set_busy(block_index, count, busy=True)
 

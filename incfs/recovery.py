@@ -15,10 +15,19 @@ from incfs.backing import Backing
 from incfs.blocks import split_address
 from incfs.catalog import KINDS, record_from, record_puts
 from incfs.changes import Change, MapRun, decode_body, map_runs
-from incfs.errors import AlreadyExists, FormatError, LimitExceeded, UsageError
+from incfs.errors import (
+    AlreadyExists,
+    BackingError,
+    FormatError,
+    ImageMismatch,
+    IncfsError,
+    JournalDamaged,
+    LimitExceeded,
+    UsageError,
+)
 from incfs.journal import Journal, JournalRecord
 from incfs.lock import PoolLock
-from incfs.log import LMDB_LIB_VERSION, Puts, Tables, meta_put
+from incfs.log import LMDB_LIB_VERSION, Puts, Tables
 from incfs.model import (
     DEFAULT_BLOCK_BYTES,
     HOLE,
@@ -96,10 +105,10 @@ def create_pool(
         pool.create_image(record)
         records.append(record)
     Journal.create(backing, directory, UUID(superblock.uuid), segment_bytes=journal_bytes, nonce=new_nonce())
-    tables = Tables(directory / TABLES_NAME)
+    tables = Tables(directory / TABLES_NAME, backing, create=True)
     try:
         values = record_puts({("storage", (record.id,)): record for record in records})
-        tables.write({}, Puts({**values, "meta": meta_put({"sequence": 0, "segment": 1, "last_volume": 0})}))
+        tables.write({}, Puts(values, {"sequence": 0, "segment": 1, "last_volume": 0}))
     finally:
         tables.close()
     write_superblock(backing, directory, superblock)
@@ -172,7 +181,7 @@ def open_store(directory: Path, options: Options | None = None, backing: Backing
     Raises:
         NotAPool, UnsupportedFormat, FormatError: The directory is no pool this incfs can read.
         PoolLocked: Another process has it open.
-        ImageMismatch: An image is missing, truncated or another one.
+        ImageMismatch: An image is missing, truncated or another one, and the options do not allow that.
         JournalDamaged: Committed changes are lost; nothing was touched.
     """
     backing = backing or Backing()
@@ -185,8 +194,11 @@ def open_store(directory: Path, options: Options | None = None, backing: Backing
         stack.callback(store.abandon)
         sequence, segment = _load(store)
         replayed = _replay(store, segment, sequence)
-        store.pool.verify_lengths()
-        store.fold_recovered(replayed)
+        _verify_lengths(store)
+        if store.failure is None:
+            store.fold_recovered(replayed)
+        else:
+            store.keep_recovered(replayed)
         stack.pop_all()
         return store
 
@@ -197,7 +209,7 @@ def _load(store: Store) -> tuple[int, int]:
             for body in reader.bodies(kind):
                 store.catalog.load(kind, body)
         for record in store.catalog.storages.values():
-            store.pool.attach(record)
+            _attach(store, record)
         for storage_id, group_index, bits in reader.space():
             store.pool.volume(StorageId(storage_id)).load(group_index, bits)
         sequence, segment, last_volume = reader.checkpoint()
@@ -205,16 +217,57 @@ def _load(store: Store) -> tuple[int, int]:
     return sequence, segment
 
 
+def _attach(store: Store, record: Storage) -> None:
+    try:
+        store.pool.attach(record)
+    except (BackingError, ImageMismatch) as error:
+        _degrade(store, error)
+        store.pool.attach_absent(record, error)
+
+
+def _verify_lengths(store: Store) -> None:
+    try:
+        store.pool.verify_lengths()
+    except ImageMismatch as error:
+        _degrade(store, error)
+
+
+def _degrade(store: Store, error: IncfsError) -> None:
+    """Go on without a storage volume, if that is wanted: nothing is written then, not even what was replayed."""
+    if not store.options.degraded:
+        raise error
+    store.fail(error)
+
+
 def _replay(store: Store, segment: int, sequence: int) -> int:
-    for record in store.journal.replay(segment, sequence):
-        apply_record(store, record)
+    # All of them are looked at before the first is applied: that writes to the images.
+    records = list(store.journal.replay(segment, sequence))
+    for record in records:
+        _require_tables(store, decode_body(record.body).folded_sequence, sequence)
+    for record in records:
+        try:
+            apply_record(store, record)
+        except (AssertionError, IndexError, KeyError) as error:
+            # Both are sound by themselves, and yet a block has two owners or none.
+            raise JournalDamaged(
+                f"journal record {record.sequence} does not go with the tables of {store.directory} ({error}); "
+                f"one of the two is of another time; see `incfs pool repair`"
+            ) from error
         sequence = record.sequence
     return sequence
 
 
+def _require_tables(store: Store, folded_sequence: int, sequence: int) -> None:
+    if folded_sequence > sequence:
+        raise FormatError(
+            f"{store.directory / TABLES_NAME} is older than the journal: it ends at commit {sequence}, "
+            f"the journal was written when it contained {folded_sequence}; see `incfs pool repair`"
+        )
+
+
 def apply_record(store: Store, record: JournalRecord) -> None:
     """Apply one journal record to memory, and the data it carries to the images."""
-    changes, data = decode_body(record.body)
+    changes, data, _ = decode_body(record.body)
     blocks = _DataCursor(data, store.block_bytes)
     for change in changes:
         _apply(store, change, blocks)
@@ -251,7 +304,7 @@ def _apply(store: Store, change: Change, blocks: _DataCursor) -> None:
             record = record_from(kind, value)
             store.catalog.put(record)
             if isinstance(record, Storage) and record.id not in store.pool.volumes:
-                store.pool.attach(record)
+                _attach(store, record)
         case ["drop", str(kind), [*numbers]]:
             store.catalog.drop((kind, tuple(numbers)))
         case ["fold", int(volume_id), int(generation), int(older), [*pages]]:
@@ -268,7 +321,9 @@ def _apply_map(store: Store, volume_id: VolumeId, runs: list[MapRun], blocks: _D
             storage_id, block_index = split_address(run.address)
             volume = store.pool.volume(storage_id)
             if blocks.has_data:
-                volume.write_blocks(block_index, blocks.take(run.block_count))
+                data = blocks.take(run.block_count)
+                if volume.state == "online":
+                    volume.write_blocks(block_index, data)
             store.pool.adopt(range(run.address, run.address + run.block_count))
     pages = [_sealed(store, volume_id, index, members) for index, members in _by_page(runs)]
     store.append_mappings(store.catalog.volume(volume_id), pages)

@@ -49,6 +49,8 @@ def _free_bytes(store: Store) -> int:
     growth: dict[int, int] = {}
     host_free: dict[int, int] = {}
     for volume in store.pool.volumes.values():
+        if volume.state != "online":
+            continue
         free += (volume.grown_blocks - volume.busy_blocks) * store.block_bytes
         device = os.fstat(volume.file.fileno()).st_dev
         host_free[device] = max(0, volume.file.host_free_bytes() - store.options.host_reserve_bytes)
@@ -76,7 +78,7 @@ def storage_facts(store: Store, storage: Storage) -> dict[str, Any]:
         "host_free_bytes": host_free,
         "class": storage.storage_class,
         "redundancy": storage.redundancy,
-        "state": "online",
+        "state": volume.state,
     }
 
 
@@ -129,7 +131,7 @@ def dump_journal(journal: Journal) -> list[dict[str, Any]]:
     """Decode the records of the current journal segment.  Any thread."""
     found = []
     for record in journal.records():
-        changes, data = decode_body(record.body)
+        changes, data, _ = decode_body(record.body)
         found.append(
             {
                 "sequence": record.sequence,

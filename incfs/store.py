@@ -65,6 +65,8 @@ class Options:
     """Space that growth leaves free on an image's host filesystem."""
     data_plane: PlaneKind = field(default_factory=default_kind)
     """Who moves the bytes: ``native`` (C), ``python``, or ``auto``: native where it was built."""
+    degraded: bool = False
+    """Open also when an image is missing, cut off or another one: read-only, the rest can be read."""
 
 
 class Store:
@@ -90,7 +92,7 @@ class Store:
         self.durable_sequence = 0
         self.backing = backing
         self._lock = lock
-        self.tables = Tables(directory / TABLES_NAME)
+        self.tables = Tables(directory / TABLES_NAME, backing)
         self.log = IncrementalLog(self.tables)
         try:
             self.journal = Journal.open(backing, directory, UUID(superblock.uuid))
@@ -341,7 +343,13 @@ class Store:
         self.sequence += 1
         changes, self._pending, self.pending_mappings = self._pending, [], 0
         self._commit = Commit(
-            self.sequence, changes, self.pool, self.journal, self.block_bytes, self.options.small_commit_bytes
+            self.sequence,
+            changes,
+            self.pool,
+            self.journal,
+            self.block_bytes,
+            self.options.small_commit_bytes,
+            self._folded_sequence,
         )
         return self._commit
 
@@ -394,6 +402,11 @@ class Store:
         checkpoint.reserve()
         checkpoint.run_fold()
         self._reuse(checkpoint)
+
+    def keep_recovered(self, sequence: int) -> None:
+        """After replay into a pool that must not be written: everything stays in memory."""
+        self.sequence = self.durable_sequence = sequence
+        self._touched.clear()
 
     def end_checkpoint_commit(self, checkpoint: Checkpoint) -> None:
         """Note that the checkpoint's own commit is durable."""
