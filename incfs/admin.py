@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from incfs.documents import (
@@ -101,6 +102,14 @@ async def pool_check(service: "Service", *, data: bool = False, progress: Progre
     """Prove from the tables that each block has one owner; with ``data`` read every block."""
     report = await service.check(data, lambda done, total: progress(done, total, "blocks"))
     return {"check": report.to_dict()}
+
+
+async def pool_dump(service: "Service", *, path: str) -> Document:
+    """Write the metadata as text to a file that the caller names absolutely."""
+    target = Path(path)
+    if not target.is_absolute():
+        raise UsageError(f"the dump's path must be absolute, not {path!r}")
+    return {"dump": {"path": path, "length_bytes": await service.dump(target)}}
 
 
 async def storage_add(
@@ -320,6 +329,7 @@ async def debug_log(service: "Service") -> Document:
 VERBS: Final[dict[str, Verb]] = {
     "pool.show": Verb(pool_show, is_read_only=True),
     "pool.check": Verb(pool_check, is_read_only=True),
+    "pool.dump": Verb(pool_dump, is_read_only=True),
     "storage.add": Verb(storage_add, is_read_only=False),
     "storage.list": Verb(storage_list, is_read_only=True),
     "volume.create": Verb(volume_create, is_read_only=False),

@@ -7,12 +7,13 @@ or fault injector replaces ``Backing`` and is handed every operation in order.
 
 import ctypes
 import errno
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from incfs.errors import AlreadyExists, BackingError, IncfsError, NoSpace
+from incfs.errors import AlreadyExists, BackingError, IncfsError, NoSpace, PoolLocked
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
@@ -135,6 +136,20 @@ class File:
         """Tell how much space the file's filesystem has left for us."""
         status = self._call("examine", os.fstatvfs, self._fd)
         return int(status.f_bavail * status.f_frsize)
+
+    def lock(self) -> None:
+        """Have the file alone until it is closed.
+
+        Raises:
+            PoolLocked: Somebody else has it.
+        """
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PoolLocked(f"{self.path} is in use by another pool or process", path=str(self.path)) from error
+        except OSError as error:
+            if error.errno not in (*_UNSUPPORTED, errno.ENOLCK):
+                raise translate(error, self.path, "lock") from error
 
     def close(self) -> None:
         """Close the descriptor."""

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import trio
 
+from incfs import dump
 from incfs.checkpoint import Checkpoint
 from incfs.errors import IncfsError, NoSpace
 from incfs.store import Store, new_nonce
@@ -151,12 +152,23 @@ class Committer:
                 plan = self._store.end_checkpoint(checkpoint)
                 await offload(lambda: self._store.pool.punch(plan))
                 self._store.pool.punched(plan)
+            await self._dump_if_due()
         except IncfsError as error:
             self._store.fail(error)
         except Exception as error:  # noqa: BLE001 - as in run
             self._store.fail(_unexpected("a checkpoint", error))
         finally:
             done.set()
+
+    async def _dump_if_due(self) -> None:
+        """Keep a copy of the metadata beside the images; that it fails is said, and harms nothing else."""
+        interval = self._store.options.dump_interval_s
+        if interval is None or self.is_closing or not dump.copies_are_due(self._store, interval):
+            return
+        try:
+            await offload(lambda: dump.write_copies(self._store))
+        except IncfsError as error:
+            logger.warning("the copy of the metadata beside the images could not be written: %s", error)
 
     async def _wait_for_room(self, checkpoint: Checkpoint) -> None:
         """A full metadata disk harms nothing: the journal has everything until there is room."""

@@ -12,6 +12,7 @@ Invariants:
        a record, and records of an earlier use of the file, are never taken for one.
 """
 
+import contextlib
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -178,15 +179,23 @@ class Journal:
                 file.close()
 
     @classmethod
-    def open(cls, backing: Backing, directory: Path, pool: UUID) -> "Journal":
-        """Open both files; ``replay`` must follow."""
+    def open(cls, backing: Backing, directory: Path, pool: UUID, *, segment_bytes: int) -> "Journal":
+        """Open both files; ``replay`` must follow.
+
+        Raises:
+            JournalDamaged: A file is shorter than it was made.
+        """
         first, second = journal_paths(directory)
-        opened = backing.open(first)
-        try:
-            return cls(pool, (opened, backing.open(second)))
-        except BaseException:
-            opened.close()
-            raise
+        with contextlib.ExitStack() as stack:
+            opened = backing.open(first)
+            stack.callback(opened.close)
+            files = opened, backing.open(second)
+            stack.callback(files[1].close)
+            for file in files:
+                if file.length_bytes() < segment_bytes:
+                    raise JournalDamaged(f"{file.path} is cut off at byte {file.length_bytes()} of {segment_bytes}")
+            stack.pop_all()
+            return cls(pool, files)
 
     @property
     def segment(self) -> Segment:

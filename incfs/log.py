@@ -285,6 +285,15 @@ class Reader:
         for key, value in self.items(database, first, first[:-8]):
             yield int.from_bytes(key[-8:], "big"), decode_entries(open_value(key, value))
 
+    def all_pages(self) -> Iterator[tuple[TableKey, int, Entries]]:
+        """Yield every map page of every table: of the lookup tables, then of the increments."""
+        for database, size in (("map", _MAP_KEY.size), ("inc", _INC_KEY.size)):
+            for key, value in self.items(database):
+                if len(key) != size:
+                    raise FormatError(f"page under a bad key {key.hex()}")
+                table = TableKey(int.from_bytes(key[:4], "big"), int.from_bytes(key[4:-8], "big"))
+                yield table, int.from_bytes(key[-8:], "big"), decode_entries(open_value(key, value))
+
     def bodies(self, database: str) -> Iterator[bytes]:
         """Yield the verified values of a database, in the order of their keys."""
         for key, value in self.items(database):

@@ -261,6 +261,7 @@ class Pool:
                     f"storage volume {record.id}: {path} is the image of {header}, expected {expected}",
                     storage=record.id,
                 )
+            file.lock()  # a pool restored elsewhere over the same images would write into them, too
             self.volumes[record.id] = StorageVolume(record, file, self._block_bytes)
         except BaseException:
             file.close()

@@ -3,15 +3,18 @@
 What it had not done when the pool was cut off, it goes on with at the next open.
 """
 
+import logging
 from collections.abc import Callable
 
 import trio
 
 from incfs import volume
 from incfs.committer import COMMIT_AT_MAPPINGS, Committer
-from incfs.errors import IncfsError
+from incfs.errors import Damaged, IncfsError
 from incfs.model import MapId, VolumeId
 from incfs.store import Store
+
+logger = logging.getLogger(__name__)
 
 _STEP_PAGES = 2
 """Map pages of one step, about 0.3 ms each: what others wait for it at the most."""
@@ -42,13 +45,20 @@ class Reclaimer:
         while True:
             try:
                 for volume_id in self._store.catalog.volumes_to_reclaim():
-                    await self._reclaim(volume_id)
+                    await self._reclaim_sound(volume_id)
             except IncfsError as error:
                 self._store.fail(error)
             if not self._wanted.is_set():
                 self._idle.set()
             await self._wanted.wait()
             self._wanted = trio.Event()
+
+    async def _reclaim_sound(self, volume_id: VolumeId) -> None:
+        try:
+            await self._reclaim(volume_id)
+        except Damaged as error:
+            # Nothing was changed by the step that failed.  What is left of this one stays in use.
+            logger.warning("what was removed of volume %d is not reclaimed: %s", volume_id, error)
 
     async def _reclaim(self, volume_id: VolumeId) -> None:
         while self._store.failure is None and not self._is_held(volume_id):

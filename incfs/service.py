@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import trio
 
-from incfs import recovery, snapshot, status, volume
+from incfs import dump, recovery, snapshot, status, volume
 from incfs.check import Checker, CheckReport, Progress
 from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
 from incfs.dataplane import DataPlane
@@ -402,6 +402,12 @@ class Service:
             return await offload(run)
         finally:
             self._store.pool.frees_held -= 1
+
+    async def dump(self, path: Path) -> int:
+        """Write the metadata as of now to a file as text; give its length in bytes."""
+        if self._store.failure is None:
+            await self.checkpoint()
+        return await offload(lambda: dump.write_dump(self._store, path))
 
     async def debug_dump(self) -> list[dict[str, Any]]:
         """List every record of the tables, as of now."""

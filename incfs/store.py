@@ -65,6 +65,8 @@ class Options:
     """Space that growth leaves free on an image's host filesystem."""
     data_plane: PlaneKind = field(default_factory=default_kind)
     """Who moves the bytes: ``native`` (C), ``python``, or ``auto``: native where it was built."""
+    dump_interval_s: float | None = 86400.0
+    """Write the metadata beside the images at the first checkpoint after so many seconds; None: never."""
     degraded: bool = False
     """Open also when an image is missing, cut off or another one: read-only, the rest can be read."""
 
@@ -95,7 +97,9 @@ class Store:
         self.tables = Tables(directory / TABLES_NAME, backing)
         self.log = IncrementalLog(self.tables)
         try:
-            self.journal = Journal.open(backing, directory, UUID(superblock.uuid))
+            self.journal = Journal.open(
+                backing, directory, UUID(superblock.uuid), segment_bytes=superblock.journal_bytes
+            )
         except BaseException:
             self.tables.close()
             raise

@@ -69,24 +69,30 @@ def decode_superblock(data: bytes, path: Path) -> Superblock:
     body, _, tail = data.rpartition(b"crc32c ")
     if tail.strip() != f"{checksum(body):08x}".encode():
         raise FormatError(f"{path} is damaged: wrong checksum; restore it from a backup of the pool directory")
-    superblock = _build(body.split(b"\n", 1)[1], path)
-    if superblock.incompatible:
-        raise UnsupportedFormat(
-            f"{path}: the pool uses features that this incfs lacks: {', '.join(superblock.incompatible)}"
-        )
-    return superblock
+    return decode_fields(body.split(b"\n", 1)[1], path)
 
 
-def _build(text: bytes, path: Path) -> Superblock:
+def decode_fields(text: bytes, path: Path) -> Superblock:
+    """Make a superblock of the JSON that was read from ``path``.
+
+    Raises:
+        UnsupportedFormat: It has features that this incfs lacks.
+        FormatError: A value is missing or impossible.
+    """
     try:
         value: Any = json.loads(text)
         fields: dict[str, Any] = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
         superblock = Superblock(**fields)
         UUID(superblock.uuid)
-        if not is_block_size(superblock.block_bytes):
-            raise ValueError(f"block size {superblock.block_bytes}")
+        numbers = superblock.block_bytes, superblock.journal_bytes, superblock.created_ns, superblock.lmdb_lib_version
+        if not all(type(number) is int for number in numbers) or not is_block_size(superblock.block_bytes):
+            raise ValueError(f"sizes {numbers}")
     except (TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise FormatError(f"{path} is damaged: {error}") from error
+    if superblock.incompatible:
+        raise UnsupportedFormat(
+            f"{path}: the pool uses features that this incfs lacks: {', '.join(map(str, superblock.incompatible))}"
+        )
     return superblock
 
 

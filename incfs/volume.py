@@ -496,6 +496,9 @@ def reclaim(store: Store, volume_id: VolumeId, page_count: int) -> bool:
 def _fold_some(store: Store, volume: Volume, generation: Generation, page_count: int) -> None:
     snapshot = store.catalog.snapshot_by_generation(volume.id, generation)
     pages = store.log.occupied_pages(TableKey(volume.id, generation), page_count)
+    older = store.catalog.older_generation(volume.id, generation)
+    for page in pages if older else ():
+        store.log.entries(TableKey(volume.id, older), page)  # a damaged one is noticed before anything changes
     if pages:
         store.fold(volume.id, generation, pages)
         return

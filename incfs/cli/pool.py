@@ -1,5 +1,6 @@
-"""``incfs pool``: create, show, check."""
+"""``incfs pool``: create, show, check, dump, restore, repair."""
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -84,6 +85,67 @@ def check(
         raise typer.Exit(EXIT_DAMAGE)
     if not report["is_clean"]:
         raise typer.Exit(EXIT_LEAKS)
+
+
+@verb(app, "dump")
+def dump(
+    context: typer.Context,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="Where to; compressed if named .gz.")] = None,
+) -> None:
+    """Write the pool's metadata as text, to FILE or to stdout.
+
+    With it `pool restore` can make a lost or damaged pool directory again, over the images that exist.
+    """
+    if file is not None:
+        call(context, "pool.dump", path=str(file.absolute()))
+        return
+    with tempfile.TemporaryDirectory(prefix="incfs-dump-") as directory:
+        path = Path(directory) / "dump"
+        call(context, "pool.dump", path=str(path))
+        with path.open(encoding="ascii") as lines:
+            for line in lines:
+                output.write(line)
+
+
+Images = Annotated[
+    list[str] | None,
+    typer.Option("--image", metavar="ID=PATH", help="Where a storage volume's image is now; repeatable."),
+]
+
+
+@verb(app, "restore")
+def restore(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the pool directory shall be; empty.")],
+    *,
+    source: Annotated[Path, typer.Option("--from", metavar="DUMP", help="A dump, or a copy found beside an image.")],
+    images: Images = None,
+    as_json: Json = False,
+) -> None:
+    """Make a pool directory from a dump, over the images that exist; they are not written to.
+
+    What was written after the dump is not in it: such ranges read as they were, or as errors, never as wrong data.
+    """
+    from incfs import dump as dumps  # late: other commands may need only the daemon
+
+    with dumps.open_dump(source) as lines:
+        facts = dumps.restore(lines, directory.absolute(), images=parse_images(images))
+    if as_json:
+        output.print_json({"restored": facts})
+
+
+def parse_images(values: list[str] | None) -> dict[int, Path]:
+    """Return id -> path of options like ``2=/disks/b/pool.img``.
+
+    Raises:
+        UsageError: One is of another form.
+    """
+    found = {}
+    for value in values or []:
+        number, _, path = value.partition("=")
+        if not (number.isascii() and number.isdigit() and path):
+            raise UsageError(f"--image takes ID=PATH, not {value!r}")
+        found[int(number)] = Path(path).absolute()
+    return found
 
 
 def _verdict(report: dict[str, Any]) -> str:

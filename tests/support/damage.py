@@ -27,7 +27,9 @@ from tests.support import pools
 State = dict[str, bytes]
 """Contents of each volume and snapshot, by ``VOL`` or ``VOL@SNAP``."""
 STATES = ("closed", "journaled", "folding")
-VOLUMES = ("a", "b", "c")
+VOLUMES = ("a", "b")
+SIZES = {"a": 34_000, "b": 6_000}
+"""The first has two map pages."""
 STEP = 1024
 """Bytes of one read: a range that fails must not keep others from being read."""
 
@@ -92,16 +94,16 @@ class Workload:
         store, random = self.store, self.random
         name = random.choice(VOLUMES)
         if not store.catalog.has_name(name):
-            pools.new_volume(store, name, 40_000)
+            pools.new_volume(store, name, SIZES[name])
         volume = store.catalog.volume_named(name)
         kind = random.random()
         if kind < 0.75:
-            size = random.choice((64, 200, 640, 4096))
-            pools.write(store, volume.map_id, random.randrange(36_000), random.randbytes(size))
+            size = random.choice((64, 200, 640, 3000))
+            pools.write(store, volume.map_id, random.randrange(SIZES[name] - size), random.randbytes(size))
         elif kind < 0.85:
-            start = random.randrange(0, 30_000, 64)
+            start = random.randrange(0, SIZES[name], 64)
             pools.discard(store, volume.map_id, start, start + 1024)
-        elif len(store.catalog.snapshots(volume.id)) < 3:
+        elif len(store.catalog.snapshots(volume.id)) < 2:
             snapshots.create(store, [(volume.id, f"s{volume.last_generation}")])
         elif random.random() < 0.5:
             snapshots.remove(store, volume.id, store.catalog.snapshots(volume.id)[0].name)
@@ -150,8 +152,8 @@ def build(home: Path, kind: str, seed: int) -> Built:
         work.states.append(contents(store))
         store.close()
     else:
-        for _ in range(6):
-            for _ in range(random.choice((1, 8))):
+        for _ in range(5):
+            for _ in range(random.choice((1, 6))):
                 work.step()
             work.commit()
         if kind == "folding":
@@ -255,12 +257,23 @@ def damaged(built: Built, path: Path, random: Random) -> Case:
     return Case(damage.__name__, path, damage(random, data))
 
 
+def _loses_journal_page(built: Built, case: Case) -> bool:
+    """A lost write, or more than a sector of the journal gone at once, may take the last record and its proof."""
+    if not case.path.name.startswith("journal") or case.data is None:
+        return False
+    before = built.files[case.path]
+    if len(before) != len(case.data):
+        return False
+    different = [i for i, (a, b) in enumerate(zip(before, case.data, strict=True)) if a != b]
+    return case.what == "stale" or different[-1] - different[0] >= 512
+
+
 class WrongResult(AssertionError):
     """The product gave data that was never there, or failed in a way it must not."""
 
 
-def judge(pool: Path, built: Built, case: Case, opened: Options) -> str:
-    """Give the verdict on one case.
+def judge(pool: Path, built: Built, case: Case, opened: Options, looks: int = 2) -> str:
+    """Give the verdict on one case, opening the pool ``looks`` times one after the other.
 
     Raises:
         WrongResult: It is none that is allowed.
@@ -272,11 +285,14 @@ def judge(pool: Path, built: Built, case: Case, opened: Options) -> str:
         (pool / case.path).unlink()
     else:
         (pool / case.path).write_bytes(case.data)
-    allowed = [built.state, *(built.earlier if case.what == "stale" and case.path.name.startswith("journal") else [])]
+    allowed = [built.state, *(built.earlier if _loses_journal_page(built, case) else [])]
     verdicts = set()
-    for _ in range(2):
+    for _ in range(looks):
         try:
-            verdicts.add(_look(pool, allowed, opened))
+            verdict = _look(pool, allowed, opened)
+            verdicts.add(verdict or "detected")
+            if not verdict:
+                break
         except WrongResult:
             raise
         except Exception as error:
@@ -285,10 +301,11 @@ def judge(pool: Path, built: Built, case: Case, opened: Options) -> str:
 
 
 def _look(pool: Path, allowed: list[State], opened: Options) -> str:
+    """Open, read, check, write, close; the verdict, or nothing when it could not be opened."""
     try:
         store = pools.open_tiny(pool, opened)
     except IncfsError:
-        return "detected"
+        return ""
     try:
         verdict = _compare(store, allowed)
         report = pools.run_check(store)
@@ -324,14 +341,23 @@ def _compare(store: Store, allowed: list[State]) -> str:
     found: dict[str, list[bytes | None]] = {}
     for name, table in tables(store):
         if name != "more":
-            size = store.catalog.size_bytes(table)
-            found[name] = [_try_read(store, table, offset) for offset in range(0, size, STEP)]
+            found[name] = _read_pieces(store, table)
     for number, state in enumerate(allowed):
         if _matches(found, state):
             if any(piece is None for pieces in found.values() for piece in pieces):
                 return "detected"
             return "older" if number else "harmless"
     raise WrongResult(f"contents that never were: {_difference(found, allowed[0])}")
+
+
+def _read_pieces(store: Store, table: MapId) -> list[bytes | None]:
+    size = store.catalog.size_bytes(table)
+    offsets = range(0, size, STEP)
+    try:
+        whole = pools.read(store, table)
+    except IncfsError:
+        return [_try_read(store, table, offset) for offset in offsets]
+    return [whole[offset : offset + STEP] for offset in offsets]
 
 
 def _try_read(store: Store, table: MapId, offset: int) -> bytes | None:
