@@ -17,7 +17,7 @@ C_SOURCES := $(wildcard incfs/*.c incfs/*.h)
 # Compared with mkfs and losetup, a user's PATH may lack the sbin directories; the tests call both.
 export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: help setup system system-test system-bench test lint sweep demo bench bench-quick wheel clean sanitize
+.PHONY: help setup system system-test system-bench test lint sweep demo bench bench-quick wheel clean sanitize damage-long
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,8 @@ test: setup system-test lint sweep ## lint, then every test (PYTEST_ARGS=... nar
 
 sanitize: setup ## the C data plane under many threads, with ThreadSanitizer and AddressSanitizer
 	INCFS_TEST_PROFILE=long $(BIN)/python -m pytest -o timeout=300 tests/native $(PYTEST_ARGS)
+damage-long: setup ## damage 20,000 tiny pools and judge what is made of each
+	INCFS_DAMAGE_CASES=20000 $(BIN)/python -m pytest -rP tests/damage/test_damage.py -k 'regions or lying'
 
 demo: setup ## the main job on this machine's own files: examples/quickstart.sh
 	examples/quickstart.sh

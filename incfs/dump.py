@@ -33,7 +33,6 @@ from incfs.model import (
     Storage,
     StorageId,
     Volume,
-    VolumeId,
     validate_name,
 )
 from incfs.overlay import Layer, Patch, TableKey
@@ -289,7 +288,8 @@ class MetadataBuilder:
         self._layer.setdefault(table, {})[page_index] = Patch(entries, is_whole=True)
         self._layer_pages += 1
         if self._layer_pages >= _BATCH_PAGES:
-            self._write({}, 0)
+            self._tables.write(self._layer, Puts({}, {"sequence": 0, "segment": 1, "last_volume": 0}))
+            self._layer, self._layer_pages = {}, 0
 
     def _own(self, address: int, count: int) -> None:
         storage_id, block_index = split_address(address)
@@ -309,12 +309,26 @@ class MetadataBuilder:
         for group, mask in parts:
             self._owned[storage_id, group] = self._owned.get((storage_id, group), 0) | mask
 
-    def _write(self, values: dict[str, dict[bytes, bytes | None]], last_volume: int) -> None:
-        self._tables.write(self._layer, Puts(values, {"sequence": 0, "segment": 1, "last_volume": last_volume}))
-        self._layer, self._layer_pages = {}, 0
+    def finish_tables(self, *, last_volume: int, sequence: int = 0, segment: int = 1) -> None:
+        """Write the rest of the tables, counted anew, as of a commit and a journal segment."""
+        try:
+            self._recount()
+            values = record_puts({record_id(record): record for record in self.catalog.records()})
+            values["space"] = {
+                space_key(*key): bits.to_bytes((bits.bit_length() + 7) // 8, "little")
+                for key, bits in self._owned.items()
+            }
+            facts = {
+                "sequence": sequence,
+                "segment": segment,
+                "last_volume": max(last_volume, self.catalog.last_volume_id),
+            }
+            self._tables.write(self._layer, Puts(values, facts))
+        finally:
+            self._tables.close()
 
-    def finish(self, *, last_volume: int) -> None:
-        """Write the rest, counted anew, an empty journal, and the superblock last.
+    def finish(self, *, last_volume: int, with_images: bool = True) -> None:
+        """Write everything else, the superblock last.
 
         Durability: durable on return.
 
@@ -322,16 +336,12 @@ class MetadataBuilder:
             ImageMismatch: An image is missing, too short or another one.
         """
         try:
-            self._recount()
-            self._require_images()
-            values = record_puts({record_id(record): record for record in self.catalog.records()})
-            values["space"] = {
-                space_key(*key): bits.to_bytes((bits.bit_length() + 7) // 8, "little")
-                for key, bits in self._owned.items()
-            }
-            self._write(values, max(last_volume, self.catalog.last_volume_id))
-        finally:
+            if with_images:
+                self._require_images()
+        except BaseException:
             self._tables.close()
+            raise
+        self.finish_tables(last_volume=last_volume)
         uuid, size = UUID(self._superblock.uuid), self._superblock.journal_bytes
         Journal.create(self._backing, self._directory, uuid, segment_bytes=size, nonce=new_nonce())
         write_superblock(self._backing, self._directory, self._superblock)
@@ -339,6 +349,16 @@ class MetadataBuilder:
     def abandon(self) -> None:
         """Let go of what was begun; the directory never becomes a pool."""
         self._tables.close()
+
+    def missing_blocks(self) -> dict[RecordId, int]:
+        """Tell how many stored blocks each volume's and snapshot's own table lacks, by its record."""
+        missing: dict[RecordId, int] = {}
+        for volume in self.catalog.volumes.values():
+            missing["volume", (volume.id,)] = volume.mapped_blocks - self._mapped.get(TableKey(volume.id), 0)
+            for s in self.catalog.snapshots(volume.id, removed=True):
+                held = self._mapped.get(TableKey(volume.id, s.generation), 0)
+                missing["snapshot", (volume.id, s.generation)] = s.held_blocks - held
+        return {identity: count for identity, count in missing.items() if count}
 
     def _recount(self) -> None:
         for volume in list(self.catalog.volumes.values()):
@@ -383,7 +403,7 @@ def restore(
     if (directory / SUPERBLOCK_NAME).exists():
         raise AlreadyExists(f"{directory} is a pool already", path=str(directory))
     documents = _checked_documents(lines)
-    head = next(documents, {})
+    head: dict[str, Any] = next(documents, {})
     superblock, last_volume = _read_head(head)
     builder = MetadataBuilder(superblock, directory, images or {}, backing or Backing())
     try:

@@ -179,7 +179,7 @@ class Journal:
                 file.close()
 
     @classmethod
-    def open(cls, backing: Backing, directory: Path, pool: UUID, *, segment_bytes: int) -> "Journal":
+    def open(cls, backing: Backing, directory: Path, pool: UUID, *, segment_bytes: int = 0) -> "Journal":
         """Open both files; ``replay`` must follow.
 
         Raises:
@@ -207,16 +207,21 @@ class Journal:
         """Size of the current segment so far."""
         return self._end_bytes
 
-    def replay(self, segment_number: int, sequence: int) -> Iterator[JournalRecord]:
+    def replay(self, segment_number: int, sequence: int, *, cut: bool = False) -> Iterator[JournalRecord]:
         """Yield the committed records after ``sequence``, and be ready to append behind them.
 
         Args:
             segment_number: The segment that was current at the last checkpoint.
             sequence: The last one that the checkpoint contains.
+            cut: End before the first damage rather than raise; nothing may be appended then.
 
         Raises:
             JournalDamaged: A segment is missing, or a record before the tail is damaged.
         """
+        if cut:
+            with contextlib.suppress(JournalDamaged):
+                yield from self._replay(segment_number, sequence)
+            return
         yield from self._replay(segment_number, sequence)
         if self._next_sequence <= sequence:
             raise JournalDamaged(

@@ -16,7 +16,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -167,7 +167,7 @@ def _is_left_behind(mountpoint: Path) -> bool:
 
 
 def _store_options(options: MountOptions) -> Options:
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = {"degraded": options.degraded, "dump_interval_s": options.dump_s}
     if options.commit_s is not None:
         chosen["commit_interval_s"] = options.commit_s
     if options.data_plane is not None:

@@ -39,6 +39,10 @@ class MountOptions:
     """Who moves the bytes; None is what the environment or the installation says."""
     threads: int = 2
     """Threads of the native data plane that read and write past Python; 0 for none."""
+    degraded: bool = False
+    """Mount also without all images: read-only, what is on the others can be read."""
+    dump_s: float | None = 86400.0
+    """Copy the metadata beside the images at the first checkpoint after so many seconds; None: never."""
     source: str | None = None
     """What mount(8) and df show as the device; None is the pool's directory."""
     kernel: tuple[str, ...] = ()
@@ -94,6 +98,15 @@ def _parse_seconds(option: str, value: str) -> float:
     return seconds
 
 
+def _parse_dump(option: str, value: str) -> float | None:
+    named: dict[str, float | None] = {"off": None, "checkpoint": 0.0, "daily": 86400.0}
+    if value in named:
+        return named[value]
+    if not (value.isascii() and value.isdigit() and len(value) < 10):
+        raise UsageError(f"mount option {option!r}: dump is off, checkpoint, daily or a number of seconds")
+    return float(value)
+
+
 def _parse_flag(option: str, value: str) -> bool:
     if value:
         raise UsageError(f"mount option {option!r} takes no value", option=option)
@@ -111,6 +124,8 @@ _PARSERS: Final = {
     "commit": ("commit_s", _parse_seconds),
     "data_plane": ("data_plane", _parse_plane),
     "threads": ("threads", _parse_threads),
+    "dump": ("dump_s", _parse_dump),
+    "degraded": ("degraded", _parse_flag),
     "allow_other": ("allow_other", _parse_flag),
     "fsname": ("source", _parse_text),
 }

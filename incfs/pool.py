@@ -17,7 +17,7 @@ Invariants:
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
@@ -220,13 +220,15 @@ class Pool:
         self._cursors: dict[int, tuple[StorageId, int]] = {}
         self._freed: list[int] = []
         self._dirty_groups: set[tuple[StorageId, int]] = set()
+        self.image_paths: Mapping[StorageId, Path] = {}
+        """Images that are not where their records say."""
         self.frees_held = 0
         """While positive, freed blocks stay unused: somebody verifies a checkpoint's data."""
         self._quarantine: list[int] = []
 
     def image_path(self, record: Storage) -> Path:
         """Resolve a storage volume's path."""
-        return self._directory / record.path
+        return self.image_paths.get(record.id, self._directory / record.path)
 
     def create_image(self, record: Storage) -> None:
         """Make an image file with its header.
@@ -266,6 +268,14 @@ class Pool:
         except BaseException:
             file.close()
             raise
+
+    def attach_unproved(self, record: Storage) -> None:
+        """Open an image whatever its header says: checksums tell what in it is sound.
+
+        Raises:
+            BackingError: It cannot be opened.
+        """
+        self.volumes[record.id] = StorageVolume(record, self._backing.open(self.image_path(record)), self._block_bytes)
 
     def attach_absent(self, record: Storage, reason: IncfsError) -> None:
         """Have the storage volume without its image: its blocks cannot be read."""

@@ -222,6 +222,10 @@ def _attach(store: Store, record: Storage) -> None:
         store.pool.attach(record)
     except (BackingError, ImageMismatch) as error:
         _degrade(store, error)
+        if store.options.salvage:
+            with contextlib.suppress(BackingError):
+                store.pool.attach_unproved(record)
+                return
         store.pool.attach_absent(record, error)
 
 
@@ -241,7 +245,8 @@ def _degrade(store: Store, error: IncfsError) -> None:
 
 def _replay(store: Store, segment: int, sequence: int) -> int:
     # All of them are looked at before the first is applied: that writes to the images.
-    records = list(store.journal.replay(segment, sequence))
+    cut = store.options.salvage is not None and store.options.salvage.cut_journal
+    records = list(store.journal.replay(segment, sequence, cut=cut))
     for record in records:
         _require_tables(store, decode_body(record.body).folded_sequence, sequence)
     for record in records:

@@ -16,6 +16,8 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -33,6 +35,7 @@ from incfs.lock import PoolLock
 from incfs.log import IncrementalLog, Tables
 from incfs.model import HOLE, Generation, MapId, SealedPage, Volume, VolumeId, split_map_id
 from incfs.planes import PlaneKind, default_kind, make_plane
+from incfs.model import HOLE, Generation, MapId, SealedPage, StorageId, Volume, VolumeId, split_map_id
 from incfs.pool import DEFAULT_EXTEND_BYTES, Pool, PunchPlan
 from incfs.superblock import Superblock
 
@@ -44,6 +47,18 @@ _SEAL_AT = 1024
 _PAGE_WEIGHT = 64
 """What a folded or emptied page counts as among the pending mappings."""
 _MAX_LEASE_BLOCKS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Salvage:
+    """How to open a copy of a damaged pool's metadata, to save what can be saved."""
+
+    images_home: Path
+    """What relative paths of images start from."""
+    image_paths: Mapping[StorageId, Path]
+    """Images that are not where their records say."""
+    cut_journal: bool
+    """Take the journal up to its first damage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +84,7 @@ class Options:
     """Write the metadata beside the images at the first checkpoint after so many seconds; None: never."""
     degraded: bool = False
     """Open also when an image is missing, cut off or another one: read-only, the rest can be read."""
+    salvage: Salvage | None = None
 
 
 class Store:
@@ -105,6 +121,13 @@ class Store:
             raise
         self.pool = Pool(directory, UUID(superblock.uuid), superblock.block_bytes, backing)
         self.plane = make_plane(options.data_plane, superblock.block_bytes, self.pool.volumes, backing)
+        salvage = options.salvage
+        self.pool = Pool(
+            salvage.images_home if salvage else directory, UUID(superblock.uuid), superblock.block_bytes, backing
+        )
+        if salvage:
+            self.pool.image_paths = salvage.image_paths
+        self.plane = DataPlane(superblock.block_bytes, self.pool.volumes)
         self._pending: list[Change] = []
         self._touched: dict[RecordId, None] = {}
         self._lease_blocks: dict[MapId, int] = {}

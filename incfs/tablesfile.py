@@ -320,8 +320,8 @@ def damaged_values(tables: TablesFile, skipped: str) -> list[tuple[str, bytes]]:
     return found
 
 
-def salvage(file: File, databases: tuple[str, ...]) -> Iterator[tuple[str, bytes, bytes]]:
-    """Yield (table, key, body) of what can be read of a damaged file, each value proved by its checksum.
+def salvage(file: File, databases: tuple[str, ...]) -> Iterator[tuple[str, bytes, bytes | None]]:
+    """Yield (table, key, body) of what can be read of a damaged file; None for a damaged value.
 
     A table is read up to its first damaged page.
 
@@ -337,6 +337,6 @@ def salvage(file: File, databases: tuple[str, ...]) -> Iterator[tuple[str, bytes
                 try:
                     yield name, entry.key, open_value(entry.key, tables.value(entry))
                 except FormatError:
-                    continue  # one value is lost; the caller sees what is missing
+                    yield name, entry.key, None
         except (FormatError, BackingError):
             continue  # so is the rest of this table

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Final
 import typer
 
 from incfs.cli import output
-from incfs.cli.options import Json, new_noun, verb
+from incfs.cli.options import Json, new_noun, pool_directory, verb
+from incfs.cli.progress import ProgressDisplay
 from incfs.cli.session import call
 from incfs.errors import UsageError
 from incfs.model import DEFAULT_BLOCK_BYTES
@@ -15,6 +16,7 @@ from incfs.units import parse_size
 
 MIN_POOL_BLOCK_BYTES: Final = 512
 """Smaller blocks are for the core's own tests: their metadata outgrows the data."""
+EXIT_SKIPPED: Final = 3
 EXIT_DAMAGE: Final = 4
 EXIT_LEAKS: Final = 5
 
@@ -131,6 +133,47 @@ def restore(
         facts = dumps.restore(lines, directory.absolute(), images=parse_images(images))
     if as_json:
         output.print_json({"restored": facts})
+
+
+@verb(app, "repair")
+def repair(
+    context: typer.Context,
+    *,
+    to: Annotated[Path, typer.Option("--to", metavar="NEWDIR", help="Where the new pool shall be; empty.")],
+    directories: Annotated[
+        list[Path] | None,
+        typer.Option("--dir", metavar="PATH", help="A directory for an image of the new pool; repeatable."),
+    ] = None,
+    images: Images = None,
+    as_json: Json = False,
+) -> None:
+    """Save what can be read of a damaged pool into a new one; the old one is not changed.
+
+    Exit code 0: everything. 3: something is lost, and is listed.
+    """
+    from incfs import repair as repairs  # late: other commands may need only the daemon
+
+    with ProgressDisplay() as progress:
+        report = repairs.repair(
+            pool_directory(context),
+            to.absolute(),
+            images=parse_images(images),
+            directories=[path.absolute() for path in directories or []],
+            progress=lambda done, total: progress(done, total, "bytes"),
+        )
+    if as_json:
+        output.print_json({"repair": report.to_dict()})
+    else:
+        output.write_lines(
+            f"lost: {loss.name}: {loss.length_bytes} bytes at {loss.offset_bytes}: {loss.reason}"
+            for loss in report.losses
+        )
+        output.write_lines(f"lost: {note}" for note in report.notes)
+        output.write_lines(
+            f"saved: {item['name']}" + ("" if item["is_whole"] else ", but not whole") for item in report.saved
+        )
+    if not report.is_complete:
+        raise typer.Exit(EXIT_SKIPPED)
 
 
 def parse_images(values: list[str] | None) -> dict[int, Path]:

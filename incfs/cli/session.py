@@ -60,16 +60,19 @@ def call(context: typer.Context, verb: str, **arguments: Any) -> Document:
     Raises:
         IncfsError: What the verb raised, or why the pool could not be reached.
     """
-    return run(context, lambda admin: admin.call(verb, **arguments))
+    return run(context, lambda admin: admin.call(verb, **arguments), degraded=VERBS[verb].is_read_only)
 
 
-def run(context: typer.Context, work: Callable[[Admin], Awaitable[T]]) -> T:
-    """Run ``work`` with the pool of the command; Ctrl-C ends the process with 130."""
+def run(context: typer.Context, work: Callable[[Admin], Awaitable[T]], *, degraded: bool = False) -> T:
+    """Run ``work`` with the pool of the command; Ctrl-C ends the process with 130.
+
+    With ``degraded`` the pool is opened also when images are missing: for work that only looks.
+    """
     try:
         with ProgressDisplay() as progress:
             # Ctrl-C is taken at checkpoints only: never inside a change to the pool.
             return trio.run(
-                partial(_work, pool_directory(context), work, progress),
+                partial(_work, pool_directory(context), work, progress, degraded=degraded),
                 restrict_keyboard_interrupt_to_checkpoints=True,
             )
     except KeyboardInterrupt:
@@ -81,11 +84,13 @@ def run(context: typer.Context, work: Callable[[Admin], Awaitable[T]]) -> T:
         raise error from None
 
 
-async def _work(directory: Path, work: Callable[[Admin], Awaitable[T]], progress: ProgressDisplay) -> T:
+async def _work(
+    directory: Path, work: Callable[[Admin], Awaitable[T]], progress: ProgressDisplay, *, degraded: bool
+) -> T:
     deadline = trio.current_time() + LOCK_WAIT_S
     while True:
         try:
-            async with open_admin(directory, progress) as admin:
+            async with open_admin(directory, progress, degraded=degraded) as admin:
                 return await work(admin)
         except PoolLocked:
             if trio.current_time() > deadline:
@@ -94,7 +99,7 @@ async def _work(directory: Path, work: Callable[[Admin], Awaitable[T]], progress
 
 
 @contextlib.asynccontextmanager
-async def open_admin(directory: Path, progress: ProgressDisplay) -> AsyncIterator[Admin]:
+async def open_admin(directory: Path, progress: ProgressDisplay, *, degraded: bool = False) -> AsyncIterator[Admin]:
     """Reach the pool: its daemon when that answers, else the pool itself.
 
     Raises:
@@ -106,8 +111,9 @@ async def open_admin(directory: Path, progress: ProgressDisplay) -> AsyncIterato
             yield client
             return
     from incfs.service import open_service  # late: an online command does not need the core
+    from incfs.store import Options
 
-    async with open_service(directory) as service:
+    async with open_service(directory, Options(degraded=degraded, dump_interval_s=None)) as service:
         yield _OfflineAdmin(service, progress)
 
 

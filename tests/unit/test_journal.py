@@ -61,6 +61,9 @@ def test_records_come_back_in_order(home: Path) -> None:
 def test_a_torn_last_record_is_cut_and_written_over(home: Path, position: int) -> None:
     start, _ = append(home, b"first", b"x" * 2000)
     damage(journal_paths(home)[1], start + position, b"\xff" * 2)
+    with pytest.raises(JournalDamaged):
+        found(home)  # it was acknowledged
+    damage(journal_paths(home)[1], start + 2048, bytes(SECTOR_BYTES))
     assert found(home) == [(1, b"first")]
     append(home, b"again")
     assert found(home) == [(1, b"first"), (2, b"again")]
