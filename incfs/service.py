@@ -7,6 +7,7 @@ thread; only what may block on a disk runs in worker threads.
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -477,15 +478,25 @@ class Service:
 
 
 @asynccontextmanager
-async def open_service(directory: Path, options: Options | None = None) -> AsyncIterator[Service]:
+async def open_service(
+    directory: Path, options: Options | None = None, *, degraded: bool = False
+) -> AsyncIterator[Service]:
     """Open a pool under its lock, recover it, and run its background work meanwhile.
+
+    Args:
+        directory: The pool.
+        options: How it behaves.
+        degraded: Open it also when images are missing, read-only.
 
     Durability: on a normal exit everything is durable and folded into the tables.
 
     Raises:
         IncfsError: As ``recovery.open_store``, and whatever closing meets.
     """
-    store = await offload(lambda: recovery.open_store(directory, options))
+    chosen = options or Options()
+    if degraded:
+        chosen = replace(chosen, degraded=True)
+    store = await offload(lambda: recovery.open_store(directory, chosen))
     try:
         async with trio.open_nursery() as nursery:
             service = Service(store, nursery)

@@ -111,9 +111,8 @@ async def open_admin(directory: Path, progress: ProgressDisplay, *, degraded: bo
             yield client
             return
     from incfs.service import open_service  # late: an online command does not need the core
-    from incfs.store import Options
 
-    async with open_service(directory, Options(degraded=degraded, dump_interval_s=None)) as service:
+    async with open_service(directory, degraded=degraded) as service:
         yield _OfflineAdmin(service, progress)
 
 

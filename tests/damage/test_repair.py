@@ -346,3 +346,18 @@ def test_a_pool_in_use_is_not_repaired(pool: Path) -> None:
     with pytest.raises(PoolLocked):
         repair.repair(pool, pool.parent / "saved")
     store.close()
+
+
+def test_commands_that_only_look_work_without_an_image(offline: Cli) -> None:
+    assert offline.pool is not None
+    offline.ok("volume", "create", "db", "1M")
+    (image,) = (offline.pool / "images").iterdir()
+    image.rename(image.with_suffix(".away"))
+    for noun, verb in (("storage", "list"), ("pool", "show"), ("volume", "list")):
+        done = offline.run(noun, verb, "--json")
+        assert (done.returncode, "is missing" in done.stderr) == (0, True)
+        assert {"storage": '"missing"', "pool": "is missing", "volume": '"db"'}[noun] in done.stdout
+    assert "is missing" in offline.fails(4, "volume", "create", "other", "1M")
+    image.with_suffix(".away").rename(image)
+    offline.ok("volume", "create", "other", "1M")
+    assert offline.json("storage", "list")["storages"][0]["state"] == "online"
