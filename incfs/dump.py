@@ -7,6 +7,7 @@ reader of the tables; restoring trusts nothing in it (I11) and writes the superb
 
 import gzip
 import json
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -89,7 +90,7 @@ def _documents(
 def _crcs(entries: Entries, first: int, count: int) -> str:
     if entries[first][0] <= HOLE:
         return ""
-    return "".join(f"{entries[i][1]:08x}" for i in range(first, first + count))
+    return struct.pack(f">{count}I", *(entries[i][1] for i in range(first, first + count))).hex()
 
 
 def _to_text(value: dict[str, Any]) -> dict[str, Any]:

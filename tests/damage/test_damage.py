@@ -10,8 +10,11 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import trio
 
+from incfs import snapshot
 from incfs.backing import Backing, File
+from incfs.codec import checksum
 from incfs.errors import (
     BackingError,
     FormatError,
@@ -22,6 +25,7 @@ from incfs.errors import (
     PoolReadOnly,
     UnsupportedFormat,
 )
+from incfs.service import open_service
 from incfs.store import Store
 from tests.support import damage, pools
 
@@ -192,10 +196,9 @@ def test_a_volume_on_another_image_is_whole_without_the_first(pool_home: Path) -
 # A map page is damaged: the others are not
 
 
-def damage_page(pool: Path, name: bytes, marker: bytes) -> None:
-    """Flip a bit in the one value of the tables that holds ``marker``."""
+def damage_page(pool: Path, marker: bytes) -> None:
+    """Flip a bit wherever the tables hold ``marker``."""
     data = bytearray((pool / "tables.mdb").read_bytes())
-    del name
     at = data.rindex(marker)
     while at >= 0:
         data[at] ^= 1
@@ -205,8 +208,6 @@ def damage_page(pool: Path, name: bytes, marker: bytes) -> None:
 
 def test_a_damaged_map_page_fails_alone(pool_home: Path) -> None:
     """Its volume's other pages and the other volumes are read and written."""
-    from incfs.codec import checksum
-
     pool = pools.make_pool(pool_home)
     store = pools.open_tiny(pool)
     volume, other = pools.new_volume(store, "a", 70_000), pools.new_volume(store, "b", 640)
@@ -214,7 +215,7 @@ def test_a_damaged_map_page_fails_alone(pool_home: Path) -> None:
     pools.write(store, volume.map_id, 40_000, b"y" * 64)
     pools.write(store, other.map_id, 0, b"z" * 64)
     store.close()
-    damage_page(pool, b"map", checksum(b"x" * 64).to_bytes(4, "little"))
+    damage_page(pool, checksum(b"x" * 64).to_bytes(4, "little"))
     store = pools.open_tiny(pool)
     with pytest.raises(FormatError):
         pools.read(store, volume.map_id, 0, 64)
@@ -233,9 +234,6 @@ def test_a_damaged_map_page_fails_alone(pool_home: Path) -> None:
 
 def test_a_damaged_increment_leaves_the_live_volume_alone(pool_home: Path) -> None:
     """Sealing stopped halfway when the newest increment's page could not be read, and lost mappings."""
-    from incfs import snapshot
-    from incfs.codec import checksum
-
     pool = pools.make_pool(pool_home)
     store = pools.open_tiny(pool)
     volume = pools.new_volume(store, "a", 6400)
@@ -243,7 +241,7 @@ def test_a_damaged_increment_leaves_the_live_volume_alone(pool_home: Path) -> No
     snapshot.create(store, [(volume.id, "s")])
     pools.write(store, volume.map_id, 0, b"y" * 64)
     store.close()
-    damage_page(pool, b"inc", checksum(b"x" * 64).to_bytes(4, "little"))
+    damage_page(pool, checksum(b"x" * 64).to_bytes(4, "little"))
     store = pools.open_tiny(pool)
     pools.write(store, volume.map_id, 64, b"n" * 64)
     pools.write(store, volume.map_id, 0, b"m" * 64)
@@ -359,3 +357,24 @@ def test_missing_tables_are_not_made_anew(pool: Path) -> None:
     with pytest.raises(BackingError):
         pools.open_tiny(pool)
     assert not (pool / "tables.mdb").exists()
+
+
+def test_what_was_removed_and_is_damaged_does_not_stop_the_pool(pool_home: Path) -> None:
+    """Reclaiming a removed volume met its damaged map page, and the whole pool became read-only."""
+    pool = pools.make_pool(pool_home)
+    store = pools.open_tiny(pool)
+    removed, other = pools.new_volume(store, "a", 640), pools.new_volume(store, "b", 640)
+    pools.write(store, removed.map_id, 0, b"x" * 64)
+    store.close()
+    damage_page(pool, checksum(b"x" * 64).to_bytes(4, "little"))
+
+    async def work() -> None:
+        async with open_service(pool, damage.options()) as service:
+            await service.remove_volume(removed.id)
+            with trio.fail_after(10):
+                await service.wait_reclaimed()
+            await service.write(other.map_id, 0, b"goes on")
+            await service.commit()
+            assert not service.facts()["read_only"]
+
+    trio.run(work)
