@@ -127,6 +127,9 @@ def _run_trio(pool: Path, mountpoint: Path, options: MountOptions, parent: Paren
 async def _run(pool: Path, mountpoint: Path, options: MountOptions, parent: Parent, outside: Outside) -> None:
     """Serve the mount from its first to its last request."""
     async with open_service(pool, _store_options(options)) as service:
+        if service.facts()["read_only"]:
+            # Degraded: the kernel must not take writes that nobody could carry out.
+            options = replace(options, read_only=True)
         operations = Operations(service, options.cache)
         with _fuse_session(operations, pool, mountpoint, options) as session:
             async with trio.open_nursery() as nursery:

@@ -252,7 +252,9 @@ class Pool:
         path = self.image_path(record)
         if not path.exists():
             raise ImageMismatch(
-                f"storage volume {record.id}: image {path} is missing; mount its disk or restore it", storage=record.id
+                f"storage volume {record.id}: image {path} is missing; mount its disk or restore it; "
+                f"to read what is on the others, mount with -o degraded",
+                storage=record.id,
             )
         file = self._backing.open(path)
         try:

@@ -73,7 +73,7 @@ def storage_facts(store: Store, storage: Storage) -> dict[str, Any]:
         "capacity_bytes": None if unlimited else storage.capacity_blocks * block,
         "grown_bytes": volume.grown_blocks * block,
         "used_bytes": volume.live_blocks * block,
-        "free_bytes": (volume.grown_blocks - volume.busy_blocks) * block + min(room, host_free),
+        "free_bytes": max(0, (volume.grown_blocks - volume.busy_blocks) * block + min(room, host_free)),
         "allocated_bytes": volume.file.allocated_bytes(),
         "host_free_bytes": host_free,
         "class": storage.storage_class,

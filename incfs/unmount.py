@@ -1,5 +1,6 @@
 """``incfs umount``: returns when everything is on disk and the pool is free for the next."""
 
+import errno
 import logging
 import os
 import select
@@ -55,6 +56,8 @@ def _flush(mountpoint: Path) -> OSError | None:
         finally:
             os.close(fd)
     except OSError as error:
+        if error.errno == errno.EROFS and os.statvfs(mountpoint).f_flag & os.ST_RDONLY:
+            return None  # mounted read-only, as a degraded pool is: nobody could write anything
         return error
     return None
 
