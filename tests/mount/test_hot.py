@@ -114,8 +114,9 @@ def test_hot_writes_are_seen_everywhere(hot):
     after = path.stat()
     assert after.st_mtime_ns > before.st_mtime_ns
     assert after.st_blocks * 512 == sum(number > 0 for number in frozen) * BLOCK
-    with Load(path) as more:
-        more.acknowledged[:] = more.begun[:] = frozen
+    more = Load(path)
+    more.acknowledged[:] = more.begun[:] = frozen
+    with more:
         time.sleep(0.5)
     assert more.errors == []
     hot.remount("data_plane=python")
