@@ -60,6 +60,7 @@ test: setup system-test lint sweep ## lint, then every test (PYTEST_ARGS=... nar
 
 sanitize: setup ## the C data plane under many threads, with ThreadSanitizer and AddressSanitizer
 	INCFS_TEST_PROFILE=long $(BIN)/python -m pytest -o timeout=300 tests/native $(PYTEST_ARGS)
+
 damage-long: setup ## damage 20,000 tiny pools and judge what is made of each
 	INCFS_DAMAGE_CASES=20000 $(BIN)/python -m pytest -rP tests/damage/test_damage.py -k 'regions or lying'
 

@@ -14,10 +14,8 @@ Invariants:
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -33,9 +31,8 @@ from incfs.errors import IncfsError, NoSpace, PoolReadOnly
 from incfs.journal import Journal
 from incfs.lock import PoolLock
 from incfs.log import IncrementalLog, Tables
-from incfs.model import HOLE, Generation, MapId, SealedPage, Volume, VolumeId, split_map_id
-from incfs.planes import PlaneKind, default_kind, make_plane
 from incfs.model import HOLE, Generation, MapId, SealedPage, StorageId, Volume, VolumeId, split_map_id
+from incfs.planes import PlaneKind, default_kind, make_plane
 from incfs.pool import DEFAULT_EXTEND_BYTES, Pool, PunchPlan
 from incfs.superblock import Superblock
 
@@ -119,15 +116,15 @@ class Store:
         except BaseException:
             self.tables.close()
             raise
-        self.pool = Pool(directory, UUID(superblock.uuid), superblock.block_bytes, backing)
-        self.plane = make_plane(options.data_plane, superblock.block_bytes, self.pool.volumes, backing)
         salvage = options.salvage
         self.pool = Pool(
             salvage.images_home if salvage else directory, UUID(superblock.uuid), superblock.block_bytes, backing
         )
         if salvage:
             self.pool.image_paths = salvage.image_paths
-        self.plane = DataPlane(superblock.block_bytes, self.pool.volumes)
+        # An image that is away has no descriptor: only the Python plane turns that into an error of its range.
+        kind: PlaneKind = "python" if options.degraded or salvage else options.data_plane
+        self.plane = make_plane(kind, superblock.block_bytes, self.pool.volumes, backing)
         self._pending: list[Change] = []
         self._touched: dict[RecordId, None] = {}
         self._lease_blocks: dict[MapId, int] = {}
@@ -177,7 +174,7 @@ class Store:
 
     def change(self, *records: Record) -> None:
         """Put records, in order: one atomic change, after ``begin_change`` in the same step."""
-        assert self._served or not self.plane.fresh_count, "begin_change comes first"
+        assert not isinstance(self.plane, DataPlane) or not self.plane.fresh_count, "begin_change comes first"
         for record in records:
             self._put(record)
             self._touched.pop(record_id(record), None)
