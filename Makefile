@@ -17,7 +17,7 @@ C_SOURCES := $(wildcard incfs/*.c incfs/*.h)
 # Compared with mkfs and losetup, a user's PATH may lack the sbin directories; the tests call both.
 export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: help setup system system-test system-bench test lint sweep demo bench bench-quick wheel clean sanitize damage-long
+.PHONY: help setup system system-demo system-test system-bench test lint sweep demo bench bench-quick wheel clean sanitize damage-long
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ setup: $(VENV)/.extension-built ## install what is missing, make the virtual env
 
 system:
 	@tools/system-packages.sh setup $(PYTHON)
+
+system-demo: system
+	@tools/system-packages.sh demo $(PYTHON)
 
 system-test: system
 	@tools/system-packages.sh test $(PYTHON)
@@ -64,7 +67,7 @@ sanitize: setup ## the C data plane under many threads, with ThreadSanitizer and
 damage-long: setup ## damage 20,000 tiny pools and judge what is made of each
 	INCFS_DAMAGE_CASES=20000 $(BIN)/python -m pytest -rP tests/damage/test_damage.py -k 'regions or lying'
 
-demo: setup ## the main job on this machine's own files: examples/quickstart.sh
+demo: setup system-demo ## the main job on this machine's own files: examples/quickstart.sh
 	examples/quickstart.sh
 
 bench: setup system-bench ## the benchmark against peers, hours (BENCH_ARGS=... narrows it)

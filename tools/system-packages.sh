@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs the system packages that are lacking, and touches nothing when none is.
-#   usage: system-packages.sh setup|test|bench PYTHON
+#   usage: system-packages.sh setup|demo|test|bench PYTHON
 # Each line of the lists below is "Debian package|command that succeeds when it is there", so that
 # the check also holds on machines that have the same thing from elsewhere.
 set -eu
@@ -22,18 +22,24 @@ python$version-venv|"$python" -c 'import venv, ensurepip'
 EOF
 }
 
+list_demo() {
+    cat <<EOF
+e2fsprogs|command -v mkfs.ext4
+mount|command -v losetup
+rsync|command -v rsync
+util-linux|command -v fstrim
+EOF
+}
+
 list_test() {
+    list_demo
     cat <<EOF
 attr|command -v getfattr
 btrfs-progs|command -v mkfs.btrfs
-e2fsprogs|command -v mkfs.ext4
 fio|command -v fio
-mount|command -v losetup
 procps|command -v pgrep
 qemu-utils|command -v qemu-img
-rsync|command -v rsync
 sqlite3|command -v sqlite3
-util-linux|command -v fstrim
 xfsprogs|command -v mkfs.xfs
 EOF
 }
