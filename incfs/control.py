@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from incfs.admin import VERBS, Progress, run_verb
+from incfs.admin import VERBS, run_verb
+from incfs.admin.verb import Progress
 from incfs.documents import Document
 from incfs.errors import DaemonError, IncfsError, PermissionRefused, UsageError
 from incfs.protocol import (

@@ -1,6 +1,6 @@
 """Requests of the core, awaited: does what a refused one lacks, then asks again.
 
-The asynchronous twin of ``volume.drive``: pages are fetched, the disk is read and images
+The asynchronous twin of ``ranges.drive``: pages are fetched, the disk is read and images
 grow in worker threads.
 """
 
@@ -10,13 +10,13 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from incfs import volume
+from incfs import ranges
 from incfs.committer import Committer, offload
 from incfs.dataplane import LeaseExhausted, NotResident, ReadWouldWait
 from incfs.errors import NoSpace
 from incfs.model import MapId, VolumeId
+from incfs.ranges import TrimPending
 from incfs.store import Store
-from incfs.volume import TrimPending
 
 Result = TypeVar("Result")
 
@@ -66,7 +66,7 @@ class Driver:
 
     async def trim(self, volume_id: VolumeId) -> None:
         """Drop what lies behind the end of a shrunk volume."""
-        while not await self.drive(lambda wait: volume.trim(self._store, volume_id, wait=wait)):
+        while not await self.drive(lambda wait: ranges.trim(self._store, volume_id, wait=wait)):
             await trio.lowlevel.checkpoint()
 
     async def _load(self, table: MapId, page_index: int) -> None:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from incfs import snapshot, volume
+from incfs import extents, ranges, snapshot, volume
 from incfs.backing import Backing, File, translate
 from incfs.blocks import address_runs, pack_address, split_address
 from incfs.catalog import record_from
@@ -389,8 +389,8 @@ class _Copier:
         for state in states:
             name = f"{found.name}@{state.name}" if isinstance(state, Snapshot) else found.name
             losses = len(self._report.losses)
-            volume.drive(new, lambda _, size=state.size_bytes: volume.resize(new, made.id, size, shrink=True))  # type: ignore[misc]
-            volume.finish_trim(new, made.id)
+            ranges.drive(new, lambda _, size=state.size_bytes: volume.resize(new, made.id, size, shrink=True))  # type: ignore[misc]
+            ranges.finish_trim(new, made.id)
             lost = self._copy_state(before, state, made.map_id, lost)
             self._note_lost(name, state.size_bytes, lost)
             if isinstance(state, Snapshot):
@@ -430,7 +430,7 @@ class _Copier:
 
     def _entries(self, table: MapId, page_index: int) -> Entries | None:
         try:
-            return volume.page_entries(self._old, table, page_index)
+            return extents.page_entries(self._old, table, page_index)
         except IncfsError as error:
             logger.info("page %d of table %d: %s", page_index, table, error)
             return None
@@ -450,7 +450,7 @@ class _Copier:
             return False
         size = self._new.block_bytes
         limit = self._new.catalog.size_bytes(target) - block * size
-        volume.drive(self._new, lambda wait: volume.write(self._new, target, block * size, data[:limit], wait=wait))
+        ranges.drive(self._new, lambda wait: ranges.write(self._new, target, block * size, data[:limit], wait=wait))
         self._done += size
         self._pending += size
         if self._pending >= _COMMIT_BYTES or self._new.wants_checkpoint:
@@ -463,9 +463,9 @@ class _Copier:
         position, end = block * self._new.block_bytes, (block + count) * self._new.block_bytes
         while position < end:
             start = position
-            position = volume.drive(
+            position = ranges.drive(
                 self._new,
-                lambda wait, start=start: volume.discard(self._new, target, start, end, wait=wait),  # type: ignore[misc]
+                lambda wait, start=start: ranges.discard(self._new, target, start, end, wait=wait),  # type: ignore[misc]
             )
 
     def _note_lost(self, name: str, size_bytes: int, lost: set[int]) -> None:

@@ -13,16 +13,16 @@ from typing import Any, Protocol
 
 import trio
 
-from incfs import dump, recovery, snapshot, status, volume
+from incfs import dump, extents, ranges, recovery, snapshot, status, volume
 from incfs.check import Checker, CheckReport, Progress
 from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
 from incfs.dataplane import DataPlane
 from incfs.driver import Driver
 from incfs.errors import Busy, IncfsError, NoData
+from incfs.extents import Extent
 from incfs.model import Generation, MapId, Snapshot, Volume, VolumeId, split_map_id
 from incfs.reclaimer import Reclaimer
 from incfs.store import Options, Store
-from incfs.volume import Extent
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class Service:
     async def read(self, table: MapId, offset_bytes: int, length_bytes: int) -> bytes:
         """Read a range; short only at the end of the volume."""
         return await self._driver.drive(
-            lambda wait: volume.read(self._store, table, offset_bytes, length_bytes, wait=wait)
+            lambda wait: ranges.read(self._store, table, offset_bytes, length_bytes, wait=wait)
         )
 
     async def write(self, table: MapId, offset_bytes: int, data: bytes) -> int:
@@ -165,7 +165,7 @@ class Service:
         Durability: none until ``commit``.
         """
         data = bytes(data)
-        written = await self._driver.drive(lambda wait: volume.write(self._store, table, offset_bytes, data, wait=wait))
+        written = await self._driver.drive(lambda wait: ranges.write(self._store, table, offset_bytes, data, wait=wait))
         self._commit_if_large()
         return written
 
@@ -177,7 +177,7 @@ class Service:
             await trio.lowlevel.checkpoint()
 
     async def _discard_step(self, table: MapId, start: int, end: int) -> int:
-        return await self._driver.drive(lambda wait: volume.discard(self._store, table, start, end, wait=wait))
+        return await self._driver.drive(lambda wait: ranges.discard(self._store, table, start, end, wait=wait))
 
     async def seek(self, table: MapId, offset_bytes: int, *, data: bool) -> int:
         """Find the next data, or hole, at or after an offset; the end counts as a hole.
@@ -187,7 +187,7 @@ class Service:
         """
         found = False
         while not found:
-            found, offset_bytes = volume.seek(self._store, table, offset_bytes, data=data)
+            found, offset_bytes = extents.seek(self._store, table, offset_bytes, data=data)
             await trio.lowlevel.checkpoint()
         return offset_bytes
 
@@ -346,8 +346,8 @@ class Service:
         found: list[Extent] = []
         size = self._store.catalog.size_bytes(table)
         while start_bytes < size and len(found) < limit:
-            for extent, _ in zip(volume.extents(self._store, table, start_bytes), range(_EXTENTS_STEP), strict=False):
-                volume.join_extents(found, extent, self.block_bytes)
+            for extent, _ in zip(extents.extents(self._store, table, start_bytes), range(_EXTENTS_STEP), strict=False):
+                extents.join_extents(found, extent, self.block_bytes)
                 start_bytes = extent.offset_bytes + extent.length_bytes
             await trio.lowlevel.checkpoint()
         return [status.extent_document(extent) for extent in found[:limit]]

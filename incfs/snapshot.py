@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from incfs.errors import AlreadyExists, LimitExceeded, UsageError
+from incfs.extents import Extent, join_extents, page_entries
 from incfs.model import HOLE, INHERIT, MAX_GENERATION, PAGE_BLOCKS, Generation, Snapshot, VolumeId, validate_name
 from incfs.overlay import TableKey
 from incfs.store import Store
-from incfs.volume import Extent, join_extents, page_entries
 
 
 def create(store: Store, wanted: Sequence[tuple[VolumeId, str]]) -> list[Snapshot]:

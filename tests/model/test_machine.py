@@ -21,6 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from incfs import extents, ranges
 from incfs import pool as pool_module
 from incfs import snapshot as snapshots
 from incfs import store as store_module
@@ -275,7 +276,7 @@ class CoreMachine(RuleBasedStateMachine):
 
         def work() -> None:
             for _ in range(steps):
-                volumes.drive(self.store, lambda wait: volumes.trim(self.store, volume_id, wait=wait))
+                ranges.drive(self.store, lambda wait: ranges.trim(self.store, volume_id, wait=wait))
 
         self.attempt(1, work)
 
@@ -284,12 +285,12 @@ class CoreMachine(RuleBasedStateMachine):
         store = self.store
 
         def work() -> None:
-            volumes.drive(store, lambda wait: volumes.resize(store, volume_id, size, shrink=True))
+            ranges.drive(store, lambda wait: volumes.resize(store, volume_id, size, shrink=True))
             model.touch(size, len(model.data), self.block)
             model.data[size:] = b""
             model.data.extend(bytes(size - len(model.data)))
             if finish:
-                volumes.finish_trim(store, volume_id)
+                ranges.finish_trim(store, volume_id)
 
         self.attempt(1, work)
         return volume_id
@@ -421,7 +422,7 @@ class CoreMachine(RuleBasedStateMachine):
         if which < len(model.snapshots):
             table, data = self.store.catalog.snapshots(volume_id)[which].map_id, model.snapshots[which].data
         position, stored = 0, bytearray(len(data))
-        for extent in volumes.extents(self.store, table):
+        for extent in extents.extents(self.store, table):
             assert extent.offset_bytes == position
             assert extent.length_bytes > 0
             position += extent.length_bytes
@@ -440,7 +441,7 @@ class CoreMachine(RuleBasedStateMachine):
         found = False
         try:
             while not found:
-                found, offset = volumes.seek(self.store, table, offset, data=data)
+                found, offset = extents.seek(self.store, table, offset, data=data)
         except NoData:
             return -1
         return offset

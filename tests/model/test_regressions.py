@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from incfs import extents, ranges
 from incfs import snapshot as snapshots
 from incfs import volume as volumes
 from incfs.backing import Backing, File
@@ -75,9 +76,9 @@ def test_a_snapshot_taken_before_a_shrink_was_trimmed_has_no_extent_behind_its_e
         pools.write(store, volume.map_id, 640, b"x" * 640)
         volumes.resize(store, volume.id, 100, shrink=True)
         (taken,) = snapshots.create(store, [(volume.id, "s")])
-        volumes.finish_trim(store, volume.id)
+        ranges.finish_trim(store, volume.id)
         for table in (volume.map_id, taken.map_id):
-            assert [(e.offset_bytes, e.length_bytes) for e in volumes.extents(store, table)] == [(0, 100)]
+            assert [(e.offset_bytes, e.length_bytes) for e in extents.extents(store, table)] == [(0, 100)]
 
 
 def test_the_id_of_a_removed_volume_is_not_given_out_again(pool_home: Path) -> None:
@@ -126,7 +127,7 @@ def test_what_a_failed_write_left_behind_the_end_does_not_come_to_light(pool_hom
         with pytest.raises(NoSpace):
             pools.write(store, volume.map_id, 0, b"x" * 10 * 64)
         backing.error = None
-        last = max(e.offset_bytes + e.length_bytes for e in volumes.extents(store, volume.map_id) if e.address > HOLE)
+        last = max(e.offset_bytes + e.length_bytes for e in extents.extents(store, volume.map_id) if e.address > HOLE)
         assert 0 < last <= store.catalog.volume(volume.id).size_bytes
         pools.write(store, volume.map_id, 0, b"y" * 4 * 64)
         pools.check_clean(store)
@@ -156,9 +157,9 @@ def test_shrinking_to_a_part_of_a_block_works_in_a_full_pool(pool_home: Path) ->
         volume = pools.new_volume(store, "a")
         pools.write(store, volume.map_id, 0, b"x" * 20 * 64)
         store.commit()
-        volumes.drive(store, lambda _: volumes.resize(store, volume.id, 10 * 64 + 7, shrink=True))
-        volumes.finish_trim(store, volume.id)
+        ranges.drive(store, lambda _: volumes.resize(store, volume.id, 10 * 64 + 7, shrink=True))
+        ranges.finish_trim(store, volume.id)
         assert store.catalog.volume(volume.id).trim_from_bytes is None
-        volumes.drive(store, lambda _: volumes.resize(store, volume.id, 12 * 64, shrink=False))
+        ranges.drive(store, lambda _: volumes.resize(store, volume.id, 12 * 64, shrink=False))
         assert pools.read(store, volume.map_id, 0, 12 * 64) == b"x" * (10 * 64 + 7) + bytes(57 + 64)
         pools.check_clean(store)

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
+from incfs import ranges
 from incfs import snapshot as snapshots
-from incfs import volume as volumes
 from incfs.errors import IncfsError, NoSpace
 from incfs.model import MapId
 from incfs.store import Options, Store, new_nonce
@@ -362,7 +362,7 @@ def _read_pieces(store: Store, table: MapId) -> list[bytes | None]:
 
 def _try_read(store: Store, table: MapId, offset: int) -> bytes | None:
     try:
-        return volumes.drive(store, lambda wait: volumes.read(store, table, offset, STEP, wait=wait))
+        return ranges.drive(store, lambda wait: ranges.read(store, table, offset, STEP, wait=wait))
     except IncfsError:
         return None
 

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from incfs import extents, ranges
 from incfs import pool as pool_module
 from incfs import snapshot as snapshots
 from incfs import volume as volumes
@@ -79,22 +80,22 @@ def new_volume(store: Store, name: str, size_bytes: int = 0) -> Volume:
 
 def write(store: Store, table: MapId, offset_bytes: int, data: bytes) -> None:
     """Write a range, doing what is missing."""
-    volumes.drive(store, lambda wait: volumes.write(store, table, offset_bytes, data, wait=wait))
+    ranges.drive(store, lambda wait: ranges.write(store, table, offset_bytes, data, wait=wait))
 
 
 def read(store: Store, table: MapId, offset_bytes: int = 0, length_bytes: int | None = None) -> bytes:
     """Read a range, all of it by default."""
     length = store.catalog.size_bytes(table) if length_bytes is None else length_bytes
-    return volumes.drive(store, lambda wait: volumes.read(store, table, offset_bytes, length, wait=wait))
+    return ranges.drive(store, lambda wait: ranges.read(store, table, offset_bytes, length, wait=wait))
 
 
 def discard_steps(store: Store, table: MapId, offset_bytes: int, end_bytes: int) -> Iterator[int]:
     """Discard a range, yielding how far each step came."""
     while offset_bytes < end_bytes:
         start = offset_bytes
-        offset_bytes = volumes.drive(
+        offset_bytes = ranges.drive(
             store,
-            lambda wait, start=start: volumes.discard(store, table, start, end_bytes, wait=wait),  # type: ignore[misc]
+            lambda wait, start=start: ranges.discard(store, table, start, end_bytes, wait=wait),  # type: ignore[misc]
         )
         assert start < offset_bytes <= end_bytes
         yield offset_bytes
@@ -108,8 +109,8 @@ def discard(store: Store, table: MapId, offset_bytes: int, end_bytes: int) -> No
 
 def resize(store: Store, volume_id: VolumeId, size_bytes: int) -> None:
     """Set the size and finish a trim that this begins."""
-    volumes.drive(store, lambda wait: volumes.resize(store, volume_id, size_bytes, shrink=True))
-    volumes.finish_trim(store, volume_id)
+    ranges.drive(store, lambda wait: volumes.resize(store, volume_id, size_bytes, shrink=True))
+    ranges.finish_trim(store, volume_id)
 
 
 def reclaim(store: Store, *, page_count: int = 64) -> None:
@@ -125,7 +126,7 @@ def crash(store: Store, options: Options | None = None) -> Store:
     return open_tiny(store.directory, options or store.options)
 
 
-def diff(store: Store, older: Snapshot | None, newer: Snapshot) -> Iterator[volumes.Extent]:
+def diff(store: Store, older: Snapshot | None, newer: Snapshot) -> Iterator[extents.Extent]:
     """Yield what may differ between two snapshots."""
     for page_index in snapshots.changed_pages(store, older, newer):
         yield from snapshots.changed_extents(store, older, newer, page_index)
@@ -243,7 +244,7 @@ def _check_resident_pages(store: Store) -> None:
         assert volume is not None, f"page of volume {volume_id} is resident, but it is gone"
         if not volume.name or (generation and not store.catalog.snapshot_by_generation(volume_id, generation).name):
             continue  # being reclaimed: nobody reads it any more
-        sealed = volumes.page_entries(store, table, page_index)
+        sealed = extents.page_entries(store, table, page_index)
         for index, entry in entries.items():
             found = replaced.get(index, entry)
             assert found == sealed.get(index, (0, 0)), f"table {volume_id}.{generation} page {page_index} index {index}"

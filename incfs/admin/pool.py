@@ -1,0 +1,44 @@
+"""Verbs of the pool."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from incfs.admin.verb import Progress, Verb
+from incfs.documents import Document
+from incfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from incfs.service import Service
+
+
+async def pool_show(service: "Service") -> Document:
+    """Report the pool's facts and how much it holds."""
+    volumes = service.volumes()
+    facts = {
+        "directory": str(service.directory),
+        "mounted": service.mounted is not None,
+        "volume_count": len(volumes),
+        "snapshot_count": sum(len(service.snapshots(volume.id)) for volume in volumes),
+    }
+    return {"pool": {**facts, **service.facts()}}
+
+
+async def pool_check(service: "Service", *, data: bool = False, progress: Progress) -> Document:
+    """Prove from the tables that each block has one owner; with ``data`` read every block."""
+    report = await service.check(data, lambda done, total: progress(done, total, "blocks"))
+    return {"check": report.to_dict()}
+
+
+async def pool_dump(service: "Service", *, path: str) -> Document:
+    """Write the metadata as text to a file that the caller names absolutely."""
+    target = Path(path)
+    if not target.is_absolute():
+        raise UsageError(f"the dump's path must be absolute, not {path!r}")
+    return {"dump": {"path": path, "length_bytes": await service.dump(target)}}
+
+
+VERBS: Final = {
+    "pool.show": Verb(pool_show, is_read_only=True),
+    "pool.check": Verb(pool_check, is_read_only=True),
+    "pool.dump": Verb(pool_dump, is_read_only=True),
+}

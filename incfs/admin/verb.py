@@ -1,0 +1,41 @@
+"""What a verb is, and what several of them refuse."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from incfs.documents import Document
+from incfs.errors import AlreadyExists, Busy
+from incfs.model import Volume
+
+if TYPE_CHECKING:
+    from incfs.service import Service
+
+Progress = Callable[[int, int, str], None]
+"""Called with what is done, the total and their unit; from any thread, often."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """A function of this package and how it may be treated."""
+
+    run: Callable[..., Awaitable[Document]]
+    is_read_only: bool
+    """Changes nothing: may be cancelled when the caller has gone."""
+
+
+def refuse_open(service: "Service", volume: Volume, action: str) -> None:
+    """Raise Busy, naming the holders, while somebody has the volume open."""
+    holders = service.holders(volume.id)
+    if holders:
+        raise Busy(
+            f"volume {volume.name} cannot be {action}: it is open by {', '.join(holders)}; detach or close it first",
+            volume=volume.name,
+            holders=holders,
+        )
+
+
+def refuse_taken(what: str, taken: list[str], name: str) -> None:
+    """Raise AlreadyExists for a name in use."""
+    if name in taken:
+        raise AlreadyExists(f"there is a {what} already", name=name)

@@ -1,0 +1,120 @@
+"""Verbs of virtual volumes."""
+
+from typing import TYPE_CHECKING, Final
+
+from incfs.admin.verb import Verb, refuse_open, refuse_taken
+from incfs.documents import Document, volume_document, volume_removal
+from incfs.errors import Busy, UsageError
+from incfs.model import validate_name
+from incfs.targets import find_table, find_volume
+from incfs.units import format_size
+
+if TYPE_CHECKING:
+    from incfs.service import Service
+
+MAX_EXTENTS: Final = 10_000
+"""Most extents in one answer of ``volume.map``; the caller asks again for the rest."""
+
+
+async def volume_create(service: "Service", *, name: str, size_bytes: int) -> Document:
+    """Create an empty volume."""
+    volume = await service.create_volume(name, size_bytes)
+    return {"volume": volume_document(service, volume)}
+
+
+async def volume_list(service: "Service") -> Document:
+    """Report every volume, by name."""
+    return {"volumes": [volume_document(service, volume) for volume in service.volumes()]}
+
+
+async def volume_show(service: "Service", *, volume: str) -> Document:
+    """Report one volume, with its snapshots and who has it open."""
+    found = find_volume(service, volume)
+    return {
+        "volume": {
+            **volume_document(service, found),
+            "snapshots": [s.name for s in service.snapshots(found.id)],
+            "open_by": service.holders(found.id),
+        }
+    }
+
+
+async def volume_resize(service: "Service", *, volume: str, size_bytes: int, shrink: bool = False) -> Document:
+    """Set a volume's size; giving up what lies beyond a smaller size needs ``shrink``."""
+    found = find_volume(service, volume)
+    if size_bytes < found.size_bytes and not shrink:
+        raise UsageError(
+            f"volume {found.name} has {format_size(found.size_bytes)}; what lies beyond "
+            f"{format_size(size_bytes)} would be lost; add --shrink if that is meant",
+            volume=found.name,
+            size_bytes=found.size_bytes,
+        )
+    if service.mounted is not None:
+        await service.mounted.resize_volume(found.name, size_bytes)
+    else:
+        await service.resize_volume(found.id, size_bytes, shrink=shrink)
+    return {"volume": volume_document(service, service.volume_by_id(found.id))}
+
+
+async def volume_rename(service: "Service", *, volume: str, name: str) -> Document:
+    """Give a volume another name; its snapshots follow."""
+    found = find_volume(service, volume)
+    refuse_open(service, found, "renamed")
+    if service.mounted is not None:
+        # A rename in the mount would replace the volume of that name, and knows nothing of names.
+        refuse_taken(f"volume {name}", [v.name for v in service.volumes()], validate_name(name))
+        await service.mounted.rename_volume(found.name, name)
+    else:
+        await service.rename_volume(found.id, name)
+    return {"volume": volume_document(service, service.volume_by_id(found.id))}
+
+
+async def volume_remove(service: "Service", *, volume: str, snapshots: bool = False, dry_run: bool = False) -> Document:
+    """Remove a volume, with its snapshots when asked; ``dry_run`` only says what would go."""
+    found = find_volume(service, volume)
+    kept = service.snapshots(found.id)
+    refuse_open(service, found, "removed")
+    if kept and not snapshots:
+        names = ", ".join(snapshot.name for snapshot in kept[:5])
+        more = f" and {len(kept) - 5} more" if len(kept) > 5 else ""
+        raise Busy(
+            f"volume {found.name} has snapshots ({names}{more}); remove them first, or remove it with --snapshots",
+            volume=found.name,
+            snapshot_count=len(kept),
+        )
+    removal = volume_removal(service, found, kept)
+    if dry_run:
+        return {"removal": {"dry_run": True, **removal}}
+    if service.mounted is None:
+        await service.remove_volume(found.id, snapshots=snapshots)
+    else:
+        for snapshot in kept:
+            await service.mounted.remove_snapshot(found.name, snapshot.name)
+        await service.mounted.remove_volume(found.name)
+    return {"removal": {"dry_run": False, **removal}}
+
+
+async def volume_map(service: "Service", *, target: str, start_bytes: int = 0, limit: int = MAX_EXTENTS) -> Document:
+    """Report where a volume or snapshot is stored, from ``start_bytes`` on.
+
+    ``next_bytes`` is where to go on; it is None when nothing is left.
+    """
+    if start_bytes < 0 or limit < 1:
+        raise UsageError(f"volume.map cannot start at {start_bytes} with {limit} extents")
+    volume, snapshot = find_table(service, target)
+    table = volume if snapshot is None else snapshot
+    limit = min(limit, MAX_EXTENTS)
+    extents = await service.extents(table.map_id, start_bytes, limit)
+    next_bytes = extents[-1]["offset"] + extents[-1]["length"] if len(extents) == limit else None
+    return {"target": target, "extents": extents, "next_bytes": next_bytes}
+
+
+VERBS: Final = {
+    "volume.create": Verb(volume_create, is_read_only=False),
+    "volume.list": Verb(volume_list, is_read_only=True),
+    "volume.show": Verb(volume_show, is_read_only=True),
+    "volume.resize": Verb(volume_resize, is_read_only=False),
+    "volume.rename": Verb(volume_rename, is_read_only=False),
+    "volume.remove": Verb(volume_remove, is_read_only=False),
+    "volume.map": Verb(volume_map, is_read_only=True),
+}

@@ -1,0 +1,202 @@
+"""Byte ranges of virtual volumes: read, written, discarded.
+
+Each function is one step of the owner thread.  They raise ``Refused`` before anything
+happened when a page, a lease or the disk is missing (``drive`` sees to it).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+from incfs.dataplane import LeaseExhausted, NotResident, ReadWouldWait, Refused
+from incfs.errors import BackingError, LimitExceeded, NoSpace, NotSupported
+from incfs.model import MAX_VOLUME_BYTES, PAGE_BLOCKS, MapId, Volume, VolumeId, split_map_id
+from incfs.store import Store
+
+_CLOCK_TICK_NS = 4_000_000
+"""Modification times advance in such steps, as the kernel's do: one record change less per write."""
+
+
+class TrimPending(Refused):
+    """A shrink has not dropped everything behind the volume's end yet: finish ``trim`` first."""
+
+    def __init__(self, volume_id: VolumeId) -> None:
+        self.volume_id = volume_id
+
+
+Result = TypeVar("Result")
+
+
+def drive(store: Store, request: Callable[[bool], Result]) -> Result:
+    """Ask until nothing is refused, doing here what is missing.
+
+    For offline work and tests; the daemon waits in worker threads instead.
+
+    Args:
+        store: The pool.
+        request: Called with whether it may wait for the disk.
+    """
+    wait = False
+    while True:
+        try:
+            return request(wait)
+        except NotResident as refusal:
+            store.load(refusal.map_id, refusal.page_index)
+        except LeaseExhausted as refusal:
+            store.make_space(refusal.map_id, refusal.block_count)
+        except ReadWouldWait:
+            wait = True
+        except TrimPending as refusal:
+            finish_trim(store, refusal.volume_id)
+
+
+def trim(store: Store, volume_id: VolumeId, *, wait: bool = False) -> bool:
+    """Drop mappings behind the end of a shrunk volume; one bounded step.
+
+    Whole blocks go first: in a full pool they make room for the new version of the last block.
+
+    Returns:
+        Whether the volume is trimmed.
+    """
+    volume = store.catalog.volume(volume_id)
+    if volume.trim_from_bytes is None:
+        return True
+    whole_end = -(-volume.size_bytes // store.block_bytes) * store.block_bytes
+    reached: int | None = None
+    if volume.trim_from_bytes < MAX_VOLUME_BYTES:
+        start = max(volume.trim_from_bytes, whole_end)
+        reached = discard(store, volume.map_id, start, MAX_VOLUME_BYTES, wait=wait, to_end=True)
+    elif volume.size_bytes < whole_end:
+        _zero_part(store, volume.map_id, volume.size_bytes, whole_end, wait=wait)
+    store.begin_change()
+    store.change(replace(store.catalog.volume(volume_id), trim_from_bytes=reached))
+    return reached is None
+
+
+def finish_trim(store: Store, volume_id: VolumeId) -> None:
+    """Trim to the end."""
+    while not drive(store, lambda wait: trim(store, volume_id, wait=wait)):
+        pass
+
+
+def read(store: Store, table: MapId, offset_bytes: int, length_bytes: int, *, wait: bool = False) -> bytes:
+    """Read a range; short at the end of the volume.
+
+    Raises:
+        ChecksumMismatch: A block in it is not what was written.
+    """
+    size = store.catalog.size_bytes(table)
+    end = min(offset_bytes + length_bytes, size)
+    if offset_bytes >= end:
+        return b""
+    block = store.block_bytes
+    first = offset_bytes // block
+    data = store.plane.read(table, first, -(-end // block) - first, wait=wait)
+    start = offset_bytes - first * block
+    return data if start == 0 and len(data) == end - offset_bytes else data[start : start + end - offset_bytes]
+
+
+def write(store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: bool = False) -> int:
+    """Write a range; the volume grows when it ends behind the size.
+
+    Durability: none until the next commit.
+    Atomicity: of each block.
+
+    Raises:
+        NotSupported: The table is a snapshot.
+        PoolReadOnly, NoSpace, LimitExceeded: As they say; nothing is harmed.
+    """
+    volume = _writable_volume(store, table)
+    end = offset_bytes + len(data)
+    if end > MAX_VOLUME_BYTES:
+        raise LimitExceeded(f"a volume can have at most {MAX_VOLUME_BYTES} bytes, the write ends at {end}")
+    if volume.trim_from_bytes is not None and end > volume.size_bytes:
+        raise TrimPending(volume.id)
+    if not data:
+        return 0
+    try:
+        _write_bytes(store, table, offset_bytes, data, wait=wait)
+    except NoSpace:
+        # Some of it may be written, and nothing stored may lie behind the end: it would come
+        # to light when the volume grows.
+        _note_write(store, volume.id, end)
+        raise
+    _note_write(store, volume.id, end)
+    store.seal_if_large()
+    return len(data)
+
+
+def _write_bytes(store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: bool) -> None:
+    try:
+        store.plane.write(table, offset_bytes, data, wait=wait)
+    except BackingError as error:
+        if error.facts.get("action") != "read":  # the rest of a partly written block
+            store.fail(error)
+        raise
+
+
+def _writable_volume(store: Store, table: MapId) -> Volume:
+    store.require_writable()
+    volume_id, generation = split_map_id(table)
+    if generation:
+        raise NotSupported("a snapshot cannot be written to")
+    return store.catalog.volume(volume_id)
+
+
+def _note_write(store: Store, volume_id: VolumeId, end_bytes: int) -> None:
+    volume, now = store.catalog.volume(volume_id), store.clock()
+    if end_bytes > volume.size_bytes or now - volume.modified_ns >= _CLOCK_TICK_NS:
+        size = max(volume.size_bytes, end_bytes)
+        store.touch(replace(volume, size_bytes=size, modified_ns=now, changed_ns=now))
+
+
+def discard(
+    store: Store, table: MapId, offset_bytes: int, end_bytes: int, *, wait: bool = False, to_end: bool = False
+) -> int:
+    """Let a range read as zeros and give its space back; one bounded step.
+
+    Args:
+        store: The pool.
+        table: A live volume.
+        offset_bytes: Where to go on.
+        end_bytes: End of the range; a part behind the volume's size is ignored.
+        wait: Read the disk here rather than refuse.
+        to_end: Do not stop at the volume's size.
+
+    Returns:
+        How far it came; call again until that is ``end_bytes``.
+    """
+    volume = _writable_volume(store, table)
+    limit = end_bytes if to_end else min(end_bytes, -(-volume.size_bytes // store.block_bytes) * store.block_bytes)
+    if offset_bytes >= limit:
+        return end_bytes
+    block = store.block_bytes
+    first, head = divmod(offset_bytes, block)
+    if head or limit - offset_bytes < block:
+        stop = min(limit, (first + 1) * block)
+        _zero_part(store, table, offset_bytes, stop, wait=wait)
+    else:
+        stop = _discard_page(store, table, first, limit // block) * block
+    _note_write(store, volume.id, 0)
+    store.seal_if_large()
+    return stop if stop < limit else end_bytes
+
+
+def _zero_part(store: Store, table: MapId, offset_bytes: int, end_bytes: int, *, wait: bool) -> None:
+    old = store.plane.read(table, offset_bytes // store.block_bytes, 1, wait=wait)
+    start = offset_bytes % store.block_bytes
+    zeros = bytes(end_bytes - offset_bytes)
+    if old[start : start + len(zeros)] != zeros:
+        _write_bytes(store, table, offset_bytes, zeros, wait=wait)
+
+
+def _discard_page(store: Store, table: MapId, first_block: int, end_block: int) -> int:
+    """Discard within the first page from ``first_block`` on that has mappings; give where it ended."""
+    store.absorb()
+    found = store.log.page_indexes(store.catalog.chain(table)[-1], first_block // PAGE_BLOCKS, limit=1)
+    if not found or found[0] * PAGE_BLOCKS >= end_block:
+        return end_block
+    start = max(first_block, found[0] * PAGE_BLOCKS)
+    stop = min(end_block, (found[0] + 1) * PAGE_BLOCKS)
+    store.plane.discard(table, start, stop - start)
+    return stop
