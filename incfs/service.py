@@ -22,6 +22,7 @@ from incfs.errors import Busy, IncfsError, NoData
 from incfs.extents import Extent
 from incfs.model import Generation, MapId, Snapshot, Volume, VolumeId, split_map_id
 from incfs.reclaimer import Reclaimer
+from incfs.settings import PoolSettings
 from incfs.store import Options, Store
 
 logger = logging.getLogger(__name__)
@@ -353,6 +354,10 @@ class Service:
         return [status.extent_document(extent) for extent in found[:limit]]
 
     # Storage volumes, checks
+
+    def apply_settings(self, settings: PoolSettings) -> None:
+        """Let these settings rule from now on; they last until the pool is closed."""
+        self._store.settings = settings
 
     async def add_storage(
         self,

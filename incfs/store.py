@@ -34,6 +34,7 @@ from incfs.log import IncrementalLog, Tables
 from incfs.model import HOLE, Generation, MapId, SealedPage, StorageId, Volume, VolumeId, split_map_id
 from incfs.planes import PlaneKind, default_kind, make_plane
 from incfs.pool import DEFAULT_EXTEND_BYTES, Pool, PunchPlan
+from incfs.settings import PoolSettings
 from incfs.superblock import Superblock
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,8 @@ class Store:
         self.directory = directory
         self.superblock = superblock
         self.options = options
+        self.settings = PoolSettings()
+        """What the pool's policy says of space; see ``Service.apply_settings``."""
         self.catalog = Catalog()
         self.failure: IncfsError | None = None
         self.clock: Callable[[], int] = time.time_ns
