@@ -45,7 +45,9 @@ def _take(store: Store, table: MapId, count: int) -> list[int]:
     while len(taken) < count:
         found = store.pool.allocate(table, count - len(taken))
         if found is None:
-            store.grow()
+            growth = store.space.next_growth(table)
+            assert growth is not None
+            growth.run()
             continue
         taken += range(found[0], found[0] + found[1])
     return taken

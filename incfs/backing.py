@@ -137,6 +137,15 @@ class File:
         status = self._call("examine", os.fstatvfs, self._fd)
         return int(status.f_bavail * status.f_frsize)
 
+    def host_total_bytes(self) -> int:
+        """Tell how large the file's filesystem is."""
+        status = self._call("examine", os.fstatvfs, self._fd)
+        return int(status.f_blocks * status.f_frsize)
+
+    def host_device(self) -> int:
+        """Tell filesystems apart."""
+        return int(self._call("examine", os.fstat, self._fd).st_dev)
+
     def lock(self) -> None:
         """Have the file alone until it is closed.
 
@@ -211,6 +220,14 @@ class Backing:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise translate(error, path, "create directory") from error
+
+    def measure_directory(self, path: Path) -> tuple[int, int, int]:
+        """Tell (free bytes, all bytes, device) of a directory's filesystem."""
+        try:
+            status = os.statvfs(path)
+            return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize, path.stat().st_dev
+        except OSError as error:
+            raise translate(error, path, "examine") from error
 
     def sync_directory(self, path: Path) -> None:
         """Make creations, renames and removals in a directory durable."""

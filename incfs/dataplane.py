@@ -54,6 +54,8 @@ class LeaseExhausted(Refused):
     def __init__(self, map_id: MapId, block_count: int) -> None:
         self.map_id = map_id
         self.block_count = block_count
+        self.is_urgent = False
+        """Whether it may use the blocks that are kept back for a full pool."""
 
 
 class ReadWouldWait(Refused):

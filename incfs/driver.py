@@ -13,13 +13,16 @@ import trio
 from incfs import ranges
 from incfs.committer import Committer, offload
 from incfs.dataplane import LeaseExhausted, NotResident, ReadWouldWait
-from incfs.errors import NoSpace
+from incfs.errors import NoSpace, QuotaExceeded
 from incfs.model import MapId, VolumeId
 from incfs.ranges import TrimPending
+from incfs.space import Growth, Step
 from incfs.store import Store
 
 Result = TypeVar("Result")
 
+_LOOK_EVERY_S = 0.1
+"""How often a write that waits for space looks for it; the host does not say when it has some."""
 _CACHED_READ_TRIES = 3
 """Times a read is asked for from the page cache before it may wait for the disk in place."""
 
@@ -31,6 +34,16 @@ class Idle(Protocol):
         """Wait until it is."""
 
 
+class SpaceKeeper(Protocol):
+    """Who brings in storage volumes."""
+
+    def look_soon(self) -> None:
+        """Look how full they are."""
+
+    async def add_image(self) -> None:
+        """Make another one, if the settings allow; under the space lock."""
+
+
 class Driver:
     """Drives requests of the core for tasks."""
 
@@ -40,6 +53,10 @@ class Driver:
         self._reclaimer = reclaimer
         self.space_lock = trio.Lock()
         """Held while storage volumes grow or are added."""
+        self.keeper: SpaceKeeper
+        """Set by the service."""
+        self._fullness = ""
+        """What was told last of a full pool: queue, full, or nothing."""
 
     async def drive(self, request: Callable[[bool], Result]) -> Result:
         """Ask until nothing is refused.
@@ -57,7 +74,7 @@ class Driver:
             except NotResident as refusal:
                 await self._load(refusal.map_id, refusal.page_index)
             except LeaseExhausted as refusal:
-                await self._make_space(refusal.map_id, refusal.block_count)
+                await self._make_space(refusal)
             except ReadWouldWait as refusal:
                 await offload(refusal.warm)
             except TrimPending as refusal:
@@ -79,23 +96,61 @@ class Driver:
         if epoch == log.epoch and chain == catalog.chain(table):
             self._store.install(table, page_index, log.resolve(chain, page_index, stored))
 
-    async def _make_space(self, table: MapId, block_count: int) -> None:
-        try:
-            async with self.space_lock:
-                while not self._store.grant(table, block_count):
-                    if self._store.freed_bytes >= self._store.options.extend_bytes:
-                        await self._committer.checkpoint()
-                    else:
-                        await offload(self._store.grow)
-        except NoSpace as error:
-            await self._scrape_space(table, block_count, error)
+    async def _make_space(self, refusal: LeaseExhausted) -> None:
+        """Get blocks; in a full pool wait as long as the settings say."""
+        space = self._store.space
+        deadline = trio.current_time() + space.settings.queue_s
+        while True:
+            try:
+                async with self.space_lock:
+                    self._store.absorb()
+                    for step in space.steps(refusal.map_id, refusal.block_count, urgent=refusal.is_urgent):
+                        await self._perform(step)
+                return self._leave_queue()
+            except NoSpace as error:
+                if trio.current_time() >= deadline or self._store.failure is not None:
+                    self._tell_full(error)
+                    raise
+                self._enter_queue(error)
+            await self._wait_for_space(refusal, deadline)
 
-    async def _scrape_space(self, table: MapId, block_count: int, error: NoSpace) -> None:
-        """The images cannot grow: use what others leased, what was removed, what was freed."""
-        self._store.reclaim_leases()
-        if self._store.grant(table, block_count):
-            return
-        await self._reclaimer.wait_idle()
-        await self._committer.checkpoint()
-        if not self._store.grant(table, block_count):
-            raise error
+    async def _perform(self, step: Step | Growth) -> None:
+        if isinstance(step, Growth):
+            await offload(step.run)
+            self.keeper.look_soon()
+        elif step is Step.ADD_IMAGE:
+            await self.keeper.add_image()
+        elif step is Step.RECLAIM:
+            await self._reclaimer.wait_idle()
+        else:
+            await self._committer.checkpoint()
+
+    async def _wait_for_space(self, refusal: LeaseExhausted, deadline: float) -> None:
+        """Wait until another try may end otherwise."""
+        store = self._store
+        while trio.current_time() < deadline and store.failure is None:
+            await trio.sleep(_LOOK_EVERY_S)
+            if store.pool.freed_blocks or store.space.grant(
+                refusal.map_id, refusal.block_count, urgent=refusal.is_urgent
+            ):
+                return
+            await offload(store.pool.measure_hosts)
+            if store.space.can_grow(refusal.map_id):
+                return
+
+    def _enter_queue(self, error: NoSpace) -> None:
+        self._note_fullness("queue", f"{error}; writes wait up to {self._store.space.settings.queue_s:g} s for space")
+
+    def _tell_full(self, error: NoSpace) -> None:
+        if not isinstance(error, QuotaExceeded):
+            self._note_fullness("full", f"{error}; writes fail with ENOSPC")
+
+    def _leave_queue(self) -> None:
+        if self._fullness:
+            self._note_fullness("", "")
+            self._store.events.record("space-returned", "pool", "blocks are free again; writes go on")
+
+    def _note_fullness(self, kind: str, reason: str) -> None:
+        if kind and kind != self._fullness:
+            self._store.events.record(kind, "pool", reason)
+        self._fullness = kind

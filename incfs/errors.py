@@ -16,6 +16,7 @@ Owns the tree, the stable codes, and for each class its errno (FUSE), its exit c
     │   └── PoolLocked
     ├── NotSupported
     ├── NoSpace
+    │   └── QuotaExceeded          of a volume's own limit
     ├── LimitExceeded
     ├── NoData
     ├── BackingError               the host failed to read, write or sync a file
@@ -142,6 +143,13 @@ class NoSpace(IncfsError):
     code = "pool.no-space"
     errno = _errno.ENOSPC
     exit_code = 13
+
+
+class QuotaExceeded(NoSpace):
+    """A volume's quota, or its limit of snapshots, would be passed."""
+
+    code = "volume.quota-exceeded"
+    errno = _errno.EDQUOT
 
 
 class LimitExceeded(IncfsError):

@@ -106,5 +106,13 @@ class AbsentImage(File):
         """Nothing can be written."""
         return 0
 
+    def host_total_bytes(self) -> int:
+        """Nothing can be written."""
+        return 0
+
+    def host_device(self) -> int:
+        """No filesystem."""
+        return 0
+
     def close(self) -> None:
         """Nothing is open."""

@@ -17,7 +17,7 @@ Invariants:
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
@@ -69,6 +69,7 @@ class StorageVolume:
         self.live_blocks = 0
         self.busy_blocks = 0
         self.needs_sync = False
+        self.host_device = self.host_free_bytes = self.host_total_bytes = 0
         self.state = "online"
         """online; or what is wrong with the image: missing, mismatch, truncated."""
         self.measure()
@@ -76,6 +77,13 @@ class StorageVolume:
     def measure(self) -> None:
         """Learn from the file's length how far the image has grown."""
         self.grown_blocks = max(0, self.file.length_bytes() - DATA_OFFSET_BYTES) // self._block_bytes
+        self.measure_host()
+
+    def measure_host(self) -> None:
+        """Learn how full the image's filesystem is.  Any thread."""
+        self.host_device = self.file.host_device()
+        self.host_free_bytes = self.file.host_free_bytes()
+        self.host_total_bytes = self.file.host_total_bytes()
 
     @property
     def path(self) -> Path:
@@ -182,13 +190,15 @@ class StorageVolume:
             NoSpace: At the capacity limit, or the host would have less than ``reserve_bytes`` left.
         """
         room = self.record.capacity_blocks - self.grown_blocks
-        host_room = (self.file.host_free_bytes() - reserve_bytes) // self._block_bytes
+        self.measure_host()
+        host_room = (self.host_free_bytes - reserve_bytes) // self._block_bytes
         block_count = min(block_count, room, host_room)
         if block_count <= 0:
             limit = "its capacity limit" if room <= 0 else "the reserve of its host filesystem"
             raise NoSpace(f"storage volume {self.record.id} ({self.file.path}) is at {limit}", storage=self.record.id)
         self.file.allocate(self._offset(self.grown_blocks), block_count * self._block_bytes)
         self.grown_blocks += block_count
+        self.measure_host()
 
     def punch(self, block_index: int, count: int) -> None:
         """Give the host space of free blocks back.  Any thread."""
@@ -315,15 +325,23 @@ class Pool:
             raise StorageNotFound(f"there is no storage volume {storage_id}", storage=storage_id)
         return found
 
-    def allocate(self, cursor_key: int, count: int) -> tuple[Address, int] | None:
+    def allocate(
+        self, cursor_key: int, count: int, storage_ids: Sequence[StorageId] | None = None
+    ) -> tuple[Address, int] | None:
         """Lease free blocks, as contiguous as possible, behind the last lease of the same key.
+
+        Args:
+            cursor_key: Whose lease it is.
+            count: At most so many.
+            storage_ids: Where they may come from, the first to take first; all by default.
 
         Returns:
             (first address, number of blocks), or None when nothing is free.
         """
         storage_id, position = self._cursors.get(cursor_key, (StorageId(0), 0))
-        candidates = [(storage_id, position)] if storage_id in self.volumes else []
-        candidates += [(other, 0) for other in sorted(self.volumes)]
+        allowed = sorted(self.volumes) if storage_ids is None else storage_ids
+        candidates = [(storage_id, position)] if storage_id in allowed else []
+        candidates += [(other, 0) for other in allowed]
         for candidate, start in candidates:
             volume = self.volumes[candidate]
             if volume.busy_blocks >= volume.grown_blocks:
@@ -440,6 +458,12 @@ class Pool:
         for volume in list(self.volumes.values()):
             if volume.needs_sync:
                 volume.sync()
+
+    def measure_hosts(self) -> None:
+        """Learn how full the images' filesystems are.  Any thread."""
+        for volume in list(self.volumes.values()):
+            if volume.state == "online":
+                volume.measure_host()
 
     def used_blocks(self) -> int:
         """Live blocks of all storage volumes."""

@@ -11,6 +11,7 @@ from typing import TypeVar
 from incfs.dataplane import LeaseExhausted, NotResident, ReadWouldWait, Refused
 from incfs.errors import BackingError, LimitExceeded, NoSpace, NotSupported
 from incfs.model import MAX_VOLUME_BYTES, PAGE_BLOCKS, MapId, Volume, VolumeId, split_map_id
+from incfs.space import Growth, Step
 from incfs.store import Store
 
 _CLOCK_TICK_NS = 4_000_000
@@ -43,11 +44,20 @@ def drive(store: Store, request: Callable[[bool], Result]) -> Result:
         except NotResident as refusal:
             store.load(refusal.map_id, refusal.page_index)
         except LeaseExhausted as refusal:
-            store.make_space(refusal.map_id, refusal.block_count)
+            _make_space(store, refusal)
         except ReadWouldWait:
             wait = True
         except TrimPending as refusal:
             finish_trim(store, refusal.volume_id)
+
+
+def _make_space(store: Store, refusal: LeaseExhausted) -> None:
+    store.absorb()
+    for step in store.space.steps(refusal.map_id, refusal.block_count, urgent=refusal.is_urgent):
+        if isinstance(step, Growth):
+            step.run()
+        elif step is Step.CHECKPOINT and store.pool.freed_blocks:
+            store.checkpoint()
 
 
 def trim(store: Store, volume_id: VolumeId, *, wait: bool = False) -> bool:
@@ -186,8 +196,13 @@ def _zero_part(store: Store, table: MapId, offset_bytes: int, end_bytes: int, *,
     old = store.plane.read(table, offset_bytes // store.block_bytes, 1, wait=wait)
     start = offset_bytes % store.block_bytes
     zeros = bytes(end_bytes - offset_bytes)
-    if old[start : start + len(zeros)] != zeros:
+    if old[start : start + len(zeros)] == zeros:
+        return
+    try:
         _write_bytes(store, table, offset_bytes, zeros, wait=wait)
+    except LeaseExhausted as refusal:
+        refusal.is_urgent = True  # a full pool could never be emptied otherwise
+        raise
 
 
 def _discard_page(store: Store, table: MapId, first_block: int, end_block: int) -> int:

@@ -19,7 +19,9 @@ from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
 from incfs.dataplane import DataPlane
 from incfs.driver import Driver
 from incfs.errors import Busy, IncfsError, NoData
+from incfs.events import KEPT_EVENTS
 from incfs.extents import Extent
+from incfs.keeper import Keeper
 from incfs.model import Generation, MapId, Snapshot, Volume, VolumeId, split_map_id
 from incfs.reclaimer import Reclaimer
 from incfs.settings import PoolSettings
@@ -68,6 +70,7 @@ class Service:
         self._handles: dict[MapId, list[str]] = {}
         self._reclaimer = Reclaimer(store, self._committer, self._handles.__contains__)
         self._driver = Driver(store, self._committer, self._reclaimer)
+        self._keeper = self._driver.keeper = Keeper(store, self._driver.space_lock, self._add_storage)
         self.mounted: MountHook | None = None
 
     # Look-ups
@@ -88,7 +91,14 @@ class Service:
 
     def storages(self) -> list[dict[str, Any]]:
         """Report every storage volume."""
-        return [status.storage_facts(self._store, s) for s in self._store.catalog.storages.values()]
+        return [
+            {**status.storage_facts(self._store, s), **self._keeper.storage_outlook(s.id)}
+            for s in self._store.catalog.storages.values()
+        ]
+
+    def event_counts(self) -> dict[str, int]:
+        """Count the events of each kind since the pool was opened."""
+        return self._store.events.counts
 
     def volumes(self) -> list[Volume]:
         """List the volumes by name."""
@@ -357,7 +367,9 @@ class Service:
 
     def apply_settings(self, settings: PoolSettings) -> None:
         """Let these settings rule from now on; they last until the pool is closed."""
-        self._store.settings = settings
+        self._store.space.settings = settings
+        self._store.space.review()
+        self._keeper.look_soon()
 
     async def add_storage(
         self,
@@ -374,20 +386,31 @@ class Service:
             AlreadyExists: The file is there already.
         """
         async with self._driver.space_lock:
-            record = await offload(
-                lambda: recovery.make_storage(
-                    self._store,
-                    Path(path),
-                    capacity_bytes=capacity_bytes,
-                    storage_class=storage_class,
-                    redundancy=redundancy,
-                )
+            return await self._add_storage(
+                path, capacity_bytes=capacity_bytes, storage_class=storage_class, redundancy=redundancy
             )
-            self._store.begin_change()
-            self._store.pool.attach(record)
-            self._store.change(record)
+
+    async def _add_storage(
+        self, path: str, *, capacity_bytes: int | None = None, storage_class: str = "", redundancy: str = "none"
+    ) -> dict[str, Any]:
+        record = await offload(
+            lambda: recovery.make_storage(
+                self._store,
+                Path(path),
+                capacity_bytes=capacity_bytes,
+                storage_class=storage_class,
+                redundancy=redundancy,
+            )
+        )
+        self._store.begin_change()
+        self._store.pool.attach(record)
+        self._store.change(record)
         await self.commit()
         return status.storage_facts(self._store, record)
+
+    def events(self, since: int = 0, limit: int = KEPT_EVENTS) -> list[dict[str, Any]]:
+        """List the newest events behind a number, oldest first."""
+        return [event.to_dict() for event in self._store.events.since(since, limit)]
 
     async def check(self, data: bool, progress: Progress | None = None) -> CheckReport:
         """Check the pool as of now; with ``data`` every live block is read."""
@@ -448,6 +471,7 @@ class Service:
             nursery.start_soon(self._reclaimer.run)
             nursery.start_soon(self._trim_interrupted)
             nursery.start_soon(self._attend)
+            nursery.start_soon(self._keeper.run)
 
     async def _attend(self) -> None:
         """Do what the data plane's own threads need of the owner thread."""

@@ -19,6 +19,16 @@ _POOL_GAUGES: Final = {
     "allocated_bytes": "Bytes that the image files occupy on the host.",
 }
 
+_STORAGE_GAUGES: Final = {
+    "capacity_bytes": "Bytes that a storage volume may grow to, where it has a limit.",
+    "used_bytes": "Bytes in blocks of a storage volume that are in use.",
+    "free_bytes": "Bytes that a storage volume can still take, growth included.",
+    "host_free_bytes": "Bytes that the host filesystem of a storage volume has left.",
+    "low_water_bytes": "A storage volume with fewer free bytes is at low water.",
+    "is_low": "1 at low water.",
+    "full_in_seconds": "When a storage volume is full if it goes on as in the last hour.",
+}
+
 
 def render(name: str, service: "Service", durations: Mapping[str, Histogram]) -> bytes:
     """Return the contents of a status file now."""
@@ -63,6 +73,13 @@ def render_metrics(service: "Service", durations: Mapping[str, Histogram]) -> st
         "Bytes of a volume's current contents that occupy storage.",
         [(_label("volume", v.name), service.mapped_bytes(v.map_id)) for v in volumes],
     )
+    lines += _storage_families(service.storages())
+    lines += _family(
+        "incfs_events_total",
+        "counter",
+        "Events since the pool was opened, by kind.",
+        [(_label("kind", kind), count) for kind, count in sorted(service.event_counts().items())],
+    )
     lines += _operations(durations)
     if counts := fusext.hot_counts():
         samples = [(_label("kind", kind), count) for kind, count in counts.items()]
@@ -70,6 +87,14 @@ def render_metrics(service: "Service", durations: Mapping[str, Histogram]) -> st
             "incfs_data_plane_total", "counter", "What hot threads answered past Python, and handed to it.", samples
         )
     return "\n".join(lines) + "\n"
+
+
+def _storage_families(storages: list[dict[str, Any]]) -> list[str]:
+    lines: list[str] = []
+    for key, help_text in _STORAGE_GAUGES.items():
+        samples = [(_label("storage", str(s["id"])), int(s[key])) for s in storages if s[key] is not None]
+        lines += _family(f"incfs_storage_{key}", "gauge", help_text, samples)
+    return lines
 
 
 def _operations(durations: Mapping[str, Histogram]) -> list[str]:

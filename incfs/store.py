@@ -27,14 +27,15 @@ from incfs.changes import Change, map_change
 from incfs.checkpoint import Checkpoint, Commit
 from incfs.codec import encode_record
 from incfs.dataplane import DataPlane
-from incfs.errors import IncfsError, NoSpace, PoolReadOnly
+from incfs.errors import IncfsError, PoolReadOnly
+from incfs.events import EventLog
 from incfs.journal import Journal
 from incfs.lock import PoolLock
 from incfs.log import IncrementalLog, Tables
 from incfs.model import HOLE, Generation, MapId, SealedPage, StorageId, Volume, VolumeId, split_map_id
 from incfs.planes import PlaneKind, default_kind, make_plane
 from incfs.pool import DEFAULT_EXTEND_BYTES, Pool, PunchPlan
-from incfs.settings import PoolSettings
+from incfs.space import Space
 from incfs.superblock import Superblock
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,6 @@ _SEAL_AT = 1024
 """Unsealed mappings that trigger a seal: bounds how long one keeps the owner thread."""
 _PAGE_WEIGHT = 64
 """What a folded or emptied page counts as among the pending mappings."""
-_MAX_LEASE_BLOCKS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,8 @@ class Options:
     """Step in which images grow."""
     host_reserve_bytes: int = 16 << 20
     """Space that growth leaves free on an image's host filesystem."""
+    reserve_blocks: int = 16
+    """Free blocks that ordinary writes leave: for discards of parts of blocks in a full pool."""
     data_plane: PlaneKind = field(default_factory=default_kind)
     """Who moves the bytes: ``native`` (C), ``python``, or ``auto``: native where it was built."""
     dump_interval_s: float | None = 86400.0
@@ -97,8 +99,6 @@ class Store:
         self.directory = directory
         self.superblock = superblock
         self.options = options
-        self.settings = PoolSettings()
-        """What the pool's policy says of space; see ``Service.apply_settings``."""
         self.catalog = Catalog()
         self.failure: IncfsError | None = None
         self.clock: Callable[[], int] = time.time_ns
@@ -128,9 +128,18 @@ class Store:
         # An image that is away has no descriptor: only the Python plane turns that into an error of its range.
         kind: PlaneKind = "python" if options.degraded or salvage else options.data_plane
         self.plane = make_plane(kind, superblock.block_bytes, self.pool.volumes, backing)
+        self.space = Space(
+            self.catalog,
+            self.pool,
+            self.plane,
+            block_bytes=superblock.block_bytes,
+            extend_bytes=options.extend_bytes,
+            host_reserve_bytes=options.host_reserve_bytes,
+            reserve_blocks=options.reserve_blocks,
+        )
+        self.events = EventLog(None if salvage else directory, self.clock)
         self._pending: list[Change] = []
         self._touched: dict[RecordId, None] = {}
-        self._lease_blocks: dict[MapId, int] = {}
         self._folded_sequence = 0
         self._served: dict[MapId, tuple[int, bool]] = {}
         """Open tables -> (size, whether the data plane's own threads may write)."""
@@ -149,6 +158,7 @@ class Store:
         if self.failure is None:
             logger.error("pool %s is read-only from now on: %s", self.directory, error)
             self.failure = error
+            self.events.record("read-only", "pool", str(error))
             self.plane.freeze()
 
     def require_writable(self) -> None:
@@ -305,45 +315,12 @@ class Store:
         """Forget the resident pages and the lease of a table that is going away."""
         self.absorb()
         self.plane.evict(table)
-        self.pool.release(self.plane.revoke(table))
-        self._lease_blocks.pop(table, None)
-
-    def grant(self, table: MapId, block_count: int) -> bool:
-        """Lease blocks to a table until it has ``block_count``; False when too few are free.
-
-        Leases double while a table keeps asking, so that sequential writes stay sequential.
-        """
-        wanted = max(block_count, min(_MAX_LEASE_BLOCKS, 2 * self._lease_blocks.get(table, 8)))
-        self._lease_blocks[table] = wanted
-        block_count -= self.plane.leased_blocks(table)
-        while block_count > 0 and (found := self.pool.allocate(table, wanted)):
-            self.plane.grant(table, *found)
-            block_count -= found[1]
-        return block_count <= 0
+        self.space.revoke(table)
 
     def reclaim_leases(self) -> None:
         """Take back from every table what it leased and does not use."""
         self.absorb()
-        addresses = self.plane.revoke()
-        self._lease_blocks.clear()
-        self.pool.release(addresses)
-
-    def grow(self) -> None:
-        """Grow the first storage volume that can.  Any thread, one caller at a time.
-
-        Raises:
-            NoSpace: None can.
-        """
-        blocks = max(1, self.options.extend_bytes // self.block_bytes)
-        reasons = []
-        for storage_id in sorted(self.pool.volumes):
-            try:
-                self.pool.volumes[storage_id].grow(blocks, reserve_bytes=self.options.host_reserve_bytes)
-            except NoSpace as error:
-                reasons.append(str(error))
-            else:
-                return
-        raise NoSpace("the pool is full: " + "; ".join(reasons) + "; add one with `incfs storage add`, or remove data")
+        self.space.revoke_all()
 
     @property
     def freed_bytes(self) -> int:
@@ -510,22 +487,6 @@ class Store:
             self.fail(error)
             raise
 
-    def make_space(self, table: MapId, block_count: int) -> None:
-        """Get a lease of ``block_count`` blocks by growing, taking back leases, checkpointing.
-
-        Raises:
-            NoSpace: The pool is full.
-        """
-        try:
-            while not self.grant(table, block_count):
-                self.grow()
-        except NoSpace:
-            self.reclaim_leases()
-            if not self.grant(table, block_count) and self.pool.freed_blocks:
-                self.checkpoint()
-            if not self.grant(table, block_count):
-                raise
-
     def watch(self) -> int | None:
         """Give a descriptor that is readable when the data plane wants ``attend``; None when it never will."""
         return None if isinstance(self.plane, DataPlane) else self.plane.watch(_SEAL_AT)
@@ -537,7 +498,7 @@ class Store:
         if self.failure is None:
             self.seal_if_large()
             for table in low:
-                self.grant(table, self.plane.leased_blocks(table) + 1)
+                self.space.grant(table, self.plane.leased_blocks(table) + 1)
 
     def seal_if_large(self) -> None:
         """Seal when many mappings wait for it."""
@@ -558,6 +519,7 @@ class Store:
 
     def abandon(self) -> None:
         """Let go of every file without writing, as a crash would."""
+        self.events.flush()
         self.pool.close()
         self.journal.close()
         self.tables.close()

@@ -11,7 +11,7 @@ import types
 import typing
 from typing import TYPE_CHECKING, Any, Final
 
-from incfs.admin import debug, pool, snapshot, storage, volume
+from incfs.admin import debug, events, pool, snapshot, storage, volume
 from incfs.admin.verb import Progress, Verb
 from incfs.documents import Document
 from incfs.errors import UsageError
@@ -19,7 +19,14 @@ from incfs.errors import UsageError
 if TYPE_CHECKING:
     from incfs.service import Service
 
-VERBS: Final[dict[str, Verb]] = {**pool.VERBS, **storage.VERBS, **volume.VERBS, **snapshot.VERBS, **debug.VERBS}
+VERBS: Final[dict[str, Verb]] = {
+    **pool.VERBS,
+    **storage.VERBS,
+    **volume.VERBS,
+    **snapshot.VERBS,
+    **events.VERBS,
+    **debug.VERBS,
+}
 
 
 async def run_verb(service: "Service", name: str, arguments: Document, progress: Progress) -> Document:

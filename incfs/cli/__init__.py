@@ -14,7 +14,7 @@ from typing import Annotated, Final
 import typer
 
 import incfs
-from incfs.cli import debug, mount, pool, snapshot, storage, volume
+from incfs.cli import debug, events, mount, pool, snapshot, storage, volume
 from incfs.cli.options import POOL_VARIABLE
 from incfs.errors import IncfsError
 
@@ -27,10 +27,11 @@ app = typer.Typer(
 )
 for _noun in (pool, storage, volume, snapshot, debug):
     app.add_typer(_noun.app)
+app.command("events")(events.events_command)
 app.command("mount")(mount.mount_command)
 app.command("umount")(mount.umount_command)
 
-NOUNS: Final = frozenset({"pool", "storage", "volume", "snapshot", "debug", "mount", "umount"})
+NOUNS: Final = frozenset({"pool", "storage", "volume", "snapshot", "debug", "events", "mount", "umount"})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,6 +24,7 @@ from hypothesis.stateful import (
 from incfs import extents, ranges
 from incfs import pool as pool_module
 from incfs import snapshot as snapshots
+from incfs import space as space_module
 from incfs import store as store_module
 from incfs import volume as volumes
 from incfs.checkpoint import Checkpoint, Commit
@@ -120,9 +121,9 @@ class CoreMachine(RuleBasedStateMachine):
     def begin(self, setup: Setup) -> None:
         self.setup = setup
         self.home = Path(tempfile.mkdtemp(prefix="incfs-model-", dir=fast_directory()))
-        self.constants = store_module._SEAL_AT, store_module._MAX_LEASE_BLOCKS, pool_module.GROUP_BLOCKS
+        self.constants = store_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS, pool_module.GROUP_BLOCKS
         pool_module.GROUP_BLOCKS = setup.group_blocks
-        store_module._SEAL_AT, store_module._MAX_LEASE_BLOCKS = setup.seal_at, setup.lease_blocks
+        store_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS = setup.seal_at, setup.lease_blocks
         self.pool = pools.make_pool(
             self.home,
             block_bytes=setup.block_bytes,
@@ -174,7 +175,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.compare()
             pools.check_clean(self.store)
         finally:
-            store_module._SEAL_AT, store_module._MAX_LEASE_BLOCKS, pool_module.GROUP_BLOCKS = self.constants
+            store_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS, pool_module.GROUP_BLOCKS = self.constants
             self.store.abandon()
             shutil.rmtree(self.home)
 
@@ -200,7 +201,9 @@ class CoreMachine(RuleBasedStateMachine):
             self.store.checkpoint()
             self.store.reclaim_leases()
             free = sum(s.record.capacity_blocks - s.busy_blocks for s in self.store.pool.volumes.values())
-            assert free < needed_blocks, f"NoSpace for {needed_blocks} blocks, but {free} are free"
+            assert free < needed_blocks + self.setup.options.reserve_blocks, (
+                f"NoSpace for {needed_blocks} blocks, but {free} are free"
+            )
             return False
         return True
 

@@ -50,6 +50,7 @@ def tiny_options(
     small_commit_bytes: int = 65536,
     overlay_pages: int = 64,
     host_reserve_bytes: int = 0,
+    reserve_blocks: int = 0,
 ) -> Options:
     """Options that make everything happen early."""
     return Options(
@@ -58,6 +59,7 @@ def tiny_options(
         small_commit_bytes=small_commit_bytes,
         overlay_pages=overlay_pages,
         host_reserve_bytes=host_reserve_bytes,
+        reserve_blocks=reserve_blocks,
     )
 
 

@@ -1,0 +1,125 @@
+"""Looks after the pool's space: watches marks, brings in storage volumes before others are full.
+
+One background task.  What it does by itself it records as an event with its reason.
+"""
+
+import logging
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, Protocol
+
+import trio
+
+from incfs.committer import offload
+from incfs.errors import IncfsError
+from incfs.model import StorageId
+from incfs.monitor import HostRoom, Monitor
+from incfs.store import Store
+from incfs.units import format_size
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 5.0
+
+
+class AddStorage(Protocol):
+    """Makes an image and lets the pool allocate from it, under the space lock."""
+
+    def __call__(self, path: str, *, capacity_bytes: int | None = None) -> Awaitable[dict[str, Any]]:
+        """Make one in the directory ``path``."""
+
+
+class Keeper:
+    """The task that looks after space."""
+
+    def __init__(self, store: Store, space_lock: trio.Lock, add_storage: AddStorage) -> None:
+        self._store = store
+        self._space_lock = space_lock
+        self._add_storage = add_storage
+        self._wake = trio.Event()
+        self._refused: set[str] = set()
+        """Directories in which no image could be made; told once."""
+        self.monitor = Monitor()
+
+    def look_soon(self) -> None:
+        """Ask for a look without waiting for it."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Look now and then, and whenever asked; never returns."""
+        while True:
+            await self._look()
+            with trio.move_on_after(_LOOK_EVERY_S):
+                await self._wake.wait()
+            self._wake = trio.Event()
+
+    async def _look(self) -> None:
+        store = self._store
+        await offload(store.pool.measure_hosts)
+        store.space.review()
+        rooms = store.space.rooms()
+        for notice in self.monitor.observe(trio.current_time(), rooms, self.hosts()):
+            store.events.record(notice.kind, notice.subject, notice.reason, **notice.facts)
+        if store.failure is None and any(room.is_usable for room in rooms):
+            await self._add_image_if_low()
+        await offload(store.events.flush)
+
+    def hosts(self) -> list[HostRoom]:
+        """Tell how full each host filesystem with images is."""
+        space, found = self._store.space, {}
+        for volume in self._store.pool.volumes.values():
+            if volume.state == "online":
+                total = volume.host_total_bytes
+                low_water, reserve = space.settings.low_water.of(total), space.reserve_bytes(volume)
+                found[volume.host_device] = HostRoom(
+                    volume.host_device, str(volume.path.parent), volume.host_free_bytes, total, low_water, reserve
+                )
+        return list(found.values())
+
+    def storage_outlook(self, storage_id: StorageId) -> dict[str, Any]:
+        """Tell where a storage volume's low-water mark is, and when it will be full if it goes on like that."""
+        room = self._store.space.room(self._store.pool.volume(storage_id))
+        seconds = self.monitor.seconds_to_fill(room)
+        return {
+            "low_water_bytes": room.low_water_bytes,
+            "is_low": room.is_usable and room.is_low,
+            "full_in_seconds": None if seconds is None else int(seconds),
+        }
+
+    async def _add_image_if_low(self) -> None:
+        """Make an image where the settings allow, when all that there are are at low water."""
+        rooms = [room for room in self._store.space.rooms() if room.is_usable]
+        if self._store.space.settings.directories and all(room.is_low for room in rooms):
+            async with self._space_lock:
+                await self.add_image()
+
+    async def add_image(self) -> None:
+        """Make an image in the best of the configured directories, if there is one.  Under the space lock."""
+        space = self._store.space
+        free_bytes = sum(room.free_bytes for room in space.rooms() if room.is_usable)
+        directory = await offload(self._choose_directory)
+        if directory is None:
+            return
+        try:
+            made = await self._add_storage(str(directory))
+        except IncfsError as error:
+            self._refused.add(str(directory))
+            self._store.events.record("image-refused", f"directory {directory}", str(error))
+            return
+        reason = f"every storage volume is at low water, {format_size(free_bytes)} are left in all"
+        self._store.events.record("image-added", f"storage {made['id']}", reason, path=made["path"])
+        self.look_soon()
+
+    def _choose_directory(self) -> Path | None:
+        """Choose the directory with most room whose filesystem is not at low water itself.  Any thread."""
+        space = self._store.space
+        found: list[tuple[int, str]] = []
+        for name in space.settings.directories:
+            try:
+                free_bytes, total_bytes, _ = self._store.backing.measure_directory(Path(name))
+            except IncfsError as error:
+                logger.warning("no image can be made in %s: %s", name, error)
+                continue
+            if name not in self._refused and free_bytes >= max(1, space.settings.low_water.of(total_bytes)):
+                found.append((free_bytes, name))
+        return Path(max(found)[1]) if found else None

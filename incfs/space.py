@@ -1,0 +1,302 @@
+"""Space for new blocks: who gets how much of it, from which storage volume, and what to do when there is none.
+
+Owns the leases' sizes and the settings of space.  ``steps`` is the one plan of making space; the
+synchronous and the asynchronous driver only carry its steps out.
+
+Invariants:
+    1. Ordinary leases leave ``reserve_blocks`` free blocks: a discard of a part of a block, which
+       needs a new one, works in a full pool.
+    2. A storage volume at low water is used, and grown, only when no other that the rules allow
+       has room.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from incfs.catalog import Catalog
+from incfs.errors import NoSpace, QuotaExceeded
+from incfs.model import MapId, StorageId, Volume, VolumeId, split_map_id
+from incfs.placement import Room, order_rooms, parse_rules
+from incfs.pool import Pool, StorageVolume
+from incfs.settings import PoolSettings, VolumeSettings
+
+MAX_LEASE_BLOCKS = 2048
+
+
+class Leases(Protocol):
+    """What is needed of a data plane."""
+
+    def grant(self, map_id: MapId, address: int, block_count: int, /) -> None:
+        """Give a table free blocks."""
+
+    def leased_blocks(self, map_id: MapId, /) -> int:
+        """Count those it has not used."""
+
+    def revoke(self, map_id: MapId | None = None, /) -> list[int]:
+        """Take them back, from one table or from all."""
+
+    def mapped_delta(self, map_id: MapId, /) -> int:
+        """Count the blocks that a table gained since the last seal."""
+
+
+class Step(Enum):
+    """Something that may yield free blocks."""
+
+    CHECKPOINT = "checkpoint"
+    """Freed blocks become free."""
+    ADD_IMAGE = "add-image"
+    """Another storage volume comes in."""
+    RECLAIM = "reclaim"
+    """What was removed is taken apart."""
+
+
+@dataclass(slots=True)
+class Growth:
+    """Another step: make an image longer."""
+
+    storage: StorageVolume
+    block_count: int
+    reserve_bytes: int
+    refusal: NoSpace | None = None
+    """Why it did not grow."""
+
+    def run(self) -> None:
+        """Grow.  Any thread, one caller at a time."""
+        try:
+            self.storage.grow(self.block_count, reserve_bytes=self.reserve_bytes)
+        except NoSpace as error:
+            self.refusal = error
+
+
+class Space:
+    """Leases, growth and limits of one pool.  Owner thread.
+
+    Args:
+        catalog: The pool's records.
+        pool: Its storage volumes.
+        plane: Where leases go.
+        block_bytes: Size of a block.
+        extend_bytes: Step of growth, unless the settings say otherwise.
+        host_reserve_bytes: What growth leaves on a host filesystem, unless the settings say otherwise.
+        reserve_blocks: Free blocks that only urgent requests get.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        pool: Pool,
+        plane: Leases,
+        *,
+        block_bytes: int,
+        extend_bytes: int,
+        host_reserve_bytes: int,
+        reserve_blocks: int,
+    ) -> None:
+        self._catalog = catalog
+        self._pool = pool
+        self._plane = plane
+        self._block_bytes = block_bytes
+        self._extend_bytes = extend_bytes
+        self._host_reserve_bytes = host_reserve_bytes
+        self._reserve_blocks = reserve_blocks
+        self._lease_blocks: dict[MapId, int] = {}
+        self._owed: dict[VolumeId, int] = {}
+        """Volumes with reservations -> blocks of it that they do not occupy yet."""
+        self._refusals: dict[StorageId, NoSpace] = {}
+        """Images that could not grow when space was last made."""
+        self.settings = PoolSettings()
+
+    # How much there is
+
+    @property
+    def extend_bytes(self) -> int:
+        """Step in which images grow."""
+        return self.settings.extend_bytes or self._extend_bytes
+
+    def reserve_bytes(self, volume: StorageVolume) -> int:
+        """Give what growth leaves free on an image's host filesystem."""
+        reserve = self.settings.reserve
+        return self._host_reserve_bytes if reserve is None else reserve.of(volume.host_total_bytes)
+
+    def room(self, volume: StorageVolume) -> Room:
+        """Tell how full a storage volume is, by the last look at its host filesystem."""
+        block = self._block_bytes
+        growth = max(0, volume.record.capacity_blocks - volume.grown_blocks) * block
+        host = max(0, volume.host_free_bytes - self.reserve_bytes(volume))
+        free = max(0, volume.grown_blocks - volume.busy_blocks) * block + min(growth, host)
+        used = volume.busy_blocks * block
+        low_water = self.settings.low_water.of(used + free)
+        return Room(volume.record, used, free, low_water, volume.state == "online")
+
+    def rooms(self) -> list[Room]:
+        """Tell how full every storage volume is."""
+        return [self.room(volume) for volume in self._pool.volumes.values()]
+
+    def settings_of(self, volume_id: VolumeId) -> VolumeSettings:
+        """Give what rules a volume; one that is being removed is ruled by nothing."""
+        volume = self._catalog.volumes.get(volume_id)
+        return self.settings.volume_settings(volume.name) if volume is not None and volume.name else VolumeSettings()
+
+    def candidates(self, lease: MapId) -> list[Room]:
+        """Give the storage volumes that new blocks of a lease may come from, the first to take first."""
+        volume_id, _ = split_map_id(lease)
+        return order_rooms(self.rooms(), parse_rules(self.settings_of(volume_id).place))
+
+    # Limits
+
+    def used_blocks(self, volume: Volume) -> int:
+        """Count what a volume and its snapshots occupy, unsealed writes included."""
+        held = sum(s.held_blocks for s in self._catalog.snapshots(volume.id, removed=True))
+        return volume.mapped_blocks + held + self._plane.mapped_delta(volume.map_id)
+
+    def quota_left(self, volume_id: VolumeId) -> int | None:
+        """Count the blocks that a volume may still gain; None without a quota."""
+        quota = self.settings_of(volume_id).quota_bytes
+        if quota is None:
+            return None
+        return max(0, quota // self._block_bytes - self.used_blocks(self._catalog.volume(volume_id)))
+
+    def require_quota(self, volume_id: VolumeId, block_count: int) -> None:
+        """Refuse what would lead a volume over its quota.
+
+        Raises:
+            QuotaExceeded: It would.
+        """
+        left = self.quota_left(volume_id)
+        if left is not None and block_count > left:
+            volume = self._catalog.volume(volume_id)
+            raise QuotaExceeded(
+                f"volume {volume.name} and its snapshots may occupy {self.settings_of(volume_id).quota_bytes} bytes, "
+                f"of which {left * self._block_bytes} are left; raise its quota, or remove data or snapshots",
+                volume=volume.name,
+            )
+
+    def review(self) -> None:
+        """Count anew what reservations are owed; after a change of settings, and now and then."""
+        self._owed = {}
+        for volume in self._catalog.volumes.values():
+            reserved = self.settings_of(volume.id).reservation_bytes // self._block_bytes
+            if owed := max(0, reserved - self.used_blocks(volume) if reserved else 0):
+                self._owed[volume.id] = owed
+
+    def _allowance(self, lease: MapId, *, urgent: bool) -> int:
+        """Count the blocks that a lease may be given now."""
+        free = sum(max(0, v.grown_blocks - v.busy_blocks) for v in self._pool.volumes.values() if v.state == "online")
+        if urgent:
+            return free
+        volume_id, _ = split_map_id(lease)
+        owed = sum(blocks for other, blocks in self._owed.items() if other != volume_id)
+        if owed:
+            room = sum(room.free_bytes for room in self.rooms() if room.is_usable) // self._block_bytes
+            return min(free, room - owed) - self._reserve_blocks
+        return free - self._reserve_blocks
+
+    # Leases
+
+    def grant(self, lease: MapId, block_count: int, *, urgent: bool = False) -> bool:
+        """Lease blocks to a table until it has ``block_count``; False when too few are free.
+
+        Leases double while a table keeps asking, so that sequential writes stay sequential.
+        """
+        wanted = max(block_count, min(MAX_LEASE_BLOCKS, 2 * self._lease_blocks.get(lease, 8)))
+        self._lease_blocks[lease] = wanted
+        left = self.quota_left(split_map_id(lease)[0])
+        if left is not None:
+            wanted = max(block_count, min(wanted, left))
+        missing = block_count - self._plane.leased_blocks(lease)
+        while missing > 0:
+            found = self._allocate(lease, min(wanted, self._allowance(lease, urgent=urgent)))
+            if found is None:
+                return False
+            missing -= found
+        return True
+
+    def _allocate(self, lease: MapId, block_count: int) -> int | None:
+        """Lease up to so many blocks that lie together."""
+        rooms = self.candidates(lease) if block_count > 0 else []
+        found = self._pool.allocate(lease, block_count, [room.storage.id for room in rooms if not room.is_low])
+        growth = self.next_growth(lease) if found is None else None
+        if found is None and (growth is None or self.room(growth.storage).is_low):
+            found = self._pool.allocate(lease, block_count, [room.storage.id for room in rooms if room.is_low])
+        if found is None:
+            return None
+        self._plane.grant(lease, *found)
+        return found[1]
+
+    def revoke(self, table: MapId) -> None:
+        """Take back what a table leased and does not use."""
+        self._pool.release(self._plane.revoke(table))
+        self._lease_blocks.pop(table, None)
+
+    def revoke_all(self) -> None:
+        """Take back from every table what it leased and does not use."""
+        self._lease_blocks.clear()
+        self._pool.release(self._plane.revoke())
+
+    # Making space
+
+    def next_growth(self, lease: MapId) -> Growth | None:
+        """Choose the image to grow for a lease: the first candidate that can."""
+        limit = self.settings.extend_max_bytes
+        most = max(1, self.extend_bytes // self._block_bytes)
+        if limit is not None:
+            grown = sum(volume.grown_blocks for volume in self._pool.volumes.values())
+            most = min(most, limit // self._block_bytes - grown)
+        for room in self.candidates(lease) if most > 0 else ():
+            volume = self._pool.volumes[room.storage.id]
+            if room.storage.id not in self._refusals and volume.grown_blocks < volume.record.capacity_blocks:
+                return Growth(volume, most, self.reserve_bytes(volume))
+        return None
+
+    def can_grow(self, lease: MapId) -> bool:
+        """Tell whether some image has room to grow now, by the last look at its host filesystem."""
+        volumes = [self._pool.volumes[room.storage.id] for room in self.candidates(lease)]
+        return any(
+            volume.grown_blocks < volume.record.capacity_blocks
+            and volume.host_free_bytes - self.reserve_bytes(volume) >= self._block_bytes
+            for volume in volumes
+        )
+
+    def steps(self, lease: MapId, block_count: int, *, urgent: bool = False) -> Iterator[Step | Growth]:
+        """Yield what to do, one after the other, until the lease has ``block_count`` blocks.
+
+        Raises:
+            NoSpace: Nothing is left to do, and it has not.
+        """
+        self._refusals.clear()
+        may_add = bool(self.settings.directories)
+        while not self.grant(lease, block_count, urgent=urgent):
+            if self._pool.freed_blocks * self._block_bytes >= self.extend_bytes:
+                yield Step.CHECKPOINT
+                continue
+            growth = self.next_growth(lease)
+            if growth is None and not may_add:
+                break
+            if growth is None:
+                may_add = False
+                yield Step.ADD_IMAGE
+                continue
+            yield growth
+            if growth.refusal is not None:
+                self._refusals[growth.storage.record.id] = growth.refusal
+        else:
+            return
+        self.revoke_all()
+        if not self.grant(lease, block_count, urgent=urgent):
+            yield Step.RECLAIM
+            yield Step.CHECKPOINT
+        if not self.grant(lease, block_count, urgent=urgent):
+            raise self._full(lease)
+
+    def _full(self, lease: MapId) -> NoSpace:
+        settings = self.settings_of(split_map_id(lease)[0])
+        if settings.place and not self.candidates(lease):
+            return NoSpace(
+                f"no storage volume meets the placement rules {', '.join(settings.place)}; add one that does"
+            )
+        reasons = [str(error) for error in self._refusals.values()] or [
+            "its storage volumes are at their capacity limits"
+        ]
+        return NoSpace("the pool is full: " + "; ".join(reasons) + "; add one with `incfs storage add`, or remove data")
