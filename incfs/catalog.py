@@ -10,8 +10,8 @@ from typing import Any
 
 from incfs.codec import decode_record, encode_record, pack, unpack
 from incfs.errors import FormatError, SnapshotNotFound, StorageNotFound, VolumeNotFound
-from incfs.model import Generation, MapId, Snapshot, Storage, StorageId, Volume, VolumeId, split_map_id
-from incfs.overlay import TableKey
+from incfs.model import NO_ORIGIN, Generation, MapId, Snapshot, Storage, StorageId, Volume, VolumeId, split_map_id
+from incfs.overlay import Chain, TableKey
 
 Record = Volume | Snapshot | Storage
 RecordId = tuple[str, tuple[int, ...]]
@@ -49,6 +49,8 @@ class Catalog:
         self.storages: dict[StorageId, Storage] = {}
         self._snapshots: dict[VolumeId, dict[Generation, Snapshot]] = {}
         self._names: dict[str, VolumeId] = {}
+        self._clones: dict[MapId, set[VolumeId]] = {}
+        """Origin -> volumes that read from it."""
         self._unsaved: dict[RecordId, Record | None] = {}
         self.last_volume_id = VolumeId(0)
 
@@ -70,22 +72,28 @@ class Catalog:
             self.storages[record.id] = record
 
     def _put_volume(self, volume: Volume) -> None:
-        old = self.volumes.get(volume.id)
-        if old is not None and self._names.get(old.name) == volume.id:
-            del self._names[old.name]
+        self._pop_volume(volume.id)
         self.volumes[volume.id] = volume
         self.last_volume_id = max(self.last_volume_id, volume.id)
         if volume.name:
             self._names[volume.name] = volume.id
+        if volume.origin:
+            self._clones.setdefault(volume.origin, set()).add(volume.id)
+
+    def _pop_volume(self, volume_id: VolumeId) -> None:
+        volume = self.volumes.pop(volume_id, None)
+        if volume is None:
+            return
+        if self._names.get(volume.name) == volume_id:
+            del self._names[volume.name]
+        self._clones.get(volume.origin, set()).discard(volume_id)
 
     def drop(self, identity: RecordId) -> None:
         """Forget a record; of one that is not there, too."""
         kind, numbers = identity
         self._unsaved[identity] = None
         if kind == "volume":
-            volume = self.volumes.pop(VolumeId(numbers[0]), None)
-            if volume is not None and self._names.get(volume.name) == volume.id:
-                del self._names[volume.name]
+            self._pop_volume(VolumeId(numbers[0]))
         elif kind == "snapshot":
             self._snapshots.get(VolumeId(numbers[0]), {}).pop(Generation(numbers[1]), None)
         else:
@@ -173,23 +181,39 @@ class Catalog:
         return found
 
     def volumes_to_reclaim(self) -> list[VolumeId]:
-        """List volumes that were removed, or of which a snapshot was."""
-        return [
-            volume.id
-            for volume in self.volumes.values()
-            if not volume.name or any(not s.name for s in self._snapshots.get(volume.id, {}).values())
-        ]
+        """List volumes that were removed, or of which a snapshot was; clones first, for origins wait for them."""
+        return sorted(
+            (
+                volume.id
+                for volume in self.volumes.values()
+                if not volume.name or any(not s.name for s in self._snapshots.get(volume.id, {}).values())
+            ),
+            reverse=True,
+        )
 
     def older_generation(self, volume_id: VolumeId, generation: Generation) -> Generation:
         """Give the next older snapshot that still has an increment, 0 without one."""
         older = [g for g in self._snapshots.get(volume_id, {}) if g < generation]
         return max(older, default=Generation(0))
 
-    def chain(self, map_id: MapId) -> list[TableKey]:
-        """List the tables that answer for a snapshot, in order; for a live volume just its own."""
+    def chain(self, map_id: MapId) -> Chain:
+        """List the tables that answer for a volume or a snapshot: its own, then those of its origin, and so on."""
+        links = []
+        while map_id:
+            volume_id, _ = split_map_id(map_id)
+            links.append(self._own_tables(map_id))
+            volume = self.volumes.get(volume_id)
+            map_id = volume.origin if volume is not None else NO_ORIGIN
+        return tuple(links)
+
+    def _own_tables(self, map_id: MapId) -> tuple[TableKey, ...]:
         volume_id, generation = split_map_id(map_id)
         newer = [g for g in self._snapshots.get(volume_id, {}) if g >= generation] if generation else []
-        return [*(TableKey(volume_id, g) for g in sorted(newer)), TableKey(volume_id)]
+        return (*(TableKey(volume_id, g) for g in sorted(newer)), TableKey(volume_id))
+
+    def clones(self, origin: MapId) -> list[Volume]:
+        """List the volumes that read from a snapshot, also those that are being removed."""
+        return [self.volumes[volume_id] for volume_id in sorted(self._clones.get(origin, ()))]
 
     def size_bytes(self, map_id: MapId) -> int:
         """Tell the size of a live volume or of a snapshot."""

@@ -12,7 +12,7 @@ from incfs.catalog import KINDS, Catalog
 from incfs.codec import Entries, checksum, decode_entries, entry_runs, open_value
 from incfs.errors import FormatError, IncfsError
 from incfs.log import Reader, page_key
-from incfs.model import HOLE, PAGE_BLOCKS, Snapshot, StorageId, Volume
+from incfs.model import HOLE, PAGE_BLOCKS, Snapshot, StorageId, Volume, split_map_id
 from incfs.overlay import TableKey
 from incfs.pool import StorageVolume, group_start, split_groups
 
@@ -121,11 +121,19 @@ class Checker:
         if volume.name and mapped != volume.mapped_blocks:
             self.report.damage(where, f"counts {volume.mapped_blocks} mapped blocks, but has {mapped}")
         snapshots = self._catalog.snapshots(volume.id, removed=True)
+        self._check_origin(volume, where)
         newest = max((s.generation for s in snapshots), default=0)
         if (volume.newest_generation, max(newest, volume.last_generation)) != (newest, volume.last_generation):
             self.report.damage(where, f"newest snapshot is {newest}, the record says {volume.newest_generation}")
         for snapshot in snapshots:
             self._check_snapshot(volume, snapshot)
+
+    def _check_origin(self, volume: Volume, where: str) -> None:
+        if not volume.origin:
+            return
+        origin_id, generation = split_map_id(volume.origin)
+        if origin_id >= volume.id or ("snapshot", (origin_id, generation)) not in self._catalog:
+            self.report.damage(where, f"reads from snapshot {generation} of volume {origin_id}: not there")
 
     def _check_snapshot(self, volume: Volume, snapshot: Snapshot) -> None:
         where = f"snapshot {volume.name or volume.id}@{snapshot.name or snapshot.generation}"

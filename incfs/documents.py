@@ -3,15 +3,30 @@
 Sizes in bytes, times in RFC 3339.  Reads the service's memory and changes nothing.
 """
 
+import time
 from typing import TYPE_CHECKING, Any
 
-from incfs.model import Snapshot, Volume
+from incfs.model import Snapshot, Volume, split_map_id
 from incfs.units import format_time
 
 if TYPE_CHECKING:
     from incfs.service import Service
 
 Document = dict[str, Any]
+
+
+def origin_name(service: "Service", volume: Volume) -> str | None:
+    """Name the snapshot that a clone reads from; None when it is no clone."""
+    if not volume.origin:
+        return None
+    origin_id, generation = split_map_id(volume.origin)
+    return f"{service.volume_by_id(origin_id).name}@{service.snapshot_by_generation(origin_id, generation).name}"
+
+
+def holds_document(snapshot: Snapshot) -> list[Document]:
+    """Describe the holds of a snapshot that are in force."""
+    in_force = snapshot.holds_at(time.time_ns())
+    return [{"tag": tag, "expires": expires and format_time(expires)} for tag, expires in sorted(in_force.items())]
 
 
 def volume_document(service: "Service", volume: Volume) -> Document:
@@ -26,6 +41,7 @@ def volume_document(service: "Service", volume: Volume) -> Document:
         "mapped_bytes": service.mapped_bytes(volume.map_id),
         "held_bytes": sum(snapshot.held_blocks for snapshot in snapshots) * block_bytes,
         "snapshot_count": len(snapshots),
+        "origin": origin_name(service, volume),
         "mode": f"{volume.mode:04o}",
         "uid": volume.uid,
         "gid": volume.gid,
@@ -51,6 +67,8 @@ def snapshot_document(service: "Service", snapshot: Snapshot) -> Document:
         "held_bytes": snapshot.held_blocks * block_bytes,
         "created": format_time(snapshot.created_ns),
         "tag": snapshot.tag,
+        "clones": [clone.name for clone in service.clones(snapshot) if clone.name],
+        "holds": [hold["tag"] for hold in holds_document(snapshot)],
     }
 
 

@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from hashlib import blake2b
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any
 from uuid import UUID
 
@@ -34,6 +35,7 @@ from incfs.model import (
     Storage,
     StorageId,
     Volume,
+    split_map_id,
     validate_name,
 )
 from incfs.overlay import Layer, Patch, TableKey
@@ -337,6 +339,7 @@ class MetadataBuilder:
             ImageMismatch: An image is missing, too short or another one.
         """
         try:
+            self._require_origins()
             if with_images:
                 self._require_images()
         except BaseException:
@@ -360,6 +363,12 @@ class MetadataBuilder:
                 held = self._mapped.get(TableKey(volume.id, s.generation), 0)
                 missing["snapshot", (volume.id, s.generation)] = s.held_blocks - held
         return {identity: count for identity, count in missing.items() if count}
+
+    def _require_origins(self) -> None:
+        for volume in self.catalog.volumes.values():
+            origin = split_map_id(volume.origin)
+            if volume.name and volume.origin and (origin[0] >= volume.id or ("snapshot", origin) not in self.catalog):
+                raise FormatError(f"volume {volume.id} is a clone of snapshot {origin}, which there is not")
 
     def _recount(self) -> None:
         for volume in list(self.catalog.volumes.values()):
@@ -529,7 +538,9 @@ def _validate(record: Record, block_bytes: int) -> None:
         case Snapshot():
             sound = 1 <= record.generation < 1 << 32 and 0 <= record.size_bytes <= MAX_VOLUME_BYTES
             sound = sound and 0 <= record.mapped_blocks <= MAX_VOLUME_BYTES // block_bytes
-            _validate_name(record.name, "snapshot")
+            sound = sound and all(type(when) in {int, NoneType} for when in record.holds.values())
+            for name in (record.name, *record.holds):
+                _validate_name(name, "snapshot")
     try:
         UUID(record.uuid)
     except ValueError:

@@ -10,6 +10,7 @@ Owns the tree, the stable codes, and for each class its errno (FUSE), its exit c
     │   ├── VolumeNotFound
     │   ├── SnapshotNotFound
     │   ├── StorageNotFound
+    │   ├── HoldNotFound
     │   └── NotAPool
     ├── AlreadyExists
     ├── Busy                       names who holds it
@@ -99,6 +100,12 @@ class StorageNotFound(NotFound):
     """No storage volume of that id."""
 
     code = "storage.not-found"
+
+
+class HoldNotFound(NotFound):
+    """The snapshot is not held by that tag."""
+
+    code = "hold.not-found"
 
 
 class NotAPool(NotFound):

@@ -71,7 +71,8 @@ def page_entries(store: Store, table: MapId, page_index: int) -> Entries:
 
 def next_page(store: Store, table: MapId, page_index: int) -> int | None:
     """Find the first page at or after ``page_index`` that may hold mappings."""
-    found = [index for key in store.catalog.chain(table) for index in store.log.page_indexes(key, page_index, limit=1)]
+    tables = [key for link in store.catalog.chain(table) for key in link]
+    found = [index for key in tables for index in store.log.page_indexes(key, page_index, limit=1)]
     return min(found, default=None)
 
 

@@ -124,7 +124,16 @@ def _volume_facts(service: "Service", volume: Volume) -> dict[str, str]:
         "mapped_bytes": str(service.mapped_bytes(volume.map_id)),
         "snapshots": str(len(service.snapshots(volume.id))),
         "newest_generation": str(volume.newest_generation),
+        **_origin_facts(service, volume),
     }
+
+
+def _origin_facts(service: "Service", volume: Volume) -> dict[str, str]:
+    if not volume.origin:
+        return {}
+    origin_id, generation = split_map_id(volume.origin)
+    origin = service.snapshot_by_generation(origin_id, generation)
+    return {"origin": f"{service.volume_by_id(origin_id).name}@{origin.name}", "origin_uuid": origin.uuid}
 
 
 def _snapshot_facts(service: "Service", snapshot: Snapshot) -> dict[str, str]:

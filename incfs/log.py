@@ -26,8 +26,8 @@ import lmdb
 from incfs.backing import Backing
 from incfs.codec import Entries, decode_entries, encode_entries, open_value, pack, seal_value, unpack
 from incfs.errors import BackingError, FormatError, NoSpace
-from incfs.model import HOLE, INHERIT, Appended
-from incfs.overlay import Layer, Overlay, TableKey
+from incfs.model import HOLE, INHERIT, Appended, SealedPage, VolumeId, map_id
+from incfs.overlay import Chain, Layer, Overlay, TableKey
 from incfs.tablesfile import MARK_MODULUS, TablesFile, damaged_values, key_mark, value_mark
 
 logger = logging.getLogger(__name__)
@@ -390,23 +390,33 @@ class IncrementalLog:
                 stored = reader.page(table, page_index)
         return self._overlay.compose(table, page_index, stored)
 
-    def fetch(self, chain: Sequence[TableKey], page_index: int) -> list[Entries]:
+    def fetch(self, chain: Chain, page_index: int) -> list[list[Entries]]:
         """Read the stored form of one page of several tables.  Any thread."""
         with self._tables.reading() as reader:
-            return [reader.page(table, page_index) for table in chain]
+            return [[reader.page(table, page_index) for table in link] for link in chain]
 
-    def resolve(self, chain: Sequence[TableKey], page_index: int, stored: Sequence[Entries]) -> Entries:
+    def resolve(self, chain: Chain, page_index: int, stored: Sequence[Sequence[Entries]]) -> Entries:
         """Give a page as a snapshot (or the live volume) sees it.
 
         Args:
-            chain: The increments from the snapshot on, oldest first, then the lookup table.
+            chain: What ``Catalog.chain`` gives: increments from the snapshot on, oldest first, then the lookup table;
+                the same of the origin.
             page_index: The page.
             stored: What ``fetch`` returned for the same chain, in the same epoch.
         """
         resolved: Entries = {}
-        for table, entries in zip(chain, stored, strict=True):
-            resolved = {**self._overlay.compose(table, page_index, entries), **resolved}
+        for link, pages in zip(chain, stored, strict=True):
+            own: Entries = {}
+            for table, entries in zip(link, pages, strict=True):
+                own = {**self._overlay.compose(table, page_index, entries), **own}
+            resolved = {**own, **{index: entry for index, entry in resolved.items() if entry[0] != INHERIT}}
         return resolved
+
+    def appended(self, volume_id: int, page_index: int, new: Entries) -> SealedPage:
+        """Describe mappings that are going to be appended, with what the lookup table itself has for them now."""
+        old = self.entries(TableKey(volume_id), page_index)
+        changes = [Appended(slot, *entry, *old.get(slot, (INHERIT, 0))) for slot, entry in new.items()]
+        return SealedPage(map_id(VolumeId(volume_id)), page_index, changes)
 
     def page_indexes(self, table: TableKey, start: int = 0, limit: int | None = None) -> list[int]:
         """List pages that may hold mappings, ascending from ``start``, at most ``limit`` of them."""

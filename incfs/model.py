@@ -25,6 +25,9 @@ INHERIT: Final = Address(0)
 HOLE: Final = Address(1)
 """Reads as zeros even if the origin has data."""
 
+NO_ORIGIN: Final = MapId(0)
+"""No table: unmapped blocks read as zeros."""
+
 PAGE_BLOCKS: Final = 512
 """Consecutive virtual blocks whose mappings form one map page."""
 MIN_BLOCK_BYTES: Final = 64
@@ -96,6 +99,8 @@ class Volume:
     """Where dropping what lies behind the end goes on (interrupted shrink); MAX_VOLUME_BYTES: only the
     rest of the last block is left."""
     xattrs: Mapping[str, bytes] = field(default_factory=dict)
+    origin: MapId = NO_ORIGIN
+    """The snapshot's table that unmapped blocks read from."""
 
     @property
     def map_id(self) -> MapId:
@@ -119,11 +124,17 @@ class Snapshot:
     held_blocks: int = 0
     """Stored blocks in this snapshot's increment."""
     tag: str = ""
+    holds: Mapping[str, int | None] = field(default_factory=dict)
+    """Tag -> when it expires (nanoseconds since 1970), None for never: while one is in force it is not removed."""
 
     @property
     def map_id(self) -> MapId:
         """The snapshot's table."""
         return map_id(self.volume_id, self.generation)
+
+    def holds_at(self, now_ns: int) -> dict[str, int | None]:
+        """Give the holds that are in force at a time."""
+        return {tag: expires for tag, expires in self.holds.items() if expires is None or expires > now_ns}
 
 
 @dataclass(frozen=True, slots=True)

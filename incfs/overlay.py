@@ -18,6 +18,11 @@ class TableKey(NamedTuple):
     generation: int = 0
 
 
+Chain = tuple[tuple[TableKey, ...], ...]
+"""The tables that answer for a page.  In a link the first table that has a block answers for it; the next link,
+of the origin, answers for blocks that nobody has, and for those that are inherited."""
+
+
 @dataclass(slots=True)
 class Patch:
     """Changed mappings of one page."""

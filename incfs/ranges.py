@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from incfs.dataplane import LeaseExhausted, NotResident, ReadWouldWait, Refused
 from incfs.errors import BackingError, LimitExceeded, NoSpace, NotSupported
-from incfs.model import MAX_VOLUME_BYTES, PAGE_BLOCKS, MapId, Volume, VolumeId, split_map_id
+from incfs.extents import next_page, page_entries
+from incfs.model import HOLE, MAX_VOLUME_BYTES, PAGE_BLOCKS, MapId, Volume, VolumeId, split_map_id
 from incfs.space import Growth, Step
 from incfs.store import Store
 
@@ -208,10 +209,19 @@ def _zero_part(store: Store, table: MapId, offset_bytes: int, end_bytes: int, *,
 def _discard_page(store: Store, table: MapId, first_block: int, end_block: int) -> int:
     """Discard within the first page from ``first_block`` on that has mappings; give where it ended."""
     store.absorb()
-    found = store.log.page_indexes(store.catalog.chain(table)[-1], first_block // PAGE_BLOCKS, limit=1)
-    if not found or found[0] * PAGE_BLOCKS >= end_block:
+    found = next_page(store, table, first_block // PAGE_BLOCKS)
+    if found is None or found * PAGE_BLOCKS >= end_block:
         return end_block
-    start = max(first_block, found[0] * PAGE_BLOCKS)
-    stop = min(end_block, (found[0] + 1) * PAGE_BLOCKS)
+    start = max(first_block, found * PAGE_BLOCKS)
+    stop = min(end_block, (found + 1) * PAGE_BLOCKS)
+    if store.catalog.volume(split_map_id(table)[0]).origin and not _has_data(store, table, start, stop):
+        return stop  # no need to cover with holes what is none
     store.plane.discard(table, start, stop - start)
     return stop
+
+
+def _has_data(store: Store, table: MapId, first_block: int, end_block: int) -> bool:
+    page_index = first_block // PAGE_BLOCKS
+    indexes = range(first_block - page_index * PAGE_BLOCKS, end_block - page_index * PAGE_BLOCKS)
+    entries = page_entries(store, table, page_index)
+    return any(entry[0] > HOLE and index in indexes for index, entry in entries.items())

@@ -34,15 +34,12 @@ from incfs.model import (
     MAX_STORAGE_ID,
     PAGE_BLOCKS,
     REDUNDANCIES,
-    Appended,
     Generation,
     SealedPage,
     Storage,
     StorageId,
     VolumeId,
-    map_id,
 )
-from incfs.overlay import TableKey
 from incfs.pool import Pool
 from incfs.store import TABLES_NAME, Options, Store, new_nonce
 from incfs.superblock import SUPERBLOCK_NAME, Superblock, is_block_size, read_superblock, write_superblock
@@ -346,15 +343,12 @@ def _by_page(runs: list[MapRun]) -> Iterator[tuple[int, list[MapRun]]]:
 
 
 def _sealed(store: Store, volume_id: VolumeId, page_index: int, runs: list[MapRun]) -> SealedPage:
-    old = store.log.entries(TableKey(volume_id), page_index)
-    appended = [
-        Appended(
-            index := run.first_block % PAGE_BLOCKS + i,
+    new = {
+        run.first_block % PAGE_BLOCKS + i: (
             run.address + i if run.address > HOLE else run.address,
             run.checksums[i] if run.checksums else 0,
-            *old.get(index, (0, 0)),
         )
         for run in runs
         for i in range(run.block_count)
-    ]
-    return SealedPage(map_id(volume_id), page_index, appended)
+    }
+    return store.log.appended(volume_id, page_index, new)

@@ -27,7 +27,7 @@ from incfs.image import read_header
 from incfs.journal import journal_paths
 from incfs.lock import LOCK_NAME
 from incfs.log import DATABASES, LMDB_LIB_VERSION
-from incfs.model import HOLE, PAGE_BLOCKS, MapId, Snapshot, Storage, StorageId, Volume, VolumeId
+from incfs.model import HOLE, PAGE_BLOCKS, MapId, Snapshot, Storage, StorageId, Volume, VolumeId, split_map_id
 from incfs.overlay import TableKey
 from incfs.recovery import DEFAULT_JOURNAL_BYTES, UNLIMITED_BLOCKS, create_pool, open_store
 from incfs.store import TABLES_NAME, Options, Salvage, Store
@@ -362,6 +362,19 @@ def _drop_incomplete(builder: MetadataBuilder, notes: list[str]) -> None:
             if older.generation <= numbers[1]:
                 notes.append(f"snapshot {name}@{older.name} is not saved: a part of what it needs is lost")
                 builder.catalog.put(replace(older, name=""))
+    _drop_orphans(builder, notes)
+
+
+def _drop_orphans(builder: MetadataBuilder, notes: list[str]) -> None:
+    """A clone whose origin is lost would read what is newer: not saved.  Origins are older, so they come first."""
+    catalog = builder.catalog
+    for volume_id, clone in sorted(catalog.volumes.items()):
+        origin = catalog.get(("snapshot", split_map_id(clone.origin))) if clone.origin else None
+        if clone.origin and clone.name and not (isinstance(origin, Snapshot) and origin.name):
+            notes.append(f"volume {clone.name} is not saved: a part of its origin is lost")
+            catalog.put(replace(clone, name=""))
+            for taken in catalog.snapshots(volume_id):
+                catalog.put(replace(taken, name=""))
 
 
 # --------------------------------------------------------------------------------- copying
@@ -406,10 +419,10 @@ class _Copier:
     def _copy_state(self, before: MapId | None, state: "Snapshot | Volume", target: MapId, lost: set[int]) -> set[int]:
         """Make the target what ``state`` is, from what ``before`` was; give the blocks that are lost."""
         catalog, log = self._old.catalog, self._old.log
-        chains = [*catalog.chain(state.map_id), *(catalog.chain(before) if before is not None else ())]
+        links = [*catalog.chain(state.map_id), *(catalog.chain(before) if before is not None else ())]
         end = -(-state.size_bytes // self._old.block_bytes)
         still_lost = {block for block in lost if block < end}
-        for page in sorted({page for table in chains for page in log.page_indexes(table)}):
+        for page in sorted({page for link in links for table in link for page in log.page_indexes(table)}):
             first = page * PAGE_BLOCKS
             count = min(PAGE_BLOCKS, end - first)
             if count <= 0:

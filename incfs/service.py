@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import trio
 
 from incfs import dump, extents, ranges, recovery, snapshot, status, volume
+from incfs.branches import Branches
 from incfs.check import Checker, CheckReport, Progress
 from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
 from incfs.dataplane import DataPlane
@@ -71,6 +72,8 @@ class Service:
         self._reclaimer = Reclaimer(store, self._committer, self._handles.__contains__)
         self._driver = Driver(store, self._committer, self._reclaimer)
         self._keeper = self._driver.keeper = Keeper(store, self._driver.space_lock, self._add_storage)
+        self.branches = Branches(store, self._committer)
+        """Clones, holds, going back."""
         self.mounted: MountHook | None = None
 
     # Look-ups
@@ -116,6 +119,10 @@ class Service:
         """List a volume's snapshots, oldest first."""
         return self._store.catalog.snapshots(volume_id)
 
+    def clones(self, taken: Snapshot) -> list[Volume]:
+        """List the volumes that read from a snapshot."""
+        return self._store.catalog.clones(taken.map_id)
+
     def snapshot(self, volume_id: VolumeId, name: str) -> Snapshot:
         """Look up a snapshot by name or ``uuid:...``."""
         return self._store.catalog.snapshot(volume_id, name)
@@ -125,13 +132,14 @@ class Service:
         return self._store.catalog.snapshot_by_generation(volume_id, generation)
 
     def mapped_bytes(self, table: MapId) -> int:
-        """Tell how much of a volume or snapshot is stored, unsealed writes included."""
+        """Tell how much of a volume or snapshot is stored, what it inherits not counted, unsealed writes included."""
         volume_id, generation = split_map_id(table)
         if generation:
-            blocks = self.snapshot_by_generation(volume_id, generation).mapped_blocks
-        else:
-            blocks = self.volume_by_id(volume_id).mapped_blocks + self._store.plane.mapped_delta(table)
-        return blocks * self.block_bytes
+            return self.snapshot_by_generation(volume_id, generation).mapped_blocks * self.block_bytes
+        found = self.volume_by_id(volume_id)
+        # The data plane counts what a clone inherits like its own: there, until the next seal, unsealed writes miss.
+        unsealed = 0 if found.origin else self._store.plane.mapped_delta(table)
+        return (found.mapped_blocks + unsealed) * self.block_bytes
 
     def note_writes(self) -> None:
         """Bring the volumes' times of modification up to date."""
@@ -308,7 +316,7 @@ class Service:
         if self.mounted is not None:
             for volume_id, _ in wanted:
                 await self.mounted.sync_volume(self.volume_by_id(volume_id).name)
-        taken = snapshot.create(self._store, wanted)
+        taken = await self._driver.drive(lambda _: snapshot.create(self._store, wanted))
         await self.commit()
         return taken
 

@@ -1,13 +1,15 @@
 """Snapshots: taken over several volumes at one point, renamed, removed, compared."""
 
 import uuid as uuids
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from incfs.errors import AlreadyExists, LimitExceeded, UsageError
+from incfs.errors import AlreadyExists, Busy, LimitExceeded, UsageError
 from incfs.extents import Extent, join_extents, page_entries
+from incfs.holds import require_not_held
 from incfs.model import HOLE, INHERIT, MAX_GENERATION, PAGE_BLOCKS, Generation, Snapshot, VolumeId, validate_name
 from incfs.overlay import TableKey
+from incfs.ranges import TrimPending
 from incfs.store import Store
 
 
@@ -19,6 +21,7 @@ def create(store: Store, wanted: Sequence[tuple[VolumeId, str]]) -> list[Snapsho
     Raises:
         UsageError: A volume is named twice, or none.
         InvalidName, AlreadyExists: Of a name; then no snapshot is taken.
+        TrimPending: A shrink is not finished: what lies behind the end would come to light in a clone that grows.
     """
     store.begin_change()
     if not wanted or len({volume_id for volume_id, _ in wanted}) != len(wanted):
@@ -26,6 +29,8 @@ def create(store: Store, wanted: Sequence[tuple[VolumeId, str]]) -> list[Snapsho
     for volume_id, name in wanted:
         validate_name(name, what="snapshot")
         _require_free_name(store, volume_id, name)
+        if store.catalog.volume(volume_id).trim_from_bytes is not None:
+            raise TrimPending(volume_id)
     now = store.clock()
     taken = [_snapshot_of(store, volume_id, name, now) for volume_id, name in wanted]
     volumes = [
@@ -70,9 +75,31 @@ def remove(store: Store, volume_id: VolumeId, name: str) -> None:
 
     Raises:
         SnapshotNotFound: No such snapshot.
+        Busy: It has clones, or is held.
     """
     store.begin_change()
-    store.change(replace(store.catalog.snapshot(volume_id, name), name=""))
+    removed = store.catalog.snapshot(volume_id, name)
+    require_removable(store, [removed])
+    store.change(replace(removed, name=""))
+
+
+def require_removable(store: Store, snapshots: Iterable[Snapshot]) -> None:
+    """Refuse to remove snapshots that something needs.
+
+    Raises:
+        Busy: One has clones or is held; it names them.
+    """
+    for snapshot in snapshots:
+        require_not_held(store, snapshot)
+        clones = [volume.name for volume in store.catalog.clones(snapshot.map_id) if volume.name]
+        if clones:
+            whose = f"{store.catalog.volume(snapshot.volume_id).name}@{snapshot.name}"
+            raise Busy(
+                f"snapshot {whose} is the origin of {', '.join(clones)}; remove or flatten "
+                f"{'it' if len(clones) == 1 else 'them'} first",
+                snapshot=whose,
+                clones=clones,
+            )
 
 
 def _increments_between(store: Store, older: Snapshot, newer: Snapshot) -> list[TableKey]:
@@ -93,7 +120,10 @@ def changed_pages(store: Store, older: Snapshot | None, newer: Snapshot) -> list
     Raises:
         UsageError: ``older`` is not older.
     """
-    tables = store.catalog.chain(newer.map_id) if older is None else _increments_between(store, older, newer)
+    if older is None:
+        tables = [table for link in store.catalog.chain(newer.map_id) for table in link]
+    else:
+        tables = _increments_between(store, older, newer)
     return sorted({page for table in tables for page in store.log.page_indexes(table)})
 
 

@@ -32,7 +32,7 @@ from incfs.events import EventLog
 from incfs.journal import Journal
 from incfs.lock import PoolLock
 from incfs.log import IncrementalLog, Tables
-from incfs.model import HOLE, Generation, MapId, SealedPage, StorageId, Volume, VolumeId, split_map_id
+from incfs.model import HOLE, INHERIT, Generation, MapId, SealedPage, StorageId, Volume, VolumeId, split_map_id
 from incfs.planes import PlaneKind, default_kind, make_plane
 from incfs.pool import DEFAULT_EXTEND_BYTES, Pool, PunchPlan
 from incfs.space import Space
@@ -221,9 +221,16 @@ class Store:
         for page in batch.pages:
             by_volume.setdefault(split_map_id(page.map_id)[0], []).append(page)
         for volume_id, pages in by_volume.items():
-            self._pending.append(map_change(volume_id, pages))
-            self.pending_mappings += sum(len(page.appended) for page in pages)
-            self.append_mappings(self.catalog.volume(volume_id), pages)
+            volume = self.catalog.volume(volume_id)
+            sealed = [self._owned(page) for page in pages] if volume.origin else pages
+            self._pending.append(map_change(volume_id, sealed))
+            self.pending_mappings += sum(len(page.appended) for page in sealed)
+            self.append_mappings(volume, sealed)
+
+    def _owned(self, page: SealedPage) -> SealedPage:
+        """Say what a clone's own table had: the data plane does not tell its blocks from those of the origin."""
+        new = {change.slot: (change.address, change.checksum) for change in page.appended}
+        return self.log.appended(split_map_id(page.map_id)[0], page.page_index, new)
 
     def append_mappings(self, volume: Volume, pages: list[SealedPage]) -> None:
         """Append sealed mappings: into the log, the bitmaps and the counters."""
@@ -309,7 +316,8 @@ class Store:
         if self.plane.page_count >= limit:
             for evicted_map, evicted_page in self.plane.shrink(limit - limit // 8):
                 self.log.forget(split_map_id(evicted_map)[0], evicted_page)
-        self.plane.load(table, page_index, entries)
+        volume = self.catalog.volume(split_map_id(table)[0])
+        self.plane.load(table, page_index, entries, hole=HOLE if volume.origin else INHERIT)
 
     def evict(self, table: MapId) -> None:
         """Forget the resident pages and the lease of a table that is going away."""

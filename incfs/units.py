@@ -15,6 +15,10 @@ _PREFIXES: Final = "KMGTPE"
 _SIZE: Final = re.compile(rf"(\d{{1,20}}(?:\.\d{{1,18}})?)\s?(?:([{_PREFIXES}])(I?B)?|B)?", re.ASCII)
 
 
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s?([smhdw])?", re.ASCII)
+
+
 def parse_size(text: str) -> int:
     """Read a size such as ``4096``, ``64K``, ``1.5GiB`` or ``10GB`` and return bytes.
 
@@ -34,6 +38,19 @@ def parse_size(text: str) -> int:
     if size.denominator != 1:
         raise UsageError(f"{text!r} is not a whole number of bytes", value=text)
     return int(size)
+
+
+def parse_duration(text: str) -> float:
+    """Read a time such as ``90s``, ``30m``, ``1.5h``, ``7d`` or ``2w`` and return seconds; a bare number is seconds.
+
+    Raises:
+        UsageError: It is none, or is negative.
+    """
+    match = _DURATION.fullmatch(text.strip().lower())
+    if match is None:
+        raise UsageError(f"{text!r} is not a time; write a number with s, m, h, d or w", value=text)
+    number, unit = match.groups()
+    return float(number) * _SECONDS[unit or "s"]
 
 
 def format_size(size_bytes: int) -> str:

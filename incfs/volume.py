@@ -11,18 +11,23 @@ from incfs.errors import AlreadyExists, Busy, LimitExceeded, UsageError
 from incfs.model import (
     MAX_VOLUME_BYTES,
     MAX_XATTR_BYTES,
+    NO_ORIGIN,
     Generation,
+    MapId,
     Volume,
     VolumeId,
     validate_name,
 )
 from incfs.overlay import TableKey
 from incfs.ranges import TrimPending
+from incfs.snapshot import require_removable
 from incfs.store import Store
 
 
-def create(store: Store, name: str, size_bytes: int, *, mode: int, uid: int, gid: int) -> Volume:
-    """Add a volume that reads as zeros.
+def create(
+    store: Store, name: str, size_bytes: int, *, mode: int, uid: int, gid: int, origin: MapId = NO_ORIGIN
+) -> Volume:
+    """Add a volume that reads as zeros, or as its origin.
 
     Raises:
         InvalidName, AlreadyExists, LimitExceeded: Of the name, and of the size.
@@ -36,6 +41,7 @@ def create(store: Store, name: str, size_bytes: int, *, mode: int, uid: int, gid
         raise LimitExceeded("the pool has given out all 2^32 volume ids")
     now = store.clock()
     volume = Volume(volume_id, str(uuids.uuid4()), name, size_bytes, 0, mode & 0o7777, uid, gid, now, now, now, now)
+    volume = replace(volume, origin=origin)
     store.change(volume)
     return volume
 
@@ -127,13 +133,15 @@ def remove(store: Store, volume_id: VolumeId, *, snapshots: bool) -> None:
     """Take a volume out of the namespace; ``reclaim`` frees its blocks later.
 
     Raises:
-        Busy: It has snapshots and ``snapshots`` is false.
+        Busy: It has snapshots and ``snapshots`` is false, or one of them has clones.
     """
     store.begin_change()
     volume = store.catalog.volume(volume_id)
     if not snapshots:
         _require_no_snapshots(store, volume)
-    doomed = [replace(snapshot, name="") for snapshot in store.catalog.snapshots(volume_id)]
+    kept = store.catalog.snapshots(volume_id)
+    require_removable(store, kept)
+    doomed = [replace(snapshot, name="") for snapshot in kept]
     store.change(*doomed, replace(volume, name=""))
 
 
@@ -161,16 +169,19 @@ def set_xattrs(store: Store, volume_id: VolumeId, xattrs: Mapping[str, bytes]) -
 def reclaim(store: Store, volume_id: VolumeId, page_count: int) -> bool:
     """Free blocks of removed snapshots, and of the volume itself if it was removed; one bounded step.
 
+    A removed snapshot waits for removed clones of it that are still open, and its volume with it.
+
     Returns:
-        Whether nothing is left to do.
+        Whether nothing is left to do now.
     """
     store.begin_change()
     volume = store.catalog.volume(volume_id)
     removed = [s for s in store.catalog.snapshots(volume_id, removed=True) if not s.name]
-    if removed:
-        _fold_some(store, volume, min(s.generation for s in removed), page_count)
+    unneeded = [s.generation for s in removed if not store.catalog.clones(s.map_id)]
+    if unneeded:
+        _fold_some(store, volume, min(unneeded), page_count)
         return False
-    if volume.name:
+    if volume.name or removed:
         return True
     pages = store.log.occupied_pages(TableKey(volume_id), page_count)
     if pages:

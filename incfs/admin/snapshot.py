@@ -1,12 +1,13 @@
 """Verbs of snapshots."""
 
+import time
 from typing import TYPE_CHECKING, Final
 
 from incfs.admin.verb import Verb, refuse_taken
-from incfs.documents import Document, snapshot_document, snapshot_removal
+from incfs.documents import Document, holds_document, snapshot_document, snapshot_removal
 from incfs.errors import UsageError
-from incfs.model import validate_name
-from incfs.targets import find_snapshot, find_volume, split_snapshot, split_target
+from incfs.model import Snapshot, VolumeId, validate_name
+from incfs.targets import find_snapshot, find_table, find_volume, split_snapshot, split_target
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -45,6 +46,44 @@ async def snapshot_remove(service: "Service", *, target: str, dry_run: bool = Fa
     elif not dry_run:
         await service.remove_snapshot(volume.id, snapshot.name)
     return {"removal": {"dry_run": dry_run, **removal}}
+
+
+async def snapshot_hold(
+    service: "Service", *, tag: str, targets: list[str], expires_s: float | int | None = None
+) -> Document:
+    """Keep snapshots from being removed, for ever or for some seconds."""
+    expires_ns = None if expires_s is None else time.time_ns() + int(expires_s * 1e9)
+    held = await service.branches.hold(_pairs(service, targets), tag, expires_ns=expires_ns)
+    return {"holds": _hold_rows(service, held)}
+
+
+async def snapshot_release(service: "Service", *, tag: str, targets: list[str]) -> Document:
+    """End the holds of a tag."""
+    released = await service.branches.release(_pairs(service, targets), tag)
+    return {"holds": _hold_rows(service, released)}
+
+
+async def snapshot_holds(service: "Service", *, target: str | None = None) -> Document:
+    """Report the holds of a snapshot, of a volume's snapshots, or of all."""
+    if target is None:
+        found = [taken for volume in service.volumes() for taken in service.snapshots(volume.id)]
+    else:
+        volume, taken = find_table(service, target)
+        found = service.snapshots(volume.id) if taken is None else [taken]
+    return {"holds": _hold_rows(service, found)}
+
+
+def _pairs(service: "Service", targets: list[str]) -> list[tuple[VolumeId, str]]:
+    found = [find_snapshot(service, target) for target in targets]
+    return [(volume.id, taken.name) for volume, taken in found]
+
+
+def _hold_rows(service: "Service", snapshots: list[Snapshot]) -> list[Document]:
+    return [
+        {"name": f"{service.volume_by_id(taken.volume_id).name}@{taken.name}", **hold}
+        for taken in snapshots
+        for hold in holds_document(taken)
+    ]
 
 
 async def snapshot_rename(service: "Service", *, target: str, name: str) -> Document:
@@ -88,6 +127,9 @@ VERBS: Final = {
     "snapshot.list": Verb(snapshot_list, is_read_only=True),
     "snapshot.show": Verb(snapshot_show, is_read_only=True),
     "snapshot.remove": Verb(snapshot_remove, is_read_only=False),
+    "snapshot.hold": Verb(snapshot_hold, is_read_only=False),
+    "snapshot.release": Verb(snapshot_release, is_read_only=False),
+    "snapshot.holds": Verb(snapshot_holds, is_read_only=True),
     "snapshot.rename": Verb(snapshot_rename, is_read_only=False),
     "snapshot.diff": Verb(snapshot_diff, is_read_only=True),
 }

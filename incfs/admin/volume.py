@@ -6,7 +6,7 @@ from incfs.admin.verb import Verb, refuse_open, refuse_taken
 from incfs.documents import Document, volume_document, volume_removal
 from incfs.errors import Busy, UsageError
 from incfs.model import validate_name
-from incfs.targets import find_table, find_volume
+from incfs.targets import find_snapshot, find_table, find_volume
 from incfs.units import format_size
 
 if TYPE_CHECKING:
@@ -69,6 +69,12 @@ async def volume_rename(service: "Service", *, volume: str, name: str) -> Docume
     return {"volume": volume_document(service, service.volume_by_id(found.id))}
 
 
+async def volume_clone(service: "Service", *, target: str, name: str) -> Document:
+    """Create a volume that reads as a snapshot until it is written."""
+    _, origin = find_snapshot(service, target)
+    return {"volume": volume_document(service, await service.branches.clone(origin, name))}
+
+
 async def volume_remove(service: "Service", *, volume: str, snapshots: bool = False, dry_run: bool = False) -> Document:
     """Remove a volume, with its snapshots when asked; ``dry_run`` only says what would go."""
     found = find_volume(service, volume)
@@ -115,6 +121,7 @@ VERBS: Final = {
     "volume.show": Verb(volume_show, is_read_only=True),
     "volume.resize": Verb(volume_resize, is_read_only=False),
     "volume.rename": Verb(volume_rename, is_read_only=False),
+    "volume.clone": Verb(volume_clone, is_read_only=False),
     "volume.remove": Verb(volume_remove, is_read_only=False),
     "volume.map": Verb(volume_map, is_read_only=True),
 }

@@ -14,7 +14,7 @@ from incfs.units import format_size
 OUTPUT_VERSION: Final = 1
 _SIZE_SUFFIX: Final = "_bytes"
 _COUNT_SUFFIX: Final = "_count"
-_TIMES: Final = frozenset({"created", "modified", "changed", "accessed"})
+_TIMES: Final = frozenset({"created", "modified", "changed", "accessed", "expires"})
 _NUMBERS: Final = ("_bytes", "_count", "id", "generation", "offset", "length", "block")
 
 

@@ -1,4 +1,4 @@
-"""``incfs snapshot``: create, list, show, remove, rename, diff."""
+"""``incfs snapshot``: create, list, show, remove, rename, hold, release, holds, diff."""
 
 from typing import Annotated, Final
 
@@ -7,8 +7,10 @@ import typer
 from incfs.cli import output
 from incfs.cli.options import Columns, DryRun, Exact, Json, NoHeader, new_noun, verb
 from incfs.cli.session import call
+from incfs.units import parse_duration
 
 _COLUMNS: Final = ("name", "size_bytes", "mapped_bytes", "held_bytes", "created")
+_HOLD_COLUMNS: Final = ("name", "tag", "expires")
 _DIFF_COLUMNS: Final = ("offset", "length", "kind")
 
 Snapshot = Annotated[str, typer.Argument(metavar="VOL@SNAP", help="A snapshot, or uuid:UUID.")]
@@ -77,6 +79,51 @@ def rename(
     document = call(context, "snapshot.rename", target=target, name=name)
     if as_json:
         output.print_json(document)
+
+
+Tag = Annotated[str, typer.Argument(metavar="TAG", help="Who or what needs the snapshots.")]
+Targets = Annotated[list[str], typer.Argument(metavar="VOL@SNAP...", help="Snapshots.")]
+
+
+@verb(app, "hold")
+def hold(
+    context: typer.Context,
+    tag: Tag,
+    targets: Targets,
+    *,
+    expires: Annotated[
+        float | None,
+        typer.Option("--expires", parser=parse_duration, metavar="TIME", help="End by itself: 90s, 30m, 1h, 7d."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Keep snapshots from being removed; a hold of the same tag is renewed."""
+    document = call(context, "snapshot.hold", tag=tag, targets=targets, expires_s=expires)
+    if as_json:
+        output.print_json(document)
+
+
+@verb(app, "release")
+def release(context: typer.Context, tag: Tag, targets: Targets, as_json: Json = False) -> None:
+    """End a hold."""
+    document = call(context, "snapshot.release", tag=tag, targets=targets)
+    if as_json:
+        output.print_json(document)
+
+
+@verb(app, "holds")
+def holds(
+    context: typer.Context,
+    target: Annotated[str | None, typer.Argument(metavar="VOL[@SNAP]", help="Only of these.")] = None,
+    *,
+    as_json: Json = False,
+    no_header: NoHeader = False,
+    exact: Exact = False,
+    columns: Columns = None,
+) -> None:
+    """List who holds which snapshot, and until when."""
+    style = output.TableStyle(as_json, no_header, exact, columns)
+    output.print_list(call(context, "snapshot.holds", target=target), "holds", _HOLD_COLUMNS, style)
 
 
 @verb(app, "diff")

@@ -1,4 +1,4 @@
-"""``incfs volume``: create, list, show, resize, rename, remove, map."""
+"""``incfs volume``: create, list, show, resize, rename, clone, remove, map."""
 
 from typing import Annotated, Any, Final
 
@@ -69,6 +69,17 @@ def rename(
 ) -> None:
     """Give a volume another name; its snapshots follow."""
     _report(call(context, "volume.rename", volume=volume, name=name), as_json)
+
+
+@verb(app, "clone")
+def clone(
+    context: typer.Context,
+    target: Annotated[str, typer.Argument(metavar="VOL@SNAP", help="The snapshot it starts from.")],
+    name: Annotated[str, typer.Argument(metavar="NEW", help="The new volume's name.")],
+    as_json: Json = False,
+) -> None:
+    """Create a volume that starts as a snapshot; nothing is copied.  The snapshot stays while it has clones."""
+    _report(call(context, "volume.clone", target=target, name=name), as_json)
 
 
 @verb(app, "remove", "rm")

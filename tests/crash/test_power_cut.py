@@ -9,10 +9,11 @@ from typing import Self
 
 import pytest
 
+from incfs import clone as clones
 from incfs import snapshot as snapshots
 from incfs import volume as volumes
 from incfs.checkpoint import Commit
-from incfs.errors import NoSpace
+from incfs.errors import Busy, NoSpace
 from incfs.model import StorageId, VolumeId
 from incfs.pool import PUNCH_BYTES
 from incfs.store import Options, Store, new_nonce
@@ -136,7 +137,7 @@ def test_every_cut_of_a_small_workload_gives_a_commit_point(pool_home: Path, sma
         pools.write(store, volume.map_id, 100, pattern(1, 700))
         store.commit()
         pools.write(store, volume.map_id, 130, pattern(2, 300))
-        snapshots.create(store, [(volume.id, "s")])
+        pools.take_snapshots(store, [(volume.id, "s")])
         pools.write(store, volume.map_id, 0, pattern(3, 200))
         store.commit()
         pools.write(store, volume.map_id, 32_700, pattern(4, 200))
@@ -184,7 +185,7 @@ def test_cuts_of_a_random_workload_give_commit_points(pool_home: Path, seed: int
     capacity = random.choice([None, 2 * PUNCH_BYTES])
     with Recorder(pool_home / "real", options, storages=1 + seed % 2, capacity_bytes=capacity) as recorder:
         for step in range(60):
-            with contextlib.suppress(NoSpace):
+            with contextlib.suppress(NoSpace, Busy):
                 random_step(recorder, random, step)
     every = max(1, len(recorder.backing.events) // 60)
     tried = cut_everywhere(recorder, pool_home / "cut", seeds=3, every=every, skip=seed)
@@ -200,7 +201,7 @@ def random_step(recorder: Recorder, random: Random, step: int) -> None:
     volume = random.choice(live)
     taken = store.catalog.snapshots(volume.id)
     start, data = random.randrange(40_000), pattern(random.randrange(99), random.randrange(1, 3000))
-    match random.choice("wwwwwdzsxrRcccCp"):
+    match random.choice("wwwwwdzsxkrRcccCp"):
         case "w":
             pools.write(store, volume.map_id, start, data)
         case "d":
@@ -208,9 +209,11 @@ def random_step(recorder: Recorder, random: Random, step: int) -> None:
         case "z":
             pools.resize(store, volume.id, start)
         case "s":
-            snapshots.create(store, [(v.id, f"s{step}") for v in live])
+            pools.take_snapshots(store, [(v.id, f"s{step}") for v in live])
         case "x" if taken:
             snapshots.remove(store, volume.id, random.choice(taken).name)
+        case "k" if taken:
+            clones.create(store, random.choice(taken), f"k{step}")
         case "r":
             volumes.remove(store, volume.id, snapshots=True)
         case "R":

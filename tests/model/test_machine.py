@@ -21,6 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from incfs import clone as clones
 from incfs import extents, ranges
 from incfs import pool as pool_module
 from incfs import snapshot as snapshots
@@ -29,7 +30,7 @@ from incfs import store as store_module
 from incfs import volume as volumes
 from incfs.checkpoint import Checkpoint, Commit
 from incfs.errors import AlreadyExists, Busy, NoData, NoSpace
-from incfs.model import HOLE, MapId, VolumeId
+from incfs.model import HOLE, NO_ORIGIN, MapId, VolumeId, split_map_id
 from incfs.pool import PunchPlan
 from incfs.store import Options, Store, new_nonce
 from tests.conftest import fast_directory
@@ -46,6 +47,7 @@ class SnapshotModel:
 
     name: str
     data: bytes
+    table: MapId
     touched: set[int] = field(default_factory=set)
 
 
@@ -56,6 +58,7 @@ class VolumeModel:
     name: str
     data: bytearray
     snapshots: list[SnapshotModel] = field(default_factory=list)
+    origin: MapId = NO_ORIGIN
 
     def touch(self, start: int, end: int, block: int) -> None:
         if self.snapshots and end > start:
@@ -324,16 +327,16 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(choice=st.integers(0, 9), with_snapshots=st.booleans())
     def remove(self, choice: int, with_snapshots: bool) -> None:
         volume_id, model = self.pick(choice)
-        if model.snapshots and not with_snapshots:
+        if model.snapshots and (not with_snapshots or any(self.has_clones(s) for s in model.snapshots)):
             with pytest.raises(Busy):
-                volumes.remove(self.store, volume_id, snapshots=False)
+                volumes.remove(self.store, volume_id, snapshots=with_snapshots)
             return
         volumes.remove(self.store, volume_id, snapshots=with_snapshots)
         del self.state[volume_id]
 
     @rule(steps=st.integers(1, 12), pages=st.integers(1, 2))
     def reclaim_in_part(self, steps: int, pages: int) -> None:
-        for volume_id in list(self.store.catalog.volumes):
+        for volume_id in sorted(self.store.catalog.volumes, reverse=True):
             for _ in range(steps):
                 if volumes.reclaim(self.store, volume_id, pages):
                     break
@@ -346,17 +349,41 @@ class CoreMachine(RuleBasedStateMachine):
         wanted = dict(self.pick(choice) for choice in choices)
         if any(model.named(name) for model in wanted.values()):
             with pytest.raises(AlreadyExists):
-                snapshots.create(self.store, [(volume_id, name) for volume_id in wanted])
+                pools.take_snapshots(self.store, [(volume_id, name) for volume_id in wanted])
             return
-        snapshots.create(self.store, [(volume_id, name) for volume_id in wanted])
-        for model in wanted.values():
-            model.snapshots.append(SnapshotModel(name, bytes(model.data)))
+
+        def work() -> None:
+            taken = pools.take_snapshots(self.store, [(volume_id, name) for volume_id in wanted])
+            for snapshot, model in zip(taken, wanted.values(), strict=True):
+                model.snapshots.append(SnapshotModel(name, bytes(model.data), snapshot.map_id))
+
+        self.attempt(len(wanted), work)  # to finish a trim may take a block
+
+    def has_clones(self, model: SnapshotModel) -> bool:
+        return any(other.origin == model.table for other in self.state.values())
+
+    @precondition(lambda self: any(m.snapshots for m in self.state.values()))
+    @rule(choice=st.integers(0, 9), which=st.integers(0, 9), name=st.sampled_from(NAMES))
+    def clone(self, choice: int, which: int, name: str) -> None:
+        _, model = self.pick_with_snapshots(choice)
+        origin = model.snapshots[which % len(model.snapshots)]
+        real = self.store.catalog.snapshot_by_generation(*split_map_id(origin.table))
+        if any(other.name == name for other in self.state.values()):
+            with pytest.raises(AlreadyExists):
+                clones.create(self.store, real, name)
+            return
+        made = clones.create(self.store, real, name)
+        self.state[made.id] = VolumeModel(name, bytearray(origin.data), origin=origin.table)
 
     @precondition(lambda self: any(m.snapshots for m in self.state.values()))
     @rule(choice=st.integers(0, 9), which=st.integers(0, 9))
     def remove_snapshot(self, choice: int, which: int) -> None:
         volume_id, model = self.pick_with_snapshots(choice)
         index = which % len(model.snapshots)
+        if self.has_clones(model.snapshots[index]):
+            with pytest.raises(Busy):
+                snapshots.remove(self.store, volume_id, model.snapshots[index].name)
+            return
         removed = model.snapshots.pop(index)
         if index:
             model.snapshots[index - 1].touched |= removed.touched

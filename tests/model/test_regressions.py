@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from incfs import extents, ranges
-from incfs import snapshot as snapshots
 from incfs import volume as volumes
 from incfs.backing import Backing, File
 from incfs.errors import BackingError, IncfsError, NoSpace, PoolReadOnly
@@ -75,7 +74,7 @@ def test_a_snapshot_taken_before_a_shrink_was_trimmed_has_no_extent_behind_its_e
         volume = pools.new_volume(store, "a")
         pools.write(store, volume.map_id, 640, b"x" * 640)
         volumes.resize(store, volume.id, 100, shrink=True)
-        (taken,) = snapshots.create(store, [(volume.id, "s")])
+        (taken,) = pools.take_snapshots(store, [(volume.id, "s")])
         ranges.finish_trim(store, volume.id)
         for table in (volume.map_id, taken.map_id):
             assert [(e.offset_bytes, e.length_bytes) for e in extents.extents(store, table)] == [(0, 100)]

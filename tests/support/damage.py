@@ -104,7 +104,7 @@ class Workload:
             start = random.randrange(0, SIZES[name], 64)
             pools.discard(store, volume.map_id, start, start + 1024)
         elif len(store.catalog.snapshots(volume.id)) < 2:
-            snapshots.create(store, [(volume.id, f"s{volume.last_generation}")])
+            pools.take_snapshots(store, [(volume.id, f"s{volume.last_generation}")])
         elif random.random() < 0.5:
             snapshots.remove(store, volume.id, store.catalog.snapshots(volume.id)[0].name)
             pools.reclaim(store)

@@ -68,6 +68,9 @@ class FakeAdminService:
     def mapped_bytes(self, table: MapId) -> int:
         return 3 * BLOCK_BYTES
 
+    def clones(self, snapshot: Snapshot) -> list[Volume]:
+        return []
+
     def holders(self, volume_id: VolumeId) -> list[str]:
         return self.open_by
 

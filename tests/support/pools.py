@@ -1,7 +1,7 @@
 """Tiny pools for tests: made, driven synchronously, and proved consistent."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from incfs import extents, ranges
@@ -115,9 +115,14 @@ def resize(store: Store, volume_id: VolumeId, size_bytes: int) -> None:
     ranges.finish_trim(store, volume_id)
 
 
+def take_snapshots(store: Store, wanted: Sequence[tuple[VolumeId, str]]) -> list[Snapshot]:
+    """Take snapshots of several volumes, finishing trims first."""
+    return ranges.drive(store, lambda _: snapshots.create(store, wanted))
+
+
 def reclaim(store: Store, *, page_count: int = 64) -> None:
     """Free everything that was removed."""
-    for volume_id in list(store.catalog.volumes):
+    for volume_id in sorted(store.catalog.volumes, reverse=True):
         while not volumes.reclaim(store, volume_id, page_count):
             pass
 

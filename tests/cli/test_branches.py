@@ -1,0 +1,37 @@
+"""Clones and holds by command, offline and through a daemon."""
+
+from tests.support.cli import Cli
+
+
+def test_clone_life(cli: Cli) -> None:
+    cli.ok("volume", "create", "db", "1M")
+    cli.ok("snapshot", "create", "db@a")
+    made = cli.json("volume", "clone", "db@a", "try")["volume"]
+    assert (made["size_bytes"], made["mapped_bytes"], made["origin"]) == (1 << 20, 0, "db@a")
+    assert cli.json("snapshot", "show", "db@a")["snapshot"]["clones"] == ["try"]
+    assert "origin of try" in cli.fails(11, "snapshot", "remove", "db@a")
+    assert "origin of try" in cli.fails(11, "volume", "remove", "db", "--snapshots")
+    cli.fails(1, "volume", "clone", "db@a", "try")
+    cli.fails(10, "volume", "clone", "db@b", "other")
+    cli.ok("volume", "remove", "try")
+    cli.ok("volume", "remove", "db", "--snapshots")
+    assert cli.ok("pool", "check").startswith("clean")
+
+
+def test_hold_life(cli: Cli) -> None:
+    cli.ok("volume", "create", "db", "1M")
+    cli.ok("snapshot", "create", "db@a")
+    cli.ok("snapshot", "create", "db@b")
+    cli.ok("snapshot", "hold", "backup", "db@a", "db@b")
+    lease = cli.json("snapshot", "hold", "lease", "db@b", "--expires", "1h")["holds"][-1]
+    assert (lease["name"], lease["tag"]) == ("db@b", "lease")
+    assert lease["expires"].endswith("Z")
+    rows = [line.split("\t") for line in cli.ok("snapshot", "holds", "-H", "db").splitlines()]
+    assert [row[:2] for row in rows] == [["db@a", "backup"], ["db@b", "backup"], ["db@b", "lease"]]
+    assert "held by backup" in cli.fails(11, "snapshot", "remove", "db@a")
+    assert cli.json("snapshot", "show", "db@b")["snapshot"]["holds"] == ["backup", "lease"]
+    cli.ok("snapshot", "release", "backup", "db@a")
+    cli.fails(10, "snapshot", "release", "backup", "db@a")
+    cli.fails(2, "snapshot", "hold", "x/y", "db@a")
+    cli.fails(2, "snapshot", "hold", "x", "db@a", "--expires", "soon")
+    cli.ok("snapshot", "remove", "db@a")

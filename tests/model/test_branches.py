@@ -1,0 +1,148 @@
+"""Clones and holds: short stories over the core."""
+
+from pathlib import Path
+
+import pytest
+
+from incfs import clone as clones
+from incfs import dump, extents, holds, ranges
+from incfs import snapshot as snapshots
+from incfs import volume as volumes
+from incfs.errors import Busy, FormatError, HoldNotFound
+from incfs.model import HOLE, Snapshot, Volume
+from incfs.ranges import TrimPending
+from incfs.store import Store
+from tests.support import pools
+
+
+def origin_with(store: Store, data: bytes, name: str = "a") -> tuple[Volume, Snapshot]:
+    """A volume with a snapshot that has the data."""
+    volume = pools.new_volume(store, name)
+    pools.write(store, volume.map_id, 0, data)
+    (taken,) = pools.take_snapshots(store, [(volume.id, "s")])
+    return volume, taken
+
+
+def test_a_clone_reads_its_origin_and_keeps_its_own_writes(pool_home: Path) -> None:
+    pool = pools.make_pool(pool_home)
+    with pools.open_tiny(pool) as store:
+        volume, taken = origin_with(store, b"x" * 1000)
+        made = clones.create(store, taken, "c")
+        assert store.catalog.volume(made.id).mapped_blocks == 0
+        pools.write(store, volume.map_id, 0, b"y" * 500)
+        pools.write(store, made.map_id, 100, b"z" * 50)
+        pools.discard(store, made.map_id, 640, 704)
+        expected = b"x" * 100 + b"z" * 50 + b"x" * 490 + bytes(64) + b"x" * 296
+        assert pools.read(store, made.map_id) == expected
+        (inner,) = pools.take_snapshots(store, [(made.id, "t")])
+        pools.write(store, made.map_id, 0, b"w" * 1000)
+        twice = clones.create(store, store.catalog.snapshot(made.id, "t"), "d")
+        assert pools.read(store, inner.map_id) == pools.read(store, twice.map_id) == expected
+        pools.check_clean(store)
+    with pools.open_tiny(pool) as store:
+        assert pools.read(store, twice.map_id) == expected
+        pools.check_clean(store)
+
+
+def test_a_clone_that_grows_beyond_its_origin_reads_zeros_there(pool_home: Path) -> None:
+    """Behind the end of the origin there is its volume's newer data, or what a shrink has not dropped."""
+    with pools.open_tiny(pools.make_pool(pool_home)) as store:
+        volume = pools.new_volume(store, "a")
+        pools.write(store, volume.map_id, 0, b"x" * 40_000)
+        volumes.resize(store, volume.id, 100, shrink=True)
+        with pytest.raises(TrimPending):
+            snapshots.create(store, [(volume.id, "s")])
+        (taken,) = pools.take_snapshots(store, [(volume.id, "s")])
+        pools.write(store, volume.map_id, 100, b"y" * 40_000)
+        made = clones.create(store, taken, "c")
+        pools.resize(store, made.id, 50_000)
+        assert pools.read(store, made.map_id) == b"x" * 100 + bytes(49_900)
+
+
+def test_what_a_clone_gave_up_does_not_come_back_when_it_grows(pool_home: Path) -> None:
+    with pools.open_tiny(pools.make_pool(pool_home)) as store:
+        _, taken = origin_with(store, b"x" * 70_000)
+        made = clones.create(store, taken, "c")
+        pools.resize(store, made.id, 10_000)
+        pools.resize(store, made.id, 70_000)
+        assert pools.read(store, made.map_id) == b"x" * 10_000 + bytes(60_000)
+        found = [e for e in extents.extents(store, made.map_id) if e.address > HOLE]
+        assert sum(e.length_bytes for e in found) <= 10_000 + 64
+        pools.check_clean(store)
+
+
+def test_an_origin_stays_while_a_clone_needs_it(pool_home: Path) -> None:
+    with pools.open_tiny(pools.make_pool(pool_home)) as store:
+        volume, taken = origin_with(store, b"x" * 1000)
+        made = clones.create(store, taken, "c")
+        for remove in (
+            lambda: snapshots.remove(store, volume.id, "s"),
+            lambda: volumes.remove(store, volume.id, snapshots=True),
+        ):
+            with pytest.raises(Busy, match="origin of c"):
+                remove()
+        volumes.remove(store, made.id, snapshots=False)
+        volumes.remove(store, volume.id, snapshots=True)
+        # An unlinked clone may still be open: what it reads is not freed before it is gone.
+        assert volumes.reclaim(store, volume.id, 64)
+        assert pools.read(store, made.map_id) == b"x" * 1000
+        pools.reclaim(store)
+        assert store.pool.used_blocks() == 0
+        pools.check_clean(store)
+
+
+def test_a_dump_of_a_clone_needs_its_origin(pool_home: Path) -> None:
+    with pools.open_tiny(pools.make_pool(pool_home)) as store:
+        _, taken = origin_with(store, b"x" * 1000)
+        made = clones.create(store, taken, "c")
+        holds.hold(store, taken.volume_id, "s", "backup", expires_ns=5)
+        store.checkpoint()
+        with store.tables.reading() as reader:
+            lines = [line.encode() for line in dump.dump_lines(reader, store.superblock, store.pool.image_path)]
+    dump.restore(lines, pool_home / "again")
+    with pools.open_tiny(pool_home / "again") as store:
+        assert pools.read(store, made.map_id) == b"x" * 1000
+        assert store.catalog.snapshot(taken.volume_id, "s").holds == {"backup": 5}
+        pools.check_clean(store)
+    builder = dump.MetadataBuilder(store.superblock, pool_home / "orphan", {}, store.backing)
+    for record in store.catalog.records():
+        if not isinstance(record, Snapshot):
+            builder.add_record(record)
+    with pytest.raises(FormatError, match="clone"):
+        builder.finish(last_volume=9)
+
+
+def test_a_held_snapshot_is_not_removed_until_it_is_released_or_the_lease_is_over(pool_home: Path) -> None:
+    with pools.open_tiny(pools.make_pool(pool_home)) as store:
+        volume, _ = origin_with(store, b"x")
+        now = store.clock()
+        store.clock = lambda: now
+        holds.hold(store, volume.id, "s", "backup")
+        holds.hold(store, volume.id, "s", "lease", expires_ns=now + 10)
+        with pytest.raises(Busy, match="held by backup, lease"):
+            snapshots.remove(store, volume.id, "s")
+        holds.release(store, volume.id, "s", "backup")
+        with pytest.raises(HoldNotFound, match="it has: lease"):
+            holds.release(store, volume.id, "s", "backup")
+        with pytest.raises(Busy, match="held by lease"):
+            volumes.remove(store, volume.id, snapshots=True)
+        holds.hold(store, volume.id, "s", "lease", expires_ns=now + 20)
+        store.clock = lambda: now + 20
+        holds.hold(store, volume.id, "s", "other", expires_ns=now + 21)
+        assert list(store.catalog.snapshot(volume.id, "s").holds) == ["other"]
+        store.clock = lambda: now + 21
+        snapshots.remove(store, volume.id, "s")
+
+
+def test_trimming_a_clone_goes_on_after_a_crash(pool_home: Path) -> None:
+    store = pools.open_tiny(pools.make_pool(pool_home))
+    _, taken = origin_with(store, b"x" * 70_000)
+    made = clones.create(store, taken, "c")
+    volumes.resize(store, made.id, 100, shrink=True)
+    ranges.drive(store, lambda wait: ranges.trim(store, made.id, wait=wait))
+    store.commit()
+    store = pools.crash(store)
+    pools.resize(store, made.id, 70_000)
+    assert pools.read(store, made.map_id) == b"x" * 100 + bytes(69_900)
+    pools.check_clean(store)
+    store.close()
