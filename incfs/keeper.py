@@ -88,9 +88,10 @@ class Keeper:
 
     async def _add_image_if_low(self) -> None:
         """Make an image where the settings allow, when all that there are are at low water."""
-        rooms = [room for room in self._store.space.rooms() if room.is_usable]
-        if self._store.space.settings.directories and all(room.is_low for room in rooms):
-            async with self._space_lock:
+        if not self._store.space.settings.directories:
+            return
+        async with self._space_lock:
+            if all(room.is_low for room in self._store.space.rooms() if room.is_usable):
                 await self.add_image()
 
     async def add_image(self) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
+from incfs.blocks import split_pages
 from incfs.dataplane import LeaseExhausted, NotResident, ReadWouldWait, Refused
 from incfs.errors import BackingError, LimitExceeded, NoSpace, NotSupported
 from incfs.extents import next_page, page_entries
-from incfs.model import HOLE, MAX_VOLUME_BYTES, PAGE_BLOCKS, MapId, Volume, VolumeId, split_map_id
+from incfs.model import HOLE, INHERIT, MAX_VOLUME_BYTES, PAGE_BLOCKS, MapId, Volume, VolumeId, split_map_id
+from incfs.overlay import TableKey
 from incfs.space import Growth, Step
 from incfs.store import Store
 
@@ -138,12 +140,36 @@ def write(store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: b
 
 
 def _write_bytes(store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: bool) -> None:
+    _require_quota(store, table, offset_bytes, data)
     try:
         store.plane.write(table, offset_bytes, data, wait=wait)
     except BackingError as error:
         if error.facts.get("action") != "read":  # the rest of a partly written block
             store.fail(error)
         raise
+
+
+def _require_quota(store: Store, table: MapId, offset_bytes: int, data: bytes) -> None:
+    """Refuse a write that would lead its volume over its quota; one that only replaces is none."""
+    volume_id, _ = split_map_id(table)
+    left = store.space.quota_left(volume_id)
+    first, end = offset_bytes // store.block_bytes, -(-(offset_bytes + len(data)) // store.block_bytes)
+    if left is None or end - first <= left or not any(data):
+        return
+    store.absorb()
+    gained = sum(_gained(store, volume_id, *part) for part in split_pages(first, end - first))
+    store.space.require_quota(volume_id, gained)
+
+
+def _gained(store: Store, volume_id: VolumeId, page_index: int, start: int, count: int) -> int:
+    """Count the blocks that a volume and its snapshots occupy more when these are written."""
+    newest = store.catalog.volume(volume_id).newest_generation
+    live = store.log.entries(TableKey(volume_id), page_index)
+    kept = store.log.entries(TableKey(volume_id, newest), page_index) if newest else None
+    return sum(
+        live.get(index, (INHERIT, 0))[0] <= HOLE or (kept is not None and index not in kept)
+        for index in range(start, start + count)
+    )
 
 
 def _writable_volume(store: Store, table: MapId) -> Volume:

@@ -313,6 +313,8 @@ class Service:
         Every write that was acknowledged before the call is in them, also those that only
         the kernel has yet.
         """
+        for volume_id, _ in wanted:
+            self._store.space.require_snapshot(volume_id)
         if self.mounted is not None:
             for volume_id, _ in wanted:
                 await self.mounted.sync_volume(self.volume_by_id(volume_id).name)

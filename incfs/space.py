@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from incfs.blocks import split_address
 from incfs.catalog import Catalog
 from incfs.errors import NoSpace, QuotaExceeded
+from incfs.events import EventLog
 from incfs.model import MapId, StorageId, Volume, VolumeId, split_map_id
 from incfs.placement import Room, order_rooms, parse_rules
 from incfs.pool import Pool, StorageVolume
@@ -39,6 +41,10 @@ class Leases(Protocol):
 
     def mapped_delta(self, map_id: MapId, /) -> int:
         """Count the blocks that a table gained since the last seal."""
+
+    @property
+    def fresh_count(self) -> int:
+        """Mappings appended since the last seal."""
 
 
 class Step(Enum):
@@ -77,6 +83,7 @@ class Space:
         catalog: The pool's records.
         pool: Its storage volumes.
         plane: Where leases go.
+        events: Where to tell of what was decided.
         block_bytes: Size of a block.
         extend_bytes: Step of growth, unless the settings say otherwise.
         host_reserve_bytes: What growth leaves on a host filesystem, unless the settings say otherwise.
@@ -88,6 +95,7 @@ class Space:
         catalog: Catalog,
         pool: Pool,
         plane: Leases,
+        events: EventLog,
         *,
         block_bytes: int,
         extend_bytes: int,
@@ -97,6 +105,9 @@ class Space:
         self._catalog = catalog
         self._pool = pool
         self._plane = plane
+        self._events = events
+        self._assigned: dict[MapId, StorageId] = {}
+        """Where the last blocks of each lease came from."""
         self._block_bytes = block_bytes
         self._extend_bytes = extend_bytes
         self._host_reserve_bytes = host_reserve_bytes
@@ -152,11 +163,14 @@ class Space:
         return volume.mapped_blocks + held + self._plane.mapped_delta(volume.map_id)
 
     def quota_left(self, volume_id: VolumeId) -> int | None:
-        """Count the blocks that a volume may still gain; None without a quota."""
+        """Count the blocks that a volume may gain at least; exactly after a seal; None without a quota."""
         quota = self.settings_of(volume_id).quota_bytes
         if quota is None:
             return None
-        return max(0, quota // self._block_bytes - self.used_blocks(self._catalog.volume(volume_id)))
+        volume = self._catalog.volume(volume_id)
+        # What unsealed writes replaced, the newest snapshot may have to hold: nobody knows yet.
+        unknown = self._plane.fresh_count if volume.newest_generation else 0
+        return max(0, quota // self._block_bytes - self.used_blocks(volume) - unknown)
 
     def require_quota(self, volume_id: VolumeId, block_count: int) -> None:
         """Refuse what would lead a volume over its quota.
@@ -170,6 +184,27 @@ class Space:
             raise QuotaExceeded(
                 f"volume {volume.name} and its snapshots may occupy {self.settings_of(volume_id).quota_bytes} bytes, "
                 f"of which {left * self._block_bytes} are left; raise its quota, or remove data or snapshots",
+                volume=volume.name,
+            )
+
+    def require_snapshot(self, volume_id: VolumeId) -> None:
+        """Refuse another snapshot beyond a volume's limits.
+
+        Raises:
+            QuotaExceeded: It has as many as it may have, or they hold as much as they may.
+        """
+        settings, volume = self.settings_of(volume_id), self._catalog.volume(volume_id)
+        taken = self._catalog.snapshots(volume_id)
+        held_bytes = sum(snapshot.held_blocks for snapshot in taken) * self._block_bytes
+        if settings.snapshot_max is not None and len(taken) >= settings.snapshot_max:
+            raise QuotaExceeded(
+                f"volume {volume.name} has {len(taken)} snapshots, its limit is {settings.snapshot_max}; remove some",
+                volume=volume.name,
+            )
+        if settings.snapshot_max_bytes is not None and held_bytes > settings.snapshot_max_bytes:
+            raise QuotaExceeded(
+                f"the snapshots of volume {volume.name} hold {held_bytes} bytes, their limit is "
+                f"{settings.snapshot_max_bytes}; remove some",
                 volume=volume.name,
             )
 
@@ -213,6 +248,12 @@ class Space:
             missing -= found
         return True
 
+    def top_up(self, lease: MapId) -> None:
+        """Add to a lease before it is used up, as far as there is space and the quota allows."""
+        leased, left = self._plane.leased_blocks(lease), self.quota_left(split_map_id(lease)[0])
+        if left is None or leased < left:
+            self.grant(lease, leased + 1)
+
     def _allocate(self, lease: MapId, block_count: int) -> int | None:
         """Lease up to so many blocks that lie together."""
         rooms = self.candidates(lease) if block_count > 0 else []
@@ -223,12 +264,28 @@ class Space:
         if found is None:
             return None
         self._plane.grant(lease, *found)
+        self._tell_assignment(lease, split_address(found[0])[0], rooms)
         return found[1]
+
+    def _tell_assignment(self, lease: MapId, storage_id: StorageId, rooms: list[Room]) -> None:
+        """Note that a volume's new blocks come from another storage volume because one is at low water."""
+        before = self._assigned.get(lease, storage_id)
+        self._assigned[lease] = storage_id
+        low = [room.storage.id for room in rooms if room.is_low]
+        if before != storage_id and before in low and storage_id not in low:
+            volume = self._catalog.volume(split_map_id(lease)[0])
+            self._events.record(
+                "assigned",
+                f"volume {volume.name}",
+                f"storage {before} is at low water: new blocks come from storage {storage_id}",
+                storage=storage_id,
+            )
 
     def revoke(self, table: MapId) -> None:
         """Take back what a table leased and does not use."""
         self._pool.release(self._plane.revoke(table))
         self._lease_blocks.pop(table, None)
+        self._assigned.pop(table, None)
 
     def revoke_all(self) -> None:
         """Take back from every table what it leased and does not use."""

@@ -128,16 +128,17 @@ class Store:
         # An image that is away has no descriptor: only the Python plane turns that into an error of its range.
         kind: PlaneKind = "python" if options.degraded or salvage else options.data_plane
         self.plane = make_plane(kind, superblock.block_bytes, self.pool.volumes, backing)
+        self.events = EventLog(None if salvage else directory, self.clock)
         self.space = Space(
             self.catalog,
             self.pool,
             self.plane,
+            self.events,
             block_bytes=superblock.block_bytes,
             extend_bytes=options.extend_bytes,
             host_reserve_bytes=options.host_reserve_bytes,
             reserve_blocks=options.reserve_blocks,
         )
-        self.events = EventLog(None if salvage else directory, self.clock)
         self._pending: list[Change] = []
         self._touched: dict[RecordId, None] = {}
         self._folded_sequence = 0
@@ -506,7 +507,7 @@ class Store:
         if self.failure is None:
             self.seal_if_large()
             for table in low:
-                self.space.grant(table, self.plane.leased_blocks(table) + 1)
+                self.space.top_up(table)
 
     def seal_if_large(self) -> None:
         """Seal when many mappings wait for it."""

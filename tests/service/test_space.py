@@ -1,0 +1,163 @@
+"""Space as tasks see it: growth before a write fails, full pools, queues, quotas, reservations."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import trio
+
+from incfs.errors import NoSpace, QuotaExceeded
+from incfs.model import Volume
+from incfs.service import Service, open_service
+from incfs.settings import Amount, PoolSettings, VolumeSettings, by_name
+from tests.support import pools
+
+BLOCK = pools.BLOCK
+BLOCKS = 400
+
+
+def noise(count: int, seed: int = 1) -> bytes:
+    return Random(seed).randbytes(count * BLOCK)
+
+
+@asynccontextmanager
+async def opened(home: Path, *, storages: int = 1, reserve_blocks: int = 8) -> AsyncIterator[Service]:
+    pool = pools.make_pool(home, capacity_bytes=storages * BLOCKS * BLOCK, storages=storages)
+    async with open_service(pool, pools.tiny_options(reserve_blocks=reserve_blocks)) as service:
+        yield service
+
+
+async def until(is_so: Callable[[], Any]) -> None:
+    with trio.fail_after(10):
+        while not is_so():
+            await trio.sleep(0.01)
+
+
+async def fill(service: Service, volume: Volume, *, step: int = 10) -> int:
+    """Write until there is no space; give the blocks written."""
+    written = 0
+    try:
+        while True:
+            await service.write(volume.map_id, written * BLOCK, noise(step, seed=written + 1))
+            written += step
+    except NoSpace:
+        return written
+
+
+def kinds(service: Service) -> list[str]:
+    return [event["kind"] for event in service.events()]
+
+
+async def test_a_full_pool_lets_parts_of_blocks_be_discarded_and_snapshots_be_removed(pool_home: Path) -> None:
+    async with opened(pool_home) as service:
+        volume = await service.create_volume("db", 1 << 20)
+        await service.write(volume.map_id, 0, noise(50))
+        await service.create_snapshots([(volume.id, "s")])
+        await fill(service, volume, step=1)
+        assert "full" in kinds(service)
+        for block in range(8):
+            await service.discard(volume.map_id, block * BLOCK + 3, 5)
+        assert (await service.check(data=True)).is_clean
+        await service.remove_snapshot(volume.id, "s")
+        await service.wait_reclaimed()
+        await service.write(volume.map_id, 0, noise(30, seed=3))
+        assert await service.read(volume.map_id, 0, 30 * BLOCK) == noise(30, seed=3)
+        assert "space-returned" in kinds(service)
+
+
+async def test_a_queued_write_waits_for_space_and_reads_go_on(pool_home: Path) -> None:
+    async with opened(pool_home) as service:
+        volume = await service.create_volume("db", 1 << 20)
+        written = await fill(service, volume)
+        service.apply_settings(PoolSettings(queue_s=60))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(service.write, volume.map_id, written * BLOCK, noise(20, seed=7))
+            await until(lambda: "queue" in kinds(service))
+            assert await service.read(volume.map_id, 0, BLOCK) == noise(10, seed=1)[:BLOCK]
+            await service.discard(volume.map_id, 0, 40 * BLOCK)
+        assert await service.read(volume.map_id, written * BLOCK, 20 * BLOCK) == noise(20, seed=7)
+        assert kinds(service)[-1] == "space-returned"
+
+
+async def test_a_queued_write_fails_when_its_time_is_up(pool_home: Path) -> None:
+    async with opened(pool_home) as service:
+        volume = await service.create_volume("db", 1 << 20)
+        written = await fill(service, volume)
+        service.apply_settings(PoolSettings(queue_s=0.3))
+        start = trio.current_time()
+        with pytest.raises(NoSpace):
+            await service.write(volume.map_id, written * BLOCK, noise(20))
+        assert 0.3 <= trio.current_time() - start < 30
+        assert service.facts()["failure"] is None
+
+
+async def test_the_second_storage_volume_comes_in_at_low_water_of_the_first(pool_home: Path) -> None:
+    async with opened(pool_home, storages=2) as service:
+        service.apply_settings(PoolSettings(low_water=Amount(percent=Fraction(25))))
+        volume = await service.create_volume("db", 1 << 20)
+        for step in range(60):
+            await service.write(volume.map_id, step * 10 * BLOCK, noise(10, seed=step + 1))
+            await service.commit()
+        used = {s["id"]: s["used_bytes"] // BLOCK for s in service.storages()}
+        assert 250 <= used[1] <= 330, used
+        assert used[2] == 600 - used[1]
+        (assigned,) = (event for event in service.events() if event["kind"] == "assigned")
+        assert assigned["subject"] == "volume db"
+
+
+async def test_an_image_is_made_in_a_configured_directory_before_a_write_fails(pool_home: Path) -> None:
+    (pool_home / "more").mkdir()
+    async with opened(pool_home) as service:
+        service.apply_settings(PoolSettings(directories=(str(pool_home / "more"),)))
+        volume = await service.create_volume("db", 1 << 20)
+        for step in range(60):
+            await service.write(volume.map_id, step * 10 * BLOCK, noise(10, seed=step + 1))
+        made = [event for event in service.events() if event["kind"] == "image-added"]
+        assert [event["subject"] for event in made] == ["storage 2"]
+        assert "low water" in made[0]["reason"]
+        assert list((pool_home / "more").iterdir())
+        for step in range(60):
+            assert await service.read(volume.map_id, step * 10 * BLOCK, 10 * BLOCK) == noise(10, seed=step + 1)
+
+
+async def refuse(work: Awaitable[Any]) -> None:
+    with pytest.raises(QuotaExceeded):
+        await work
+
+
+async def test_a_quota_limits_a_volume_with_its_snapshots_but_not_rewriting(pool_home: Path) -> None:
+    async with opened(pool_home) as service:
+        service.apply_settings(
+            PoolSettings(volume_settings=by_name({"db": VolumeSettings(quota_bytes=100 * BLOCK, snapshot_max=1)}))
+        )
+        db, other = await service.create_volume("db", 1 << 20), await service.create_volume("other", 1 << 20)
+        await service.write(db.map_id, 0, noise(60))
+        await service.create_snapshots([(db.id, "s")])
+        await refuse(service.create_snapshots([(db.id, "t")]))
+        await service.write(db.map_id, 0, noise(40, seed=2))
+        await service.write(db.map_id, 0, noise(40, seed=3))
+        await refuse(service.write(db.map_id, 39 * BLOCK, noise(2)))
+        await refuse(service.write(db.map_id, 70 * BLOCK, noise(1)))
+        await service.write(db.map_id, 70 * BLOCK, bytes(BLOCK))
+        await service.write(other.map_id, 0, noise(120))
+        await service.remove_snapshot(db.id, "s")
+        await service.wait_reclaimed()
+        await service.write(db.map_id, 60 * BLOCK, noise(40))
+        assert await service.read(db.map_id, 0, 40 * BLOCK) == noise(40, seed=3)
+
+
+async def test_a_reservation_is_kept_for_its_volume(pool_home: Path) -> None:
+    async with opened(pool_home) as service:
+        db, other = await service.create_volume("db", 1 << 20), await service.create_volume("other", 1 << 20)
+        settings = PoolSettings(volume_settings=by_name({"db": VolumeSettings(reservation_bytes=100 * BLOCK)}))
+        service.apply_settings(settings)
+        taken = await fill(service, other, step=1)
+        assert 270 <= taken <= BLOCKS - 100
+        for block in range(100):
+            await service.write(db.map_id, block * BLOCK, noise(1, seed=block + 1))
+        service.apply_settings(replace(settings, low_water=Amount(fixed_bytes=0)))
