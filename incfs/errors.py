@@ -26,6 +26,12 @@ Owns the tree, the stable codes, and for each class its errno (FUSE), its exit c
     │   ├── FormatError
     │   ├── JournalDamaged
     │   └── ImageMismatch
+    ├── StreamError                a send stream is no good
+    │   ├── StreamCorrupt
+    │   │   └── StreamTruncated
+    │   ├── StreamUnsupported      a newer incfs made it
+    │   └── TokenStale             what a resume token stands for is not there any more
+    ├── BaseMismatch               a stream's base is not what the target holds
     ├── UnsupportedFormat          a newer incfs wrote this
     ├── PoolReadOnly               failsafe after a failed write, sync or commit (I10)
     └── DaemonError                the daemon could not be reached, or refused the caller
@@ -202,6 +208,45 @@ class ImageMismatch(Damaged):
     """An image file is missing, truncated, or belongs to another storage volume."""
 
     code = "storage.image-mismatch"
+
+
+class StreamError(IncfsError):
+    """A send stream is no good; what was published before stays as it is."""
+
+    code = "stream.failed"
+    exit_code = 14
+
+
+class StreamCorrupt(StreamError):
+    """A stream's bytes are not what was sent, or say what no stream may say."""
+
+    code = "stream.corrupt"
+
+
+class StreamTruncated(StreamCorrupt):
+    """A stream ends before its STREAM_END."""
+
+    code = "stream.truncated"
+
+
+class StreamUnsupported(StreamError):
+    """A newer incfs made this stream."""
+
+    code = "stream.unsupported"
+
+
+class TokenStale(StreamError):
+    """A resume token is damaged, or what it stands for is not there any more."""
+
+    code = "stream.token-stale"
+
+
+class BaseMismatch(IncfsError):
+    """The target does not hold exactly the snapshot that a stream starts from, or is in use."""
+
+    code = "stream.base-mismatch"
+    errno = _errno.EBUSY
+    exit_code = 12
 
 
 class UnsupportedFormat(IncfsError):
