@@ -5,7 +5,8 @@ Owns the tree, the stable codes, and for each class its errno (FUSE), its exit c
 
     IncfsError
     ├── UsageError                 a value the caller gave makes no sense
-    │   └── InvalidName
+    │   ├── InvalidName
+    │   └── InvalidPolicy
     ├── NotFound
     │   ├── VolumeNotFound
     │   ├── SnapshotNotFound
@@ -80,6 +81,12 @@ class InvalidName(UsageError):
     """A volume or snapshot name breaks the rules of ``model.validate_name``."""
 
     code = "usage.invalid-name"
+
+
+class InvalidPolicy(UsageError):
+    """A policy's text breaks the rules of ``docs/POLICY.md``; the message begins with the line."""
+
+    code = "policy.invalid"
 
 
 class NotFound(IncfsError):

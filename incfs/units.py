@@ -1,7 +1,8 @@
 """Sizes and times as people and scripts write them.
 
 Pure: no I/O, no clock.  A bare number is bytes; K, KiB, M, MiB, ... are powers of 1024 and
-KB, MB, ... powers of 1000; letters may be upper or lower case.
+KB, MB, ... powers of 1000; letters may be upper or lower case.  A duration is a number with
+s, m, h, d or w.
 """
 
 import re
@@ -12,9 +13,8 @@ from typing import Final
 from incfs.errors import UsageError
 
 _PREFIXES: Final = "KMGTPE"
+_PERCENT: Final = re.compile(r"(\d{1,3}(?:\.\d{1,6})?)\s?%", re.ASCII)
 _SIZE: Final = re.compile(rf"(\d{{1,20}}(?:\.\d{{1,18}})?)\s?(?:([{_PREFIXES}])(I?B)?|B)?", re.ASCII)
-
-
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s?([smhdw])?", re.ASCII)
 
@@ -65,6 +65,25 @@ def format_size(size_bytes: int) -> str:
         if size < 1023.95 or prefix == _PREFIXES[-1]:
             break
     return f"{sign}{size:.1f} {prefix}iB"
+
+
+def format_duration(duration_s: int) -> str:
+    """Write a duration the shortest way that ``parse_duration`` reads back."""
+    unit = next((u for u in "wdhm" if duration_s and duration_s % _SECONDS[u] == 0), "s")
+    return f"{duration_s // _SECONDS[unit]}{unit}"
+
+
+def parse_percent(text: str) -> Fraction:
+    """Read a share such as ``15%`` or ``0.5%``, 0 to 100.
+
+    Raises:
+        UsageError: It is none.
+    """
+    match = _PERCENT.fullmatch(text.strip())
+    percent = None if match is None else Fraction(match[1])
+    if percent is None or percent > 100:
+        raise UsageError(f"{text!r} is not a share; write 0% to 100%", value=text)
+    return percent
 
 
 def format_time(time_ns: int) -> str:

@@ -1,0 +1,54 @@
+"""What a policy wants done: a list of actions, each with its reason.  Pure, frozen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from incfs.policy.rules import Hooks
+
+
+@dataclass(frozen=True, slots=True)
+class TakeSnapshots:
+    """Snapshots of several volumes at one point in time."""
+
+    volumes: tuple[str, ...]
+    name: str
+    """Of each of the snapshots."""
+    hooks: Hooks
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prune:
+    """A snapshot to be removed."""
+
+    volume: str
+    name: str
+    uuid: str
+    """So that another of that name is left alone."""
+    freed_bytes: int
+    """At the most."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scrub:
+    """Every stored block is to be read and compared with its checksum."""
+
+    reason: str
+
+
+Action = TakeSnapshots | Prune | Scrub
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be done now."""
+
+    actions: tuple[Action, ...] = ()
+    """In order."""
+    runs: Mapping[str, int] = field(default_factory=dict)
+    """When each task last ran, once this is done."""
+    next_due_ns: int | None = None
+    """When something is due again; None: never."""
+    notes: tuple[str, ...] = ()
+    """What a person should know."""
