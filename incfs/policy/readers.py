@@ -11,6 +11,7 @@ from zoneinfo import ZoneInfo
 
 from incfs.errors import UsageError
 from incfs.model import MAX_VOLUME_BYTES
+from incfs.placement import parse_rules
 from incfs.policy.schedule import Schedule, parse_schedule
 from incfs.settings import Amount
 from incfs.units import parse_duration, parse_percent, parse_size
@@ -96,6 +97,13 @@ def texts(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise UsageError(f"{value!r} is not a list")
     return tuple(text(item) for item in value)
+
+
+def placement_rules(value: Any) -> tuple[str, ...]:
+    """Read a list of rules such as "class=ssd"."""
+    found = texts(value)
+    parse_rules(found)
+    return found
 
 
 def directories(value: Any) -> tuple[str, ...]:

@@ -130,7 +130,7 @@ POOL_KEYS: Final[Mapping[str, Key]] = {
     "scrub": Key(readers.schedule, "never", "scrub"),
 }
 VOLUME_KEYS: Final[Mapping[str, Key]] = {
-    "place": Key(readers.texts, [], "place"),
+    "place": Key(readers.placement_rules, [], "place"),
     "copies": Key(readers.count(1, 4), 1, "copies"),
     "stripe_columns": Key(readers.count(1, 64), 1, "stripe_columns"),
     "stripe_unit": Key(readers.power_of_two, _STRIPE_UNIT, "stripe_unit_bytes"),
