@@ -5,9 +5,13 @@ Owns nothing but references to the parts of an open pool; the trio thread.
 
 from collections.abc import Sequence
 
-from incfs import clone, holds
+import trio
+
+from incfs import clone, holds, rollback
 from incfs.committer import Committer
-from incfs.model import Snapshot, Volume, VolumeId
+from incfs.driver import Driver
+from incfs.model import MapId, Snapshot, Volume, VolumeId, map_id
+from incfs.reclaimer import Reclaimer
 from incfs.store import Store
 
 
@@ -17,15 +21,47 @@ class Branches:
     A change that has begun is completed; it is durable on return.
     """
 
-    def __init__(self, store: Store, committer: Committer) -> None:
+    def __init__(self, store: Store, committer: Committer, driver: Driver, reclaimer: Reclaimer) -> None:
         self._store = store
         self._committer = committer
+        self._driver = driver
+        self._reclaimer = reclaimer
+        self._rolled_back: set[MapId] = set()
 
     async def clone(self, origin: Snapshot, name: str) -> Volume:
         """Add a volume that reads as a snapshot until it is written."""
         made = clone.create(self._store, origin, name)
         await self._committer.commit()
         return made
+
+    async def roll_back(self, volume_id: VolumeId, name: str, *, force: bool = False) -> None:
+        """Let a volume be what it was at a snapshot; newer snapshots go, if ``force`` says so.
+
+        The caller has seen to it that nobody has those open, nor, without ``force``, the volume.
+        """
+        await self._driver.drive(lambda _: rollback.roll_back(self._store, volume_id, name, force=force))
+        self._rolled_back.add(map_id(volume_id))
+        self._reclaimer.reclaim_soon()
+        await self._committer.commit()
+
+    def take_rolled_back(self, table: MapId) -> bool:
+        """Tell, once, that a table was rolled back: what the kernel has of it is of before."""
+        if table not in self._rolled_back:
+            return False
+        self._rolled_back.remove(table)
+        return True
+
+    def newer_snapshots(self, target: Snapshot, *, force: bool = False) -> list[Snapshot]:
+        """List the snapshots that a rollback would remove; refused as it would be."""
+        return rollback.require_newest(self._store, target, force=force)
+
+    async def freed_by_roll_back(self, target: Snapshot) -> int:
+        """Say how many bytes a rollback would free."""
+        freed = 0
+        for blocks in rollback.freed_blocks(self._store, target):
+            freed += blocks * self._store.block_bytes
+            await trio.lowlevel.checkpoint()
+        return freed
 
     async def hold(
         self, wanted: Sequence[tuple[VolumeId, str]], tag: str, *, expires_ns: int | None = None

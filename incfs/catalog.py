@@ -181,12 +181,14 @@ class Catalog:
         return found
 
     def volumes_to_reclaim(self) -> list[VolumeId]:
-        """List volumes that were removed, or of which a snapshot was; clones first, for origins wait for them."""
+        """List volumes that were removed or rolled back, or of which a snapshot was removed; clones before origins."""
         return sorted(
             (
                 volume.id
                 for volume in self.volumes.values()
-                if not volume.name or any(not s.name for s in self._snapshots.get(volume.id, {}).values())
+                if not volume.name
+                or volume.rollback_to
+                or any(not s.name for s in self._snapshots.get(volume.id, {}).values())
             ),
             reverse=True,
         )
@@ -208,8 +210,18 @@ class Catalog:
 
     def _own_tables(self, map_id: MapId) -> tuple[TableKey, ...]:
         volume_id, generation = split_map_id(map_id)
-        newer = [g for g in self._snapshots.get(volume_id, {}) if g >= generation] if generation else []
-        return (*(TableKey(volume_id, g) for g in sorted(newer)), TableKey(volume_id))
+        newer = sorted(g for g in self._snapshots.get(volume_id, {}) if g >= generation) if generation else []
+        volume = self.volumes.get(volume_id)
+        if volume is not None and not 0 < generation < volume.rollback_mark:
+            newer += self.undone(volume_id)
+        return (*(TableKey(volume_id, g) for g in newer), TableKey(volume_id))
+
+    def undone(self, volume_id: VolumeId) -> list[Generation]:
+        """List the increments that a rollback undoes and that are not unrolled yet, oldest first."""
+        volume = self.volume(volume_id)
+        if not volume.rollback_to:
+            return []
+        return sorted(g for g in self._snapshots[volume_id] if volume.rollback_to <= g < volume.rollback_mark)
 
     def clones(self, origin: MapId) -> list[Volume]:
         """List the volumes that read from a snapshot, also those that are being removed."""

@@ -7,6 +7,7 @@ A body is msgpack ``[changes, data, folded]``.  A change is one of
     ["drop", kind, [numbers]]
     ["fold", volume id, generation, older generation, [page indexes]]
     ["empty", volume id, [page indexes]]
+    ["unroll", volume id, [generations], [page indexes]]
 
 ``data`` holds the blocks of all stored runs in order, or is empty: then they are in the
 images already.  ``folded`` is the last commit that the tables were known to contain: blocks
@@ -101,4 +102,4 @@ def decode_body(body: bytes) -> Body:
     return Body(changes, data, folded)
 
 
-_LENGTHS = {"map": 3, "put": 3, "drop": 3, "fold": 5, "empty": 3}
+_LENGTHS = {"map": 3, "put": 3, "drop": 3, "fold": 5, "empty": 3, "unroll": 4}

@@ -118,7 +118,7 @@ class Checker:
     def _check_volume(self, volume: Volume) -> None:
         where = f"volume {volume.name or volume.id}"
         mapped = self._check_table(TableKey(volume.id), where)
-        if volume.name and mapped != volume.mapped_blocks:
+        if volume.name and mapped != volume.mapped_blocks and not volume.rollback_to:
             self.report.damage(where, f"counts {volume.mapped_blocks} mapped blocks, but has {mapped}")
         snapshots = self._catalog.snapshots(volume.id, removed=True)
         self._check_origin(volume, where)

@@ -15,7 +15,7 @@ from incfs.committer import Committer, offload
 from incfs.dataplane import LeaseExhausted, NotResident, ReadWouldWait
 from incfs.errors import NoSpace, QuotaExceeded
 from incfs.model import MapId, VolumeId
-from incfs.ranges import TrimPending
+from incfs.ranges import StepsPending, TrimPending
 from incfs.space import Growth, Step
 from incfs.store import Store
 
@@ -79,6 +79,9 @@ class Driver:
                 await offload(refusal.warm)
             except TrimPending as refusal:
                 await self.trim(refusal.volume_id)
+            except StepsPending as refusal:
+                while not await self.drive(refusal.step):
+                    await trio.lowlevel.checkpoint()
         raise AssertionError("unreachable")
 
     async def trim(self, volume_id: VolumeId) -> None:

@@ -339,7 +339,7 @@ class MetadataBuilder:
             ImageMismatch: An image is missing, too short or another one.
         """
         try:
-            self._require_origins()
+            self._require_references()
             if with_images:
                 self._require_images()
         except BaseException:
@@ -358,14 +358,19 @@ class MetadataBuilder:
         """Tell how many stored blocks each volume's and snapshot's own table lacks, by its record."""
         missing: dict[RecordId, int] = {}
         for volume in self.catalog.volumes.values():
-            missing["volume", (volume.id,)] = volume.mapped_blocks - self._mapped.get(TableKey(volume.id), 0)
+            if not volume.rollback_to:
+                missing["volume", (volume.id,)] = volume.mapped_blocks - self._mapped.get(TableKey(volume.id), 0)
             for s in self.catalog.snapshots(volume.id, removed=True):
                 held = self._mapped.get(TableKey(volume.id, s.generation), 0)
                 missing["snapshot", (volume.id, s.generation)] = s.held_blocks - held
         return {identity: count for identity, count in missing.items() if count}
 
-    def _require_origins(self) -> None:
+    def _require_references(self) -> None:
         for volume in self.catalog.volumes.values():
+            rollback = (volume.rollback_to, volume.rollback_mark)
+            known = [("snapshot", (volume.id, generation)) in self.catalog for generation in rollback]
+            if any(rollback) and not (rollback[0] < rollback[1] and all(known)):
+                raise FormatError(f"volume {volume.id} is rolled back to a snapshot that there is not")
             origin = split_map_id(volume.origin)
             if volume.name and volume.origin and (origin[0] >= volume.id or ("snapshot", origin) not in self.catalog):
                 raise FormatError(f"volume {volume.id} is a clone of snapshot {origin}, which there is not")
@@ -375,6 +380,8 @@ class MetadataBuilder:
             snapshots = self.catalog.snapshots(volume.id, removed=True)
             newest = max((s.generation for s in snapshots), default=Generation(0))
             mapped = self._mapped.get(TableKey(volume.id), 0)
+            if volume.rollback_to:  # the tables follow later
+                mapped = volume.mapped_blocks
             last = Generation(max(newest, volume.last_generation))
             self.catalog.put(replace(volume, mapped_blocks=mapped, newest_generation=newest, last_generation=last))
             for snapshot in snapshots:

@@ -117,9 +117,10 @@ class FileHandlers(pyfuse3.Operations):
     def _open_table(self, table: MapId, pid: int, *, is_writable: bool, is_cached: bool = True) -> pyfuse3.FileInfo:
         self.service.open_handle(table, describe_process(pid))
         fh = self._register(Handle(table, table, is_writable=is_writable))
-        # What a table holds changes through the mount only, so the kernel may keep its pages.
+        # What a table holds changes through the mount only, so the kernel may keep its pages; but for a rollback.
         is_cached = is_cached and self.cache != "none"
-        return pyfuse3.FileInfo(fh=fh, direct_io=not is_cached, keep_cache=is_cached)
+        is_kept = is_cached and not self.service.branches.take_rolled_back(table)
+        return pyfuse3.FileInfo(fh=fh, direct_io=not is_cached, keep_cache=is_kept)
 
     def _register(self, handle: Handle) -> int:
         fh = next(self._numbers)

@@ -64,6 +64,10 @@ class KernelHook:
         """Set a volume's size."""
         await self._call(os.truncate, self._mountpoint / name, size_bytes)
 
+    async def refresh_volume(self, name: str, size_bytes: int) -> None:
+        """Have the kernel forget the pages of a volume that was rolled back, and take its size."""
+        await self._call(_open_and_truncate, self._mountpoint / name, size_bytes)
+
     async def rename_volume(self, old: str, new: str) -> None:
         """Rename a volume."""
         await self._call(os.rename, self._mountpoint / old, self._mountpoint / new)
@@ -103,6 +107,12 @@ def _sync_file(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _open_and_truncate(path: Path, size_bytes: int) -> None:
+    """The open is answered in a way that drops all pages; under write-back only a truncate changes the size."""
+    os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    os.truncate(path, size_bytes)
 
 
 def _from_kernel(error: OSError) -> IncfsError:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lmdb
 
@@ -316,6 +316,17 @@ class Reader:
         raise FormatError("the tables hold no valid checkpoint record")
 
 
+class Unrolled(NamedTuple):
+    """What a rollback does to one page."""
+
+    current: Entries
+    """Mappings that become current again."""
+    freed: list[int]
+    """Stored addresses that nothing refers to any more."""
+    released: int
+    """Stored blocks that the oldest increment gives up."""
+
+
 class IncrementalLog:
     """The mappings of every volume: looked up, appended, moved between tables.
 
@@ -465,6 +476,35 @@ class IncrementalLog:
             self._overlay.patch(older, page_index).entries.update(gained)
         freed = [entry[0] for index, entry in moved.items() if index in known and entry[0] > HOLE]
         return freed, sum(address > HOLE for address, _ in gained.values())
+
+    def plan_unroll(self, volume_id: int, undone: Sequence[int], page_index: int) -> Unrolled:
+        """Say what a rollback does to one page.
+
+        Args:
+            volume_id: The volume.
+            undone: The generations whose increments are undone, oldest first.
+            page_index: The page.
+        """
+        current: Entries = {}
+        unused: list[int] = []
+        released = 0
+        for generation in undone:
+            entries = self.entries(TableKey(volume_id, generation), page_index)
+            unused += [address for index, (address, _) in entries.items() if index in current]
+            current = {**entries, **current}
+            if generation == undone[0]:
+                released = sum(address > HOLE for address, _ in entries.values())
+        live = self.entries(TableKey(volume_id), page_index)
+        unused += [live[index][0] for index in current if index in live]
+        return Unrolled(current, [address for address in unused if address > HOLE], released)
+
+    def unroll(self, volume_id: int, undone: Sequence[int], page_index: int, current: Entries) -> None:
+        """Let the lookup table have what ``plan_unroll`` said, and empty the increments' pages."""
+        if current:
+            self._overlay.patch(TableKey(volume_id), page_index).entries.update(current)
+            for generation in undone:
+                self._overlay.replace(TableKey(volume_id, generation), page_index, {})
+        self.forget(volume_id, page_index)
 
     def drop_page(self, volume_id: int, page_index: int) -> list[int]:
         """Empty one page of a lookup table whose volume is gone; return what became free."""

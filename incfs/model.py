@@ -101,6 +101,10 @@ class Volume:
     xattrs: Mapping[str, bytes] = field(default_factory=dict)
     origin: MapId = NO_ORIGIN
     """The snapshot's table that unmapped blocks read from."""
+    rollback_to: Generation = Generation(0)
+    """The snapshot whose contents are the current ones, until the last page is unrolled; 0 without a rollback."""
+    rollback_mark: Generation = Generation(0)
+    """Writes since that rollback displace into this generation and later ones."""
 
     @property
     def map_id(self) -> MapId:

@@ -21,6 +21,13 @@ _CLOCK_TICK_NS = 4_000_000
 """Modification times advance in such steps, as the kernel's do: one record change less per write."""
 
 
+class StepsPending(Refused):
+    """Something that was begun must be finished first: ask for ``step`` until it says that it is."""
+
+    def __init__(self, step: Callable[[bool], bool]) -> None:
+        self.step = step
+
+
 class TrimPending(Refused):
     """A shrink has not dropped everything behind the volume's end yet: finish ``trim`` first."""
 
@@ -52,6 +59,9 @@ def drive(store: Store, request: Callable[[bool], Result]) -> Result:
             wait = True
         except TrimPending as refusal:
             finish_trim(store, refusal.volume_id)
+        except StepsPending as refusal:
+            while not drive(store, refusal.step):
+                pass
 
 
 def _make_space(store: Store, refusal: LeaseExhausted) -> None:

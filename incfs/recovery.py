@@ -310,9 +310,11 @@ def _apply(store: Store, change: Change, blocks: _DataCursor) -> None:
         case ["drop", str(kind), [*numbers]]:
             store.catalog.drop((kind, tuple(numbers)))
         case ["fold", int(volume_id), int(generation), int(older), [*pages]]:
-            store.apply_fold(VolumeId(volume_id), Generation(generation), Generation(older), pages)
+            store.moves.apply_fold(VolumeId(volume_id), Generation(generation), Generation(older), pages)
         case ["empty", int(volume_id), [*pages]]:
-            store.apply_empty(VolumeId(volume_id), pages)
+            store.moves.apply_empty(VolumeId(volume_id), pages)
+        case ["unroll", int(volume_id), [*generations], [*pages]]:
+            store.moves.apply_unroll(VolumeId(volume_id), generations, pages)
         case _:
             raise FormatError(f"journal: malformed change {str(change)[:80]}")
 

@@ -48,6 +48,9 @@ class MountHook(Protocol):
     async def rename_volume(self, old: str, new: str) -> None:
         """Rename through the mount."""
 
+    async def refresh_volume(self, name: str, size_bytes: int) -> None:
+        """Have the kernel forget what it has cached of a volume, and take its size."""
+
     async def remove_volume(self, name: str) -> None:
         """Unlink through the mount."""
 
@@ -72,7 +75,7 @@ class Service:
         self._reclaimer = Reclaimer(store, self._committer, self._handles.__contains__)
         self._driver = Driver(store, self._committer, self._reclaimer)
         self._keeper = self._driver.keeper = Keeper(store, self._driver.space_lock, self._add_storage)
-        self.branches = Branches(store, self._committer)
+        self.branches = Branches(store, self._committer, self._driver, self._reclaimer)
         """Clones, holds, going back."""
         self.mounted: MountHook | None = None
 
@@ -169,6 +172,10 @@ class Service:
     def holders(self, volume_id: VolumeId) -> list[str]:
         """Name who has the volume or one of its snapshots open."""
         return [h for table, held in self._handles.items() if split_map_id(table)[0] == volume_id for h in held]
+
+    def table_holders(self, table: MapId) -> list[str]:
+        """Name who has a volume's current contents, or a snapshot, open."""
+        return list(self._handles.get(table, ()))
 
     # Data
 
@@ -286,7 +293,7 @@ class Service:
             Busy: It has snapshots, and ``snapshots`` is false or one of them is open.
         """
         for taken in self.snapshots(volume_id) if snapshots else ():
-            self._require_closed(taken)
+            self.require_closed(taken)
         volume.remove(self._store, volume_id, snapshots=snapshots)
         self._reclaimer.reclaim_soon()
         await self.commit()
@@ -334,12 +341,17 @@ class Service:
         Raises:
             Busy: It is open.
         """
-        self._require_closed(self.snapshot(volume_id, name))
+        self.require_closed(self.snapshot(volume_id, name))
         snapshot.remove(self._store, volume_id, name)
         self._reclaimer.reclaim_soon()
         await self.commit()
 
-    def _require_closed(self, taken: Snapshot) -> None:
+    def require_closed(self, taken: Snapshot) -> None:
+        """Refuse to remove a snapshot that is open.
+
+        Raises:
+            Busy: It names the holders.
+        """
         holders = self._handles.get(taken.map_id)
         if holders:
             whose = f"{self.volume_by_id(taken.volume_id).name}@{taken.name}"

@@ -105,10 +105,12 @@ def require_removable(store: Store, snapshots: Iterable[Snapshot]) -> None:
 def _increments_between(store: Store, older: Snapshot, newer: Snapshot) -> list[TableKey]:
     if older.generation > newer.generation:
         raise UsageError(f"snapshot {older.name} is newer than {newer.name}; swap them")
+    mark = store.catalog.volume(newer.volume_id).rollback_mark
+    undone = store.catalog.undone(newer.volume_id) if newer.generation >= mark else []
     return [
         TableKey(newer.volume_id, taken.generation)
         for taken in store.catalog.snapshots(newer.volume_id, removed=True)
-        if older.generation <= taken.generation < newer.generation
+        if older.generation <= taken.generation < newer.generation and taken.generation not in undone
     ]
 
 

@@ -14,7 +14,9 @@ Invariants:
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +34,8 @@ from incfs.events import EventLog
 from incfs.journal import Journal
 from incfs.lock import PoolLock
 from incfs.log import IncrementalLog, Tables
-from incfs.model import HOLE, INHERIT, Generation, MapId, SealedPage, StorageId, Volume, VolumeId, split_map_id
+from incfs.model import HOLE, INHERIT, MapId, SealedPage, StorageId, Volume, VolumeId, split_map_id
+from incfs.moves import Moves
 from incfs.planes import PlaneKind, default_kind, make_plane
 from incfs.pool import DEFAULT_EXTEND_BYTES, Pool, PunchPlan
 from incfs.space import Space
@@ -139,11 +142,14 @@ class Store:
             host_reserve_bytes=options.host_reserve_bytes,
             reserve_blocks=options.reserve_blocks,
         )
+        self.moves = Moves(self.catalog, self.log, self.pool, self._pend_move, self.touch)
         self._pending: list[Change] = []
         self._touched: dict[RecordId, None] = {}
         self._folded_sequence = 0
         self._served: dict[MapId, tuple[int, bool]] = {}
         """Open tables -> (size, whether the data plane's own threads may write)."""
+        self._quiet: Counter[MapId] = Counter()
+        """Tables that the data plane's own threads must not write."""
         self._commit: Commit | None = None
         self._checkpoint: Checkpoint | None = None
 
@@ -252,34 +258,9 @@ class Store:
             snapshot = self.catalog.snapshot_by_generation(volume.id, volume.newest_generation)
             self.touch(replace(snapshot, held_blocks=snapshot.held_blocks + held))
 
-    def fold(self, volume_id: VolumeId, generation: Generation, page_indexes: list[int]) -> None:
-        """Move pages of a removed snapshot's increment to its older neighbour, or free them."""
-        older = self.catalog.older_generation(volume_id, generation)
-        self._pending.append(["fold", volume_id, generation, older, page_indexes])
-        self.pending_mappings += len(page_indexes) * _PAGE_WEIGHT
-        self.apply_fold(volume_id, generation, older, page_indexes)
-
-    def apply_fold(self, volume_id: VolumeId, generation: Generation, older: Generation, pages: Iterable[int]) -> None:
-        """Do what ``fold`` says, in memory."""
-        gained = 0
-        for page_index in pages:
-            freed, moved = self.log.fold(volume_id, generation, older, page_index)
-            self.pool.free(freed)
-            gained += moved
-        if gained:
-            snapshot = self.catalog.snapshot_by_generation(volume_id, older)
-            self.touch(replace(snapshot, held_blocks=snapshot.held_blocks + gained))
-
-    def empty(self, volume_id: VolumeId, page_indexes: list[int]) -> None:
-        """Drop pages of a removed volume's lookup table."""
-        self._pending.append(["empty", volume_id, page_indexes])
-        self.pending_mappings += len(page_indexes) * _PAGE_WEIGHT
-        self.apply_empty(volume_id, page_indexes)
-
-    def apply_empty(self, volume_id: VolumeId, page_indexes: Iterable[int]) -> None:
-        """Do what ``empty`` says, in memory."""
-        for page_index in page_indexes:
-            self.pool.free(self.log.drop_page(volume_id, page_index))
+    def _pend_move(self, change: Change, page_count: int) -> None:
+        self._pending.append(change)
+        self.pending_mappings += page_count * _PAGE_WEIGHT
 
     # What the data plane may serve by itself
 
@@ -287,10 +268,24 @@ class Store:
         """Let the data plane's own threads serve an open table, as far as its records allow."""
         volume_id, generation = split_map_id(table)
         is_writable = not generation and self.catalog.volume(volume_id).trim_from_bytes is None
+        is_writable = is_writable and not self._quiet[table]
         allowed = self.catalog.size_bytes(table), is_writable and self.failure is None
         if self._served.get(table) != allowed:
             self._served[table] = allowed
             self.plane.serve(table, allowed[0], is_writable=allowed[1])
+
+    @contextmanager
+    def quiet(self, table: MapId) -> Iterator[None]:
+        """Have the data plane's own threads hand over writes of a table meanwhile: no step of ours is interleaved."""
+        self._quiet[table] += 1
+        try:
+            if table in self._served:
+                self.serve(table)
+            yield
+        finally:
+            self._quiet[table] -= 1
+            if table in self._served:
+                self.serve(table)
 
     def unserve(self, table: MapId) -> None:
         """End ``serve``: nobody has the table open."""
@@ -317,7 +312,10 @@ class Store:
         if self.plane.page_count >= limit:
             for evicted_map, evicted_page in self.plane.shrink(limit - limit // 8):
                 self.log.forget(split_map_id(evicted_map)[0], evicted_page)
-        volume = self.catalog.volume(split_map_id(table)[0])
+        volume_id, generation = split_map_id(table)
+        volume = self.catalog.volume(volume_id)
+        if volume.rollback_to and not generation and self.failure is None:
+            self.moves.unroll(volume_id, [page_index])
         self.plane.load(table, page_index, entries, hole=HOLE if volume.origin else INHERIT)
 
     def evict(self, table: MapId) -> None:

@@ -20,6 +20,7 @@ from incfs.model import (
 )
 from incfs.overlay import TableKey
 from incfs.ranges import TrimPending
+from incfs.rollback import unroll
 from incfs.snapshot import require_removable
 from incfs.store import Store
 
@@ -167,7 +168,7 @@ def set_xattrs(store: Store, volume_id: VolumeId, xattrs: Mapping[str, bytes]) -
 
 
 def reclaim(store: Store, volume_id: VolumeId, page_count: int) -> bool:
-    """Free blocks of removed snapshots, and of the volume itself if it was removed; one bounded step.
+    """Unroll a rollback; free blocks of removed snapshots, and of the volume itself if that was; one bounded step.
 
     A removed snapshot waits for removed clones of it that are still open, and its volume with it.
 
@@ -176,6 +177,9 @@ def reclaim(store: Store, volume_id: VolumeId, page_count: int) -> bool:
     """
     store.begin_change()
     volume = store.catalog.volume(volume_id)
+    if volume.rollback_to:
+        unroll(store, volume_id, page_count)
+        return False
     removed = [s for s in store.catalog.snapshots(volume_id, removed=True) if not s.name]
     unneeded = [s.generation for s in removed if not store.catalog.clones(s.map_id)]
     if unneeded:
@@ -185,7 +189,7 @@ def reclaim(store: Store, volume_id: VolumeId, page_count: int) -> bool:
         return True
     pages = store.log.occupied_pages(TableKey(volume_id), page_count)
     if pages:
-        store.empty(volume_id, pages)
+        store.moves.empty(volume_id, pages)
         return False
     store.evict(volume.map_id)
     store.drop(("volume", (volume_id,)))
@@ -199,7 +203,7 @@ def _fold_some(store: Store, volume: Volume, generation: Generation, page_count:
     for page in pages if older else ():
         store.log.entries(TableKey(volume.id, older), page)  # a damaged one is noticed before anything changes
     if pages:
-        store.fold(volume.id, generation, pages)
+        store.moves.fold(volume.id, generation, pages)
         return
     store.evict(snapshot.map_id)
     store.drop(("snapshot", (volume.id, generation)))

@@ -28,11 +28,16 @@ def refuse_open(service: "Service", volume: Volume, action: str) -> None:
     """Raise Busy, naming the holders, while somebody has the volume open."""
     holders = service.holders(volume.id)
     if holders:
-        raise Busy(
-            f"volume {volume.name} cannot be {action}: it is open by {', '.join(holders)}; detach or close it first",
-            volume=volume.name,
-            holders=holders,
-        )
+        raise busy(volume, holders, action)
+
+
+def busy(volume: Volume, holders: list[str], action: str) -> Busy:
+    """Make the error that says who has a volume open."""
+    return Busy(
+        f"volume {volume.name} cannot be {action}: it is open by {', '.join(holders)}; detach or close it first",
+        volume=volume.name,
+        holders=holders,
+    )
 
 
 def refuse_taken(what: str, taken: list[str], name: str) -> None:

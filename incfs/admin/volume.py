@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Final
 
-from incfs.admin.verb import Verb, refuse_open, refuse_taken
+from incfs.admin.verb import Verb, busy, refuse_open, refuse_taken
 from incfs.documents import Document, volume_document, volume_removal
 from incfs.errors import Busy, UsageError
 from incfs.model import validate_name
@@ -75,6 +75,27 @@ async def volume_clone(service: "Service", *, target: str, name: str) -> Documen
     return {"volume": volume_document(service, await service.branches.clone(origin, name))}
 
 
+async def volume_rollback(service: "Service", *, target: str, force: bool = False, dry_run: bool = False) -> Document:
+    """Let a volume be again what it was at a snapshot; ``force`` gives up newer snapshots and open files."""
+    found, taken = find_snapshot(service, target)
+    holders = service.table_holders(found.map_id)
+    if holders and not force:
+        raise busy(found, holders, "rolled back")
+    doomed = service.branches.newer_snapshots(taken, force=force)
+    for snapshot in doomed:
+        service.require_closed(snapshot)
+    names = [f"{found.name}@{snapshot.name}" for snapshot in doomed]
+    document: Document = {"volume": found.name, "to": taken.name, "removed_snapshots": names, "dry_run": dry_run}
+    if dry_run:
+        return {"rollback": {**document, "freed_bytes": await service.branches.freed_by_roll_back(taken)}}
+    if service.mounted is not None:
+        await service.mounted.sync_volume(found.name)
+    await service.branches.roll_back(found.id, taken.name, force=force)
+    if service.mounted is not None:
+        await service.mounted.refresh_volume(found.name, service.volume_by_id(found.id).size_bytes)
+    return {"rollback": document}
+
+
 async def volume_remove(service: "Service", *, volume: str, snapshots: bool = False, dry_run: bool = False) -> Document:
     """Remove a volume, with its snapshots when asked; ``dry_run`` only says what would go."""
     found = find_volume(service, volume)
@@ -122,6 +143,7 @@ VERBS: Final = {
     "volume.resize": Verb(volume_resize, is_read_only=False),
     "volume.rename": Verb(volume_rename, is_read_only=False),
     "volume.clone": Verb(volume_clone, is_read_only=False),
+    "volume.rollback": Verb(volume_rollback, is_read_only=False),
     "volume.remove": Verb(volume_remove, is_read_only=False),
     "volume.map": Verb(volume_map, is_read_only=True),
 }

@@ -1,4 +1,4 @@
-"""``incfs volume``: create, list, show, resize, rename, clone, remove, map."""
+"""``incfs volume``: create, list, show, resize, rename, clone, rollback, remove, map."""
 
 from typing import Annotated, Any, Final
 
@@ -80,6 +80,22 @@ def clone(
 ) -> None:
     """Create a volume that starts as a snapshot; nothing is copied.  The snapshot stays while it has clones."""
     _report(call(context, "volume.clone", target=target, name=name), as_json)
+
+
+@verb(app, "rollback")
+def rollback(
+    context: typer.Context,
+    target: Annotated[str, typer.Argument(metavar="VOL@SNAP", help="The snapshot to go back to.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Also remove newer snapshots, and also while the volume is open.")
+    ] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Let a volume be again what it was at a snapshot; what was written since is lost."""
+    document = call(context, "volume.rollback", target=target, force=force, dry_run=dry_run)
+    if dry_run or as_json:
+        output.print_facts(document, "rollback", as_json=as_json)
 
 
 @verb(app, "remove", "rm")

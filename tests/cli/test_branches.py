@@ -35,3 +35,21 @@ def test_hold_life(cli: Cli) -> None:
     cli.fails(2, "snapshot", "hold", "x/y", "db@a")
     cli.fails(2, "snapshot", "hold", "x", "db@a", "--expires", "soon")
     cli.ok("snapshot", "remove", "db@a")
+
+
+def test_rollback(cli: Cli) -> None:
+    cli.ok("volume", "create", "db", "1M")
+    cli.ok("snapshot", "create", "db@a")
+    cli.ok("volume", "resize", "db", "2M")
+    cli.ok("snapshot", "create", "db@b")
+    assert "newer than a (b)" in cli.fails(11, "volume", "rollback", "db@a")
+    planned = cli.json("volume", "rollback", "-n", "--force", "db@a")["rollback"]
+    assert (planned["removed_snapshots"], planned["freed_bytes"]) == (["db@b"], 0)
+    cli.ok("snapshot", "hold", "backup", "db@b")
+    assert "held by backup" in cli.fails(11, "volume", "rollback", "--force", "db@a")
+    cli.ok("snapshot", "release", "backup", "db@b")
+    assert cli.ok("volume", "rollback", "--force", "db@a") == ""
+    assert cli.json("volume", "show", "db")["volume"]["size_bytes"] == 1 << 20
+    assert [row["name"] for row in cli.json("snapshot", "list")["snapshots"]] == ["db@a"]
+    cli.fails(10, "volume", "rollback", "db@b")
+    assert cli.ok("pool", "check").startswith("clean")

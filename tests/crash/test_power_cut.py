@@ -14,7 +14,7 @@ from incfs import snapshot as snapshots
 from incfs import volume as volumes
 from incfs.checkpoint import Commit
 from incfs.errors import Busy, NoSpace
-from incfs.model import StorageId, VolumeId
+from incfs.model import Snapshot, StorageId, VolumeId
 from incfs.pool import PUNCH_BYTES
 from incfs.store import Options, Store, new_nonce
 from tests.support import pools
@@ -156,6 +156,38 @@ def test_every_cut_of_a_small_workload_gives_a_commit_point(pool_home: Path, sma
 
 
 @pytest.mark.parametrize("small_commit_bytes", [0, 65536], ids=["flush-images", "data-in-record"])
+def test_every_cut_of_clone_and_rollback_gives_a_commit_point(pool_home: Path, small_commit_bytes: int) -> None:
+    options = pools.tiny_options(small_commit_bytes=small_commit_bytes)
+    with Recorder(pool_home / "real", options) as recorder:
+        store = recorder.store
+        volume = pools.new_volume(store, "a")
+        pools.write(store, volume.map_id, 0, pattern(1, 33_500))
+        (taken,) = pools.take_snapshots(store, [(volume.id, "s")])
+        made = clones.create(store, taken, "c")
+        store.commit()
+        pools.write(store, volume.map_id, 32_000, pattern(2, 2000))
+        pools.write(store, made.map_id, 100, pattern(3, 300))
+        pools.take_snapshots(store, [(volume.id, "t"), (made.id, "u")])
+        pools.write(store, volume.map_id, 32_500, pattern(4, 200))
+        pools.discard(store, made.map_id, 0, 640)
+        store.commit()
+        pools.roll_back(store, volume.id, "s", force=True)
+        store.commit()
+        write_and_commit(store, volume.id, 10, pattern(5, 200))
+        recorder.checkpoint(lambda: write_and_commit(store, made.id, 64, pattern(len(recorder.points), 300)))
+        pools.roll_back(store, made.id, "u")
+        store.commit()
+        pools.reclaim(store, page_count=1)
+        store.checkpoint()
+        volumes.remove(store, made.id, snapshots=True)
+        store.commit()
+        pools.reclaim(store)
+        store.commit()
+    tried = cut_everywhere(recorder, pool_home / "cut", seeds=2)
+    print(f"{len(recorder.backing.events)} events, {tried} states")
+
+
+@pytest.mark.parametrize("small_commit_bytes", [0, 65536], ids=["flush-images", "data-in-record"])
 def test_every_cut_of_a_full_pool_gives_a_commit_point(pool_home: Path, small_commit_bytes: int) -> None:
     """Each write needs blocks that an earlier one freed (I3)."""
     options = pools.tiny_options(small_commit_bytes=small_commit_bytes)
@@ -201,7 +233,7 @@ def random_step(recorder: Recorder, random: Random, step: int) -> None:
     volume = random.choice(live)
     taken = store.catalog.snapshots(volume.id)
     start, data = random.randrange(40_000), pattern(random.randrange(99), random.randrange(1, 3000))
-    match random.choice("wwwwwdzsxkrRcccCp"):
+    match random.choice("wwwwwdzsxkbrRcccCp"):
         case "w":
             pools.write(store, volume.map_id, start, data)
         case "d":
@@ -210,10 +242,8 @@ def random_step(recorder: Recorder, random: Random, step: int) -> None:
             pools.resize(store, volume.id, start)
         case "s":
             pools.take_snapshots(store, [(v.id, f"s{step}") for v in live])
-        case "x" if taken:
-            snapshots.remove(store, volume.id, random.choice(taken).name)
-        case "k" if taken:
-            clones.create(store, random.choice(taken), f"k{step}")
+        case "x" | "b" | "k" as kind if taken:
+            branch_step(store, kind, random.choice(taken), step)
         case "r":
             volumes.remove(store, volume.id, snapshots=True)
         case "R":
@@ -224,3 +254,13 @@ def random_step(recorder: Recorder, random: Random, step: int) -> None:
             recorder.checkpoint(lambda: write_and_commit(store, volume.id, start, data))
         case _:
             store.commit()
+
+
+def branch_step(store: Store, kind: str, taken: Snapshot, step: int) -> None:
+    match kind:
+        case "x":
+            snapshots.remove(store, taken.volume_id, taken.name)
+        case "b":
+            pools.roll_back(store, taken.volume_id, taken.name, force=True)
+        case _:
+            clones.create(store, taken, f"k{step}")

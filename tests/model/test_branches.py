@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from incfs import clone as clones
-from incfs import dump, extents, holds, ranges
+from incfs import dump, extents, holds, ranges, rollback
 from incfs import snapshot as snapshots
 from incfs import volume as volumes
 from incfs.errors import Busy, FormatError, HoldNotFound
@@ -146,3 +146,90 @@ def test_trimming_a_clone_goes_on_after_a_crash(pool_home: Path) -> None:
     assert pools.read(store, made.map_id) == b"x" * 100 + bytes(69_900)
     pools.check_clean(store)
     store.close()
+
+
+def rolled_back(store: Store) -> tuple[Volume, bytes]:
+    """A volume of three pages, rolled back over a newer snapshot; nothing is unrolled yet."""
+    volume, _ = origin_with(store, b"x" * 80_000)
+    pools.write(store, volume.map_id, 0, b"y" * 100_000)
+    pools.take_snapshots(store, [(volume.id, "t")])
+    pools.write(store, volume.map_id, 30_000, b"z" * 20_000)
+    pools.roll_back(store, volume.id, "s", force=True)
+    return store.catalog.volume(volume.id), b"x" * 80_000
+
+
+def test_a_rollback_is_one_change_and_unrolls_later(pool_home: Path) -> None:
+    pool = pools.make_pool(pool_home)
+    with pools.open_tiny(pool) as store:
+        volume, expected = rolled_back(store)
+        assert (volume.size_bytes, len(store.catalog.snapshots(volume.id))) == (80_000, 1)
+        assert pools.read(store, volume.map_id) == expected
+        pools.write(store, volume.map_id, 70_000, b"w" * 20_000)
+        expected = expected[:70_000] + b"w" * 20_000
+        (taken,) = pools.take_snapshots(store, [(volume.id, "u")])
+        pools.write(store, volume.map_id, 0, b"v")
+    for _ in range(2):
+        with pools.open_tiny(pool) as store:
+            assert pools.read(store, taken.map_id) == expected
+            assert pools.read(store, volume.map_id) == b"v" + expected[1:]
+            assert pools.read(store, store.catalog.snapshot(volume.id, "s").map_id) == b"x" * 80_000
+            pools.check_clean(store)
+            pools.reclaim(store)
+            assert not store.catalog.volume(volume.id).rollback_to
+            pools.check_clean(store)
+
+
+def test_a_crash_in_the_middle_of_unrolling_goes_on(pool_home: Path) -> None:
+    store = pools.open_tiny(pools.make_pool(pool_home))
+    volume, expected = rolled_back(store)
+    store.commit()
+    while True:
+        store = pools.crash(store)
+        pools.check_clean(store)
+        assert pools.read(store, volume.map_id) == expected
+        if volumes.reclaim(store, volume.id, 1):
+            break
+        store.commit()
+    pools.check_clean(store)
+    store.close()
+
+
+def test_rolling_back_twice_before_anything_is_unrolled(pool_home: Path) -> None:
+    with pools.open_tiny(pools.make_pool(pool_home)) as store:
+        volume, expected = rolled_back(store)
+        pools.write(store, volume.map_id, 0, b"a" * 1000)
+        pools.take_snapshots(store, [(volume.id, "u")])
+        pools.write(store, volume.map_id, 0, b"b" * 60_000)
+        pools.roll_back(store, volume.id, "u")
+        assert pools.read(store, volume.map_id) == b"a" * 1000 + expected[1000:]
+        pools.roll_back(store, volume.id, "s", force=True)
+        pools.roll_back(store, volume.id, "s")
+        assert pools.read(store, volume.map_id) == expected
+        pools.reclaim(store)
+        assert pools.read(store, volume.map_id) == expected
+        assert store.pool.used_blocks() == 80_000 // 64
+        pools.check_clean(store)
+
+
+def test_a_rollback_names_what_stands_in_its_way(pool_home: Path) -> None:
+    with pools.open_tiny(pools.make_pool(pool_home)) as store:
+        volume, _ = origin_with(store, b"x" * 100)
+        (newer,) = pools.take_snapshots(store, [(volume.id, "t")])
+        with pytest.raises(Busy, match=r"newer than s \(t\)"):
+            pools.roll_back(store, volume.id, "s")
+        clones.create(store, newer, "c")
+        with pytest.raises(Busy, match="origin of c"):
+            pools.roll_back(store, volume.id, "s", force=True)
+        pools.roll_back(store, volume.id, "t")
+
+
+def test_what_a_rollback_says_it_frees_is_what_it_frees(pool_home: Path) -> None:
+    with pools.open_tiny(pools.make_pool(pool_home)) as store:
+        volume, taken = origin_with(store, b"x" * 80_000)
+        pools.write(store, volume.map_id, 0, b"y" * 100_000)
+        pools.take_snapshots(store, [(volume.id, "t")])
+        pools.write(store, volume.map_id, 30_000, b"z" * 20_000)
+        promised, used = sum(rollback.freed_blocks(store, taken)), store.pool.used_blocks()
+        pools.roll_back(store, volume.id, "s", force=True)
+        pools.reclaim(store)
+        assert used - store.pool.used_blocks() == promised > 0

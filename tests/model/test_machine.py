@@ -401,6 +401,24 @@ class CoreMachine(RuleBasedStateMachine):
         snapshots.rename(self.store, volume_id, renamed.name, name)
         renamed.name = name
 
+    @precondition(lambda self: any(m.snapshots for m in self.state.values()))
+    @rule(choice=st.integers(0, 9), which=st.integers(0, 9), force=st.booleans())
+    def roll_back(self, choice: int, which: int, force: bool) -> None:
+        volume_id, model = self.pick_with_snapshots(choice)
+        index = which % len(model.snapshots)
+        target, newer = model.snapshots[index], model.snapshots[index + 1 :]
+        try:
+            pools.roll_back(self.store, volume_id, target.name, force=force)
+        except Busy:
+            gone = [v for v in self.store.catalog.volumes.values() if v.origin and not v.name]
+            assert (newer and not force) or any(self.has_clones(s) for s in newer) or gone
+            return
+        assert force or not newer
+        assert not any(self.has_clones(s) for s in newer)
+        del model.snapshots[index + 1 :]
+        model.data = bytearray(target.data)
+        target.touched.update(*(s.touched for s in newer))
+
     def pick_with_snapshots(self, choice: int) -> tuple[VolumeId, VolumeModel]:
         ids = sorted(i for i, m in self.state.items() if m.snapshots)
         return ids[choice % len(ids)], self.state[ids[choice % len(ids)]]

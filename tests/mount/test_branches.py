@@ -20,3 +20,37 @@ def test_a_clone_appears_as_a_file_and_is_written_like_one(mnt, volume):
     volume.write_bytes(b"c" * MIB)
     assert branch.read_bytes() == b"b" * 5000 + b"a" * (MIB - 5000)
     assert os.stat(branch).st_blocks * 512 == 8192
+
+
+def test_a_rollback_changes_what_is_read_also_what_the_kernel_had_cached(mnt, volume):
+    volume.write_bytes(b"a" * MIB)
+    mnt.command("snapshot", "create", f"{volume.name}@s")
+    volume.write_bytes(b"b" * 3 * MIB)
+    mnt.command("snapshot", "create", f"{volume.name}@t")
+    assert volume.read_bytes() == b"b" * 3 * MIB
+    with open(volume, "rb") as held:
+        held.read(1)
+        refused = mnt.command("volume", "rollback", "--force", f"{volume.name}@t", check=False)
+        assert refused.returncode == 0
+        refused = mnt.command("volume", "rollback", f"{volume.name}@t", check=False)
+        assert (refused.returncode, "open by pid" in refused.stderr) == (11, True)
+    mnt.command("volume", "rollback", "--force", f"{volume.name}@s")
+    assert os.stat(volume).st_size == MIB
+    assert volume.read_bytes() == b"a" * MIB
+    assert os.listdir(mnt / ".snapshots" / volume.name) == ["s"]
+    with open(volume, "ab") as stream:
+        stream.write(b"c" * 10)
+    assert volume.read_bytes() == b"a" * MIB + b"c" * 10
+
+
+def test_a_forced_rollback_under_an_open_file_shows_its_reader_the_old_contents(mnt, volume):
+    volume.write_bytes(b"a" * MIB)
+    mnt.command("snapshot", "create", f"{volume.name}@s")
+    with open(volume, "r+b", buffering=0) as stream:
+        stream.write(b"b" * 2 * MIB)
+        assert os.pread(stream.fileno(), 10, 0) == b"b" * 10
+        mnt.command("volume", "rollback", "--force", f"{volume.name}@s")
+        assert os.pread(stream.fileno(), 10, 0) == b"a" * 10
+        assert os.fstat(stream.fileno()).st_size == MIB
+        os.pwrite(stream.fileno(), b"c", 0)
+    assert volume.read_bytes() == b"c" + b"a" * (MIB - 1)

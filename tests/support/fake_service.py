@@ -10,6 +10,11 @@ from incfs.model import MAX_VOLUME_BYTES, Generation, Snapshot, Volume, VolumeId
 BLOCK_BYTES = 4096
 
 
+class FakeBranches:
+    def take_rolled_back(self, table):
+        return False
+
+
 class FakeService:
     def __init__(self, directory=Path("/fake")):
         self.directory = directory
@@ -21,6 +26,7 @@ class FakeService:
         self._data = {}
         self._opened = {}
         self._ids = count(1)
+        self.branches = FakeBranches()
 
     def note_writes(self):
         pass

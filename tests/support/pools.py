@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from incfs import extents, ranges
+from incfs import extents, ranges, rollback
 from incfs import pool as pool_module
 from incfs import snapshot as snapshots
 from incfs import volume as volumes
@@ -118,6 +118,11 @@ def resize(store: Store, volume_id: VolumeId, size_bytes: int) -> None:
 def take_snapshots(store: Store, wanted: Sequence[tuple[VolumeId, str]]) -> list[Snapshot]:
     """Take snapshots of several volumes, finishing trims first."""
     return ranges.drive(store, lambda _: snapshots.create(store, wanted))
+
+
+def roll_back(store: Store, volume_id: VolumeId, name: str, *, force: bool = False) -> list[Snapshot]:
+    """Go back to a snapshot."""
+    return ranges.drive(store, lambda _: rollback.roll_back(store, volume_id, name, force=force))
 
 
 def reclaim(store: Store, *, page_count: int = 64) -> None:
@@ -234,7 +239,7 @@ def _freed_addresses(store: Store) -> list[int]:
 
 def _check_counters(store: Store) -> None:
     for volume in store.catalog.volumes.values():
-        if volume.name:
+        if volume.name and not volume.rollback_to:
             assert volume.mapped_blocks == len(_stored(store, TableKey(volume.id))), volume
         snapshots = store.catalog.snapshots(volume.id, removed=True)
         assert volume.newest_generation == max((s.generation for s in snapshots), default=0)
