@@ -82,7 +82,8 @@ static PyObject *raise_status(DataPlane *self, enum plane_status status, uint64_
     case PLANE_NOT_RESIDENT:
         return raise(python.not_resident, Py_BuildValue("(KK)", map, (unsigned long long)why->page_index));
     case PLANE_NO_LEASE:
-        return raise(python.lease_exhausted, Py_BuildValue("(KK)", map, (unsigned long long)why->block_count));
+        return raise(python.lease_exhausted, Py_BuildValue("(KK)", map | (unsigned long long)why->column,
+                                                           (unsigned long long)why->block_count));
     case PLANE_WOULD_WAIT:
         return raise_would_wait(self, why);
     case PLANE_MISMATCH:
@@ -298,6 +299,20 @@ static PyObject *method_leased_blocks(DataPlane *self, PyObject *arg)
     if (PyErr_Occurred())
         return NULL;
     return PyLong_FromUnsignedLongLong(plane_leased_blocks(self->plane, map_id));
+}
+
+static PyObject *method_stripe(DataPlane *self, PyObject *args)
+{
+    unsigned long long map_id, unit_blocks, columns;
+    if (!PyArg_ParseTuple(args, "KKK", &map_id, &unit_blocks, &columns))
+        return NULL;
+    if (!unit_blocks || !columns || columns > PLANE_MAX_COLUMNS) {
+        PyErr_SetString(PyExc_AssertionError, "no such stripes");
+        return NULL;
+    }
+    if (plane_stripe(self->plane, map_id, unit_blocks, columns) != PLANE_OK)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
 }
 
 /* ---- Served requests --------------------------------------------------------------------------------------- */
@@ -652,6 +667,7 @@ static PyMethodDef plane_methods[] = {
     {"grant", (PyCFunction)method_grant, METH_VARARGS, "Give a table free blocks to write into."},
     {"revoke", (PyCFunction)method_revoke, METH_VARARGS, "Take back unused leased blocks of one table, or of all."},
     {"leased_blocks", (PyCFunction)method_leased_blocks, METH_O, "Unused leased blocks of a table."},
+    {"stripe", (PyCFunction)method_stripe, METH_VARARGS, "Let new blocks of a table come from several leases."},
     {"serve", KEYWORDS(method_serve), "Let other threads read a table up to a size, and write it."},
     {"unserve", (PyCFunction)method_unserve, METH_O, "Let other threads no longer read or write a table."},
     {"freeze", (PyCFunction)method_freeze, METH_NOARGS, "Let other threads no longer write anything."},

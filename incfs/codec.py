@@ -175,7 +175,7 @@ def decode_record(kind: type[Record], value: Any) -> Record:
     for name, item in value.items():
         if not _fits(item, hints[name]):
             raise FormatError(f"{kind.__name__} record: field {name} is {item!r}")
-    return kind(**value)
+    return kind(**{name: _thaw(item) for name, item in value.items()})
 
 
 @cache
@@ -195,6 +195,13 @@ def _fits(item: Any, hint: Any) -> bool:
     hint = getattr(hint, "__supertype__", hint)
     if get_origin(hint) is UnionType:
         return any(_fits(item, part) for part in get_args(hint))
+    if get_origin(hint) is tuple:  # of any length, of one kind
+        return isinstance(item, list) and all(_fits(member, get_args(hint)[0]) for member in item)
     if get_origin(hint) is not None:
         return isinstance(item, dict)
     return type(item) is hint
+
+
+def _thaw(item: Any) -> Any:
+    """Undo that msgpack makes lists of tuples."""
+    return tuple(_thaw(member) for member in item) if isinstance(item, list) else item

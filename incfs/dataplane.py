@@ -12,7 +12,7 @@ Invariants:
 """
 
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -49,7 +49,7 @@ class NotResident(Refused):
 
 
 class LeaseExhausted(Refused):
-    """Too few leased blocks: the table needs ``block_count`` of them in all; grant and ask again."""
+    """Too few leased blocks: the table, or its column, needs ``block_count`` of them in all; grant and ask again."""
 
     def __init__(self, map_id: MapId, block_count: int) -> None:
         self.map_id = map_id
@@ -124,6 +124,7 @@ class DataPlane:
         self._pages: dict[tuple[MapId, int], Page] = {}
         self._dirty: dict[tuple[MapId, int], Page] = {}
         self._leases: dict[MapId, deque[tuple[int, int]]] = {}
+        self._stripes: dict[MapId, tuple[int, int]] = {}
         self._dropped: list[int] = []
         self._mapped_delta: dict[MapId, int] = {}
         self.fresh_count = 0
@@ -182,8 +183,20 @@ class DataPlane:
 
     # Leases
 
+    def stripe(self, map_id: MapId, unit_blocks: int, columns: int) -> None:
+        """Let new blocks of a table come from several leases in turn.
+
+        Virtual block b takes from the lease ``map_id | b // unit_blocks % columns``: the lower half of a
+        live table's id is 0.
+        """
+        assert unit_blocks > 0
+        assert columns > 0
+        self._stripes.pop(map_id, None)
+        if columns > 1:
+            self._stripes[map_id] = unit_blocks, columns
+
     def grant(self, map_id: MapId, address: int, block_count: int) -> None:
-        """Give a table free blocks to write into."""
+        """Give a table, or one of its columns, free blocks to write into."""
         self._leases.setdefault(map_id, deque()).append((address, block_count))
 
     def leased_blocks(self, map_id: MapId) -> int:
@@ -196,9 +209,18 @@ class DataPlane:
         runs = [run for table in tables for run in self._leases.pop(table, ())]
         return [address + i for address, count in runs for i in range(count)]
 
-    def _take(self, map_id: MapId, block_count: int) -> list[int]:
-        if self.leased_blocks(map_id) < block_count:
-            raise LeaseExhausted(map_id, block_count)
+    def _take(self, map_id: MapId, virtual_blocks: list[int]) -> Iterator[int]:
+        """Yield an address for each block, from its column's lease; all of them or none are taken."""
+        unit, columns = self._stripes.get(map_id, (1, 1))
+        leases = [MapId(map_id | block // unit % columns) for block in virtual_blocks]
+        needed = Counter(leases)
+        for lease in sorted(needed):
+            if self.leased_blocks(lease) < needed[lease]:
+                raise LeaseExhausted(lease, needed[lease])
+        taken = {lease: iter(self._take_from(lease, count)) for lease, count in needed.items()}
+        return (next(taken[lease]) for lease in leases)
+
+    def _take_from(self, map_id: MapId, block_count: int) -> list[int]:
         lease = self._leases[map_id]
         taken: list[int] = []
         while len(taken) < block_count:
@@ -320,7 +342,7 @@ class DataPlane:
     def _place(self, map_id: MapId, first_block: int, data: bytes) -> list[_Placement]:
         size, zeros = self._block_bytes, self._zeros
         placements: list[_Placement] = []
-        new_count = 0
+        new_blocks: list[int] = []
         for page_index, start, count in split_pages(first_block, len(data) // size):
             page = self._page(map_id, page_index)
             for index in range(start, start + count):
@@ -330,9 +352,10 @@ class DataPlane:
                     continue
                 address = page.addresses[index]
                 is_new = address <= HOLE or index not in page.fresh
-                new_count += is_new
+                if is_new:
+                    new_blocks.append(page_index * PAGE_BLOCKS + index)
                 placements.append(_Placement(page, index, block, address, is_new))
-        addresses = iter(self._take(map_id, new_count) if new_count else ())
+        addresses = self._take(map_id, new_blocks)
         return [p._replace(address=next(addresses)) if p.is_new else p for p in placements]
 
     def _write_run(self, map_id: MapId, placements: list[_Placement], position: int, run: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import trio
 
+from incfs import stripes
 from incfs.committer import offload
 from incfs.errors import IncfsError
 from incfs.model import StorageId
@@ -62,7 +63,14 @@ class Keeper:
             store.events.record(notice.kind, notice.subject, notice.reason, **notice.facts)
         if store.failure is None and any(room.is_usable for room in rooms):
             await self._add_image_if_low()
+            self._leave_low_columns()
         await offload(store.events.flush)
+
+    def _leave_low_columns(self) -> None:
+        """Let stripes leave storage volumes at low water for others."""
+        for volume, before, columns in stripes.leave_low_columns(self._store):
+            reason = f"columns {list(before)} were at low water: new stripes go to storage volumes {list(columns)}"
+            self._store.events.record("assigned", f"volume {volume.name}", reason, columns=list(columns))
 
     def hosts(self) -> list[HostRoom]:
         """Tell how full each host filesystem with images is."""

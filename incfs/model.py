@@ -42,6 +42,9 @@ MAX_GENERATION: Final = 0xFFFFFFFE
 MAX_STORAGE_ID: Final = 65535
 REDUNDANCIES: Final = ("none", "raid1", "raid5", "raid6", "raid10")
 """What may lie below an image."""
+MAX_STRIPE_COLUMNS: Final = 64
+MAX_STRIPE_ROWS: Final = 32
+"""Rows of a stripe map that are kept; the oldest is forgotten, its data stays where it is."""
 MAX_XATTR_BYTES: Final = 65536
 """All extended attributes of one volume together."""
 
@@ -70,6 +73,16 @@ def validate_name(name: str, *, what: str = "volume") -> str:
     if name[0] in ".-":
         raise InvalidName(f"{what} name {name!r} must not begin with {name[0]!r}", name=name)
     return name
+
+
+class StripeRow(NamedTuple):
+    """Where new stripes of a volume go from some time on."""
+
+    since_ns: int
+    unit_blocks: int
+    """Consecutive virtual blocks that go to one column."""
+    columns: tuple[int, ...]
+    """Ids of storage volumes: virtual block b goes to number ``b // unit_blocks % len(columns)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +119,18 @@ class Volume:
     rollback_mark: Generation = Generation(0)
     """Writes since that rollback displace into this generation and later ones."""
 
+    stripes: tuple[tuple[int, ...], ...] = ()
+    """The stripe map: rows of (since_ns, unit_blocks, columns...), the newest last; none: not striped."""
+
     @property
     def map_id(self) -> MapId:
         """The live table."""
         return map_id(self.id)
+
+    @property
+    def stripe_row(self) -> StripeRow | None:
+        """The row that rules new stripes."""
+        return StripeRow(self.stripes[-1][0], self.stripes[-1][1], self.stripes[-1][2:]) if self.stripes else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,7 +174,7 @@ static struct table *need_table(struct plane *plane, uint64_t map_id)
 /* Frees the table when nothing is known of it any more; a pool may see millions of snapshots pass. */
 static void release_table(struct plane *plane, struct table *table)
 {
-    if (table->page_count || table->lease_blocks || table->is_served)
+    if (table->page_count || table->lease_blocks || table->is_served || table->stripe_columns)
         return;
     struct table **link = &plane->table_buckets[scramble(table->map_id, 0) & (plane->table_bucket_count - 1)];
     while (*link != table)
@@ -358,13 +358,15 @@ enum plane_status plane_grant(struct plane *plane, uint64_t map_id, struct plane
     return done ? PLANE_OK : PLANE_NO_MEMORY;
 }
 
-bool table_take(struct table *table, uint64_t block_count, struct plane_run *runs)
+struct table *plane_column(struct plane *plane, struct table *table, uint64_t column)
 {
-    pthread_mutex_lock(&table->lease_lock);
-    bool enough = table->lease_blocks >= block_count;
-    if (enough)
-        table->lease_blocks -= block_count;
-    while (enough && block_count) {
+    return column ? plane_find_table(plane, table->map_id | column) : table;
+}
+
+void table_take(struct table *table, uint64_t block_count, struct plane_run *runs)
+{
+    table->lease_blocks -= block_count;
+    while (block_count) {
         struct plane_run *lease = &table->lease[table->lease_first];
         uint64_t step = lease->count < block_count ? lease->count : block_count;
         *runs++ = (struct plane_run){lease->address, step};
@@ -374,16 +376,37 @@ bool table_take(struct table *table, uint64_t block_count, struct plane_run *run
         if (!lease->count)
             table->lease_first++;
     }
-    pthread_mutex_unlock(&table->lease_lock);
-    return enough;
 }
 
-bool table_runs_low(struct table *table)
+static bool lease_runs_low(struct table *table)
 {
     pthread_mutex_lock(&table->lease_lock);
     bool is_low = table->lease_blocks < table->granted_blocks / 2;
     pthread_mutex_unlock(&table->lease_lock);
     return is_low;
+}
+
+bool table_runs_low(struct plane *plane, struct table *table)
+{
+    bool is_low = lease_runs_low(table);
+    for (uint64_t column = 1; !is_low && column < table->stripe_columns; column++) {
+        struct table *lessee = plane_column(plane, table, column);
+        is_low = lessee && lease_runs_low(lessee);
+    }
+    return is_low;
+}
+
+enum plane_status plane_stripe(struct plane *plane, uint64_t map_id, uint64_t unit_blocks, uint64_t columns)
+{
+    pthread_rwlock_wrlock(&plane->gate);
+    struct table *table = need_table(plane, map_id);
+    if (table) {
+        table->stripe_unit = unit_blocks;
+        table->stripe_columns = columns > 1 ? columns : 0;
+        release_table(plane, table);
+    }
+    pthread_rwlock_unlock(&plane->gate);
+    return table ? PLANE_OK : PLANE_NO_MEMORY;
 }
 
 uint64_t plane_leased_blocks(struct plane *plane, uint64_t map_id)
@@ -505,6 +528,17 @@ static uint64_t *room_for_tables(struct plane *plane)
     return malloc((2 * plane->table_count + 1) * sizeof(uint64_t));
 }
 
+/* A column that has no lease yet is not listed: it has no table either. */
+static void list_low_leases(struct plane *plane, struct table *table, uint64_t *leases, size_t *lease_count)
+{
+    uint64_t columns = table->stripe_columns ? table->stripe_columns : 1;
+    for (uint64_t column = 0; column < columns; column++) {
+        struct table *lessee = plane_column(plane, table, column);
+        if (lessee && lease_runs_low(lessee))
+            leases[(*lease_count)++] = lessee->map_id;
+    }
+}
+
 enum plane_status plane_attend(struct plane *plane, uint64_t **tables, size_t *table_count)
 {
     uint64_t count;
@@ -517,8 +551,8 @@ enum plane_status plane_attend(struct plane *plane, uint64_t **tables, size_t *t
     atomic_store(&plane->is_calling, false);
     for (size_t i = 0; *tables && i < plane->table_bucket_count; i++)
         for (struct table *table = plane->table_buckets[i]; table; table = table->next_in_bucket)
-            if (table->is_writable && table_runs_low(table))
-                (*tables)[(*table_count)++] = table->map_id;
+            if (table->is_writable)
+                list_low_leases(plane, table, *tables, table_count);
     pthread_rwlock_unlock(&plane->gate);
     return *tables ? PLANE_OK : PLANE_NO_MEMORY;
 }

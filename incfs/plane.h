@@ -9,7 +9,8 @@
  *      once; whatever changes which pages, tables and leases there are holds it alone, and so does
  *      seal, which therefore finds no write half done.
  *   2. page locks, of one table only, by rising index: they guard a page's mappings.
- *   3. one of: a table's lease lock, the plane's list lock.  Nothing else is taken under these.
+ *   3. lease locks of a table's columns, by rising column; or the plane's list lock.  Nothing else is
+ *      taken under these.
  *
  * A write to new blocks holds no page lock while it writes: nobody can see those blocks before it
  * has set the mappings.  A rewrite in place holds them until the new checksum is set.  A read
@@ -23,14 +24,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { PLANE_INHERIT = 0, PLANE_HOLE = 1, PLANE_PAGE_BLOCKS = 512 };
+enum { PLANE_INHERIT = 0, PLANE_HOLE = 1, PLANE_PAGE_BLOCKS = 512, PLANE_MAX_COLUMNS = 64 };
 
 struct plane;
 
 enum plane_status {
     PLANE_OK,
     PLANE_NOT_RESIDENT, /* page_index must be loaded */
-    PLANE_NO_LEASE,     /* block_count more blocks must be granted */
+    PLANE_NO_LEASE,     /* block_count blocks must be granted to column */
     PLANE_WOULD_WAIT,   /* block_count blocks at address must be brought into the page cache */
     PLANE_MISMATCH,     /* virtual_block at address has checksum found, not expected */
     PLANE_READ_ERROR,   /* host_errno at address; 0: the image ends too early */
@@ -45,6 +46,7 @@ struct plane_refusal {
     uint64_t virtual_block;
     uint64_t address;
     uint64_t block_count;
+    uint64_t column;
     uint32_t found, expected;
     int host_errno;
 };
@@ -95,12 +97,14 @@ enum plane_status plane_shrink(struct plane *plane, size_t page_count, uint64_t 
 size_t plane_page_count(struct plane *plane);
 bool plane_is_resident(struct plane *plane, uint64_t map_id, uint64_t page_index);
 
-/* Leases */
+/* Leases: of a table, or of a column of a striped one: map_id | column. */
 enum plane_status plane_grant(struct plane *plane, uint64_t map_id, struct plane_run run);
 /* Takes back unused blocks, of all tables when map_id is NULL; *runs is to be freed. */
 enum plane_status plane_revoke(struct plane *plane, const uint64_t *map_id, struct plane_run **runs, size_t *run_count);
 
 uint64_t plane_leased_blocks(struct plane *plane, uint64_t map_id);
+/* Lets new blocks of a live table come from `columns` leases in turn, unit_blocks from each. */
+enum plane_status plane_stripe(struct plane *plane, uint64_t map_id, uint64_t unit_blocks, uint64_t columns);
 
 /* Blocks.  `can_wait`: read the disk here rather than refuse. */
 enum plane_status plane_read(struct plane *plane, uint64_t map_id, uint64_t first_block, size_t block_count, bool can_wait,

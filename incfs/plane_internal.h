@@ -24,6 +24,9 @@ struct table {
     size_t lease_first, lease_end, lease_room;
     uint64_t lease_blocks; /* of all runs together */
     uint64_t granted_blocks; /* by the last grant */
+    /* New blocks come from the leases of tables map_id | b / stripe_unit % stripe_columns; gate.
+     * stripe_columns is 0 where there is but one. */
+    uint64_t stripe_unit, stripe_columns;
     /* For served requests; gate */
     bool is_served, is_writable;
     uint64_t size_bytes;
@@ -82,11 +85,15 @@ struct plane {
 struct page *plane_find_page(struct plane *plane, uint64_t map_id, uint64_t page_index);
 struct table *plane_find_table(struct plane *plane, uint64_t map_id);
 
-/* Takes exactly block_count blocks, in runs; false when there are not enough.  runs: room for block_count. */
-bool table_take(struct table *table, uint64_t block_count, struct plane_run *runs);
+/* The table whose lease a column's new blocks come from; NULL when there is none yet. */
+struct table *plane_column(struct plane *plane, struct table *table, uint64_t column);
 
-/* Whether the lease should be added to before it is used up. */
-bool table_runs_low(struct table *table);
+/* With the lease lock held: takes exactly block_count blocks, in runs; there must be as many.  runs: room for
+ * block_count. */
+void table_take(struct table *table, uint64_t block_count, struct plane_run *runs);
+
+/* Whether a lease of the table should be added to before it is used up. */
+bool table_runs_low(struct plane *plane, struct table *table);
 
 /* Makes attention_fd readable. */
 void plane_call(struct plane *plane);

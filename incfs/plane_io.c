@@ -333,22 +333,83 @@ static void place(struct write *write)
     }
 }
 
-/* Gives each new block its address, if the lease has enough. */
-static enum plane_status take_blocks(struct write *write)
+/* What a write needs of the lease of one column. */
+struct demand {
+    struct table *lessee;
+    size_t count;
+    struct plane_run *runs; /* not handed out yet */
+};
+
+static uint64_t virtual_block_of(const struct write *write, size_t block)
 {
+    const struct span *span = &write->spans.items[0];
+    return span->page->page_index * PLANE_PAGE_BLOCKS + span->start + block;
+}
+
+static size_t column_of(const struct write *write, const struct table *table, size_t block)
+{
+    return table->stripe_columns ? virtual_block_of(write, block) / table->stripe_unit % table->stripe_columns : 0;
+}
+
+static void count_demands(const struct write *write, struct table *table, struct demand *demands)
+{
+    for (size_t i = 0; i < write->block_count; i++)
+        demands[column_of(write, table, i)].count += write->placements[i].is_new;
+    for (size_t column = 0; !column || column < table->stripe_columns; column++)
+        if (demands[column].count)
+            demands[column].lessee = plane_column(write->plane, table, column);
+}
+
+/* Takes what each column needs, or nothing; gives the first column that has not enough, or `columns`. */
+static size_t take_all(struct demand *demands, size_t columns, struct plane_run *runs)
+{
+    size_t locked = 0, missing = columns;
+    for (; locked < columns && missing == columns; locked++) {
+        struct demand *demand = &demands[locked];
+        if (demand->count && !demand->lessee)
+            missing = locked;
+        else if (demand->count && !pthread_mutex_lock(&demand->lessee->lease_lock) &&
+                 demand->lessee->lease_blocks < demand->count)
+            missing = locked;
+    }
+    for (size_t column = 0; column < locked; column++) {
+        struct demand *demand = &demands[column];
+        if (!demand->count || !demand->lessee)
+            continue;
+        if (missing == columns) {
+            demand->runs = runs;
+            table_take(demand->lessee, demand->count, runs);
+            runs += demand->count;
+        }
+        pthread_mutex_unlock(&demand->lessee->lease_lock);
+    }
+    return missing;
+}
+
+/* Gives each new block its address, if the leases have enough. */
+static enum plane_status take_blocks(struct write *write, struct plane_refusal *why)
+{
+    struct table *table = write->spans.items[0].page->table;
     struct plane_run small[INLINE_BLOCKS];
     struct plane_run *runs = write->new_count <= INLINE_BLOCKS ? small : malloc(write->new_count * sizeof *runs);
     if (!runs)
         return PLANE_NO_MEMORY;
-    bool taken = table_take(write->spans.items[0].page->table, write->new_count, runs);
-    struct plane_run *run = runs;
+    size_t columns = table->stripe_columns ? table->stripe_columns : 1;
+    struct demand demands[PLANE_MAX_COLUMNS];
+    memset(demands, 0, columns * sizeof *demands);
+    count_demands(write, table, demands);
+    why->column = take_all(demands, columns, runs);
+    bool taken = why->column == columns;
+    if (!taken)
+        why->block_count = demands[why->column].count;
     for (size_t i = 0; taken && i < write->block_count; i++) {
         if (!write->placements[i].is_new)
             continue;
-        if (!run->count)
-            run++;
-        write->placements[i].address = run->address++;
-        run->count--;
+        struct plane_run **run = &demands[column_of(write, table, i)].runs;
+        if (!(*run)->count)
+            ++*run;
+        write->placements[i].address = (*run)->address++;
+        (*run)->count--;
     }
     if (runs != small)
         free(runs);
@@ -480,8 +541,7 @@ static enum plane_status write_locked(struct write *write, const struct bytes *b
     place(write);
     if (!prepare_spans(&write->spans))
         return PLANE_NO_MEMORY;
-    why->block_count = write->new_count;
-    if (write->new_count && (status = take_blocks(write)) != PLANE_OK)
+    if (write->new_count && (status = take_blocks(write, why)) != PLANE_OK)
         return status;
     /* Merged bytes are right only as long as nobody changes the block: keep the lock. */
     write->in_place |= bytes->whole != NULL;
@@ -616,7 +676,7 @@ static void note_served_write(struct plane *plane, uint64_t map_id)
     clock_gettime(CLOCK_REALTIME_COARSE, &now);
     pthread_rwlock_rdlock(&plane->gate);
     struct table *table = plane_find_table(plane, map_id);
-    bool is_low = table && table_runs_low(table);
+    bool is_low = table && table_runs_low(plane, table);
     if (table)
         atomic_store_explicit(&table->written_ns, (uint64_t)now.tv_sec * 1000000000u + now.tv_nsec,
                               memory_order_relaxed);

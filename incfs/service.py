@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import trio
 
-from incfs import dump, extents, ranges, recovery, snapshot, status, volume
+from incfs import dump, extents, ranges, recovery, snapshot, status, stripes, volume
 from incfs.branches import Branches
 from incfs.check import Checker, CheckReport, Progress
 from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
@@ -27,6 +27,7 @@ from incfs.model import Generation, MapId, Snapshot, Volume, VolumeId, split_map
 from incfs.reclaimer import Reclaimer
 from incfs.settings import PoolSettings
 from incfs.store import Options, Store
+from incfs.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class Service:
         self._keeper = self._driver.keeper = Keeper(store, self._driver.space_lock, self._add_storage)
         self.branches = Branches(store, self._committer, self._driver, self._reclaimer)
         """Clones, holds, going back."""
+        self.upkeep = Upkeep(store, self._committer)
         self.mounted: MountHook | None = None
 
     # Look-ups
@@ -264,6 +266,7 @@ class Service:
     ) -> Volume:
         """Add a volume that reads as zeros."""
         created = volume.create(self._store, name, size_bytes, mode=mode, uid=uid, gid=gid)
+        created = stripes.follow_settings(self._store, created.id, self._store.space.settings_of(created.id))
         await self.commit()
         return created
 

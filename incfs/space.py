@@ -153,7 +153,14 @@ class Space:
     def candidates(self, lease: MapId) -> list[Room]:
         """Give the storage volumes that new blocks of a lease may come from, the first to take first."""
         volume_id, _ = split_map_id(lease)
-        return order_rooms(self.rooms(), parse_rules(self.settings_of(volume_id).place))
+        return order_rooms(self.rooms(), parse_rules(self.settings_of(volume_id).place), self._column(lease))
+
+    def _column(self, lease: MapId) -> StorageId | None:
+        """Give the storage volume that a stripe's blocks belong to; None when the volume is not striped."""
+        volume_id, column = split_map_id(lease)
+        volume = self._catalog.volumes.get(volume_id)
+        row = volume.stripe_row if volume is not None else None
+        return StorageId(row.columns[column]) if row is not None and column < len(row.columns) else None
 
     # Limits
 
@@ -255,17 +262,18 @@ class Space:
             self.grant(lease, leased + 1)
 
     def _allocate(self, lease: MapId, block_count: int) -> int | None:
-        """Lease up to so many blocks that lie together."""
+        """Lease up to so many blocks that lie together; None when a storage volume must grow first."""
         rooms = self.candidates(lease) if block_count > 0 else []
-        found = self._pool.allocate(lease, block_count, [room.storage.id for room in rooms if not room.is_low])
-        growth = self.next_growth(lease) if found is None else None
-        if found is None and (growth is None or self.room(growth.storage).is_low):
-            found = self._pool.allocate(lease, block_count, [room.storage.id for room in rooms if room.is_low])
-        if found is None:
-            return None
-        self._plane.grant(lease, *found)
-        self._tell_assignment(lease, split_address(found[0])[0], rooms)
-        return found[1]
+        growth = self.next_growth(lease)
+        for tier in _tiers(rooms, self._column(lease)):
+            found = self._pool.allocate(lease, block_count, tier)
+            if found is not None:
+                self._plane.grant(lease, *found)
+                self._tell_assignment(lease, split_address(found[0])[0], rooms)
+                return found[1]
+            if growth is not None and growth.storage.record.id in tier:
+                return None
+        return None
 
     def _tell_assignment(self, lease: MapId, storage_id: StorageId, rooms: list[Room]) -> None:
         """Note that a volume's new blocks come from another storage volume because one is at low water."""
@@ -282,10 +290,12 @@ class Space:
             )
 
     def revoke(self, table: MapId) -> None:
-        """Take back what a table leased and does not use."""
-        self._pool.release(self._plane.revoke(table))
-        self._lease_blocks.pop(table, None)
-        self._assigned.pop(table, None)
+        """Take back what a live table and its columns leased and do not use."""
+        volume_id, generation = split_map_id(table)
+        for lease in [lease for lease in self._lease_blocks if split_map_id(lease)[0] == volume_id and not generation]:
+            self._pool.release(self._plane.revoke(lease))
+            del self._lease_blocks[lease]
+            self._assigned.pop(lease, None)
 
     def revoke_all(self) -> None:
         """Take back from every table what it leased and does not use."""
@@ -357,3 +367,13 @@ class Space:
             "its storage volumes are at their capacity limits"
         ]
         return NoSpace("the pool is full: " + "; ".join(reasons) + "; add one with `incfs storage add`, or remove data")
+
+
+def _tiers(rooms: list[Room], column: StorageId | None) -> Iterator[list[StorageId]]:
+    """Give sets of candidates: one is used up, and grown as far as it can, before the next is touched."""
+    high = [room.storage.id for room in rooms if not room.is_low]
+    if column in high:
+        yield [column]
+        high.remove(column)
+    yield high
+    yield [room.storage.id for room in rooms if room.is_low]

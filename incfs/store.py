@@ -206,9 +206,20 @@ class Store:
         self._touched[record_id(record)] = None
 
     def _put(self, record: Record) -> None:
+        before = self.catalog.volumes.get(record.id) if isinstance(record, Volume) else None
         self.catalog.put(record)
-        if isinstance(record, Volume) and record.map_id in self._served:
+        if not isinstance(record, Volume):
+            return
+        if record.stripes != (before.stripes if before is not None else ()):
+            self._stripe(record)
+        if record.map_id in self._served:
             self.serve(record.map_id)
+
+    def _stripe(self, volume: Volume) -> None:
+        """Let new blocks go where the volume's newest stripe row says."""
+        row = volume.stripe_row
+        self.space.revoke(volume.map_id)
+        self.plane.stripe(volume.map_id, *((row.unit_blocks, len(row.columns)) if row is not None else (1, 1)))
 
     def drop(self, identity: RecordId) -> None:
         """Remove a record."""
@@ -323,6 +334,8 @@ class Store:
         self.absorb()
         self.plane.evict(table)
         self.space.revoke(table)
+        if not split_map_id(table)[1]:
+            self.plane.stripe(table, 1, 1)
 
     def reclaim_leases(self) -> None:
         """Take back from every table what it leased and does not use."""
@@ -409,6 +422,7 @@ class Store:
         """
         self.sequence = self.durable_sequence = sequence
         self._touched.clear()
+        self._stripe_all()
         checkpoint = self._freeze(None, self.journal.segment.number, 0)
         checkpoint.reserve()
         checkpoint.run_fold()
@@ -418,6 +432,12 @@ class Store:
         """After replay into a pool that must not be written: everything stays in memory."""
         self.sequence = self.durable_sequence = sequence
         self._touched.clear()
+        self._stripe_all()
+
+    def _stripe_all(self) -> None:
+        for volume in self.catalog.volumes.values():
+            if volume.stripes:
+                self._stripe(volume)
 
     def end_checkpoint_commit(self, checkpoint: Checkpoint) -> None:
         """Note that the checkpoint's own commit is durable."""

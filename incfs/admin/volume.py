@@ -6,6 +6,7 @@ from incfs.admin.verb import Verb, busy, refuse_open, refuse_taken
 from incfs.documents import Document, volume_document, volume_removal
 from incfs.errors import Busy, UsageError
 from incfs.model import validate_name
+from incfs.settings import DEFAULT_STRIPE_UNIT_BYTES
 from incfs.targets import find_snapshot, find_table, find_volume
 from incfs.units import format_size
 
@@ -16,9 +17,20 @@ MAX_EXTENTS: Final = 10_000
 """Most extents in one answer of ``volume.map``; the caller asks again for the rest."""
 
 
-async def volume_create(service: "Service", *, name: str, size_bytes: int) -> Document:
-    """Create an empty volume."""
+async def volume_create(
+    service: "Service",
+    *,
+    name: str,
+    size_bytes: int,
+    stripe_columns: int | None = None,
+    stripe_unit_bytes: int = DEFAULT_STRIPE_UNIT_BYTES,
+) -> Document:
+    """Create an empty volume, perhaps striped over storage volumes."""
+    if stripe_columns is not None:
+        service.upkeep.require_columns(stripe_columns, stripe_unit_bytes)
     volume = await service.create_volume(name, size_bytes)
+    if stripe_columns is not None:
+        volume = await service.upkeep.stripe(volume.id, columns=stripe_columns, unit_bytes=stripe_unit_bytes)
     return {"volume": volume_document(service, volume)}
 
 

@@ -8,11 +8,17 @@ from incfs.cli import output
 from incfs.cli.options import Columns, DryRun, Exact, Json, NoHeader, Size, new_noun, verb
 from incfs.cli.session import Admin, call, run
 from incfs.documents import Document
+from incfs.settings import DEFAULT_STRIPE_UNIT_BYTES
+from incfs.units import parse_size
 
 _COLUMNS: Final = ("name", "size_bytes", "mapped_bytes", "held_bytes", "snapshot_count", "created")
 _MAP_COLUMNS: Final = ("offset", "length", "kind", "storage", "block")
 
 Volume = Annotated[str, typer.Argument(metavar="VOL", help="A volume: its name, or uuid:UUID.")]
+StripeColumns = Annotated[int | None, typer.Option(metavar="N", help="Let stripes rotate over N storage volumes.")]
+StripeUnit = Annotated[
+    int, typer.Option(parser=parse_size, metavar="SIZE", help="Length of a stripe in one of them; 1M by default.")
+]
 
 app = new_noun("volume", "Virtual volumes.")
 
@@ -22,10 +28,14 @@ def create(
     context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="VOL", help="The new volume's name.")],
     size: Size,
+    *,
+    stripe_columns: StripeColumns = None,
+    stripe_unit: StripeUnit = DEFAULT_STRIPE_UNIT_BYTES,
     as_json: Json = False,
 ) -> None:
     """Create an empty volume; it takes no space until it is written."""
-    _report(call(context, "volume.create", name=name, size_bytes=size), as_json)
+    striping = {} if stripe_columns is None else {"stripe_columns": stripe_columns, "stripe_unit_bytes": stripe_unit}
+    _report(call(context, "volume.create", name=name, size_bytes=size, **striping), as_json)
 
 
 @verb(app, "list", "ls")

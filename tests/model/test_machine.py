@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )
 
 from incfs import clone as clones
-from incfs import extents, ranges
+from incfs import extents, ranges, stripes
 from incfs import pool as pool_module
 from incfs import snapshot as snapshots
 from incfs import space as space_module
@@ -89,7 +89,7 @@ setups = st.builds(
     Setup,
     block_bytes=st.sampled_from([64, 128]),
     capacity_bytes=st.sampled_from([None, None, 6_400, 25_600, 64_000]),
-    storages=st.sampled_from([1, 1, 2]),
+    storages=st.sampled_from([1, 1, 2, 3]),
     options=st.builds(
         pools.tiny_options,
         extend_bytes=st.sampled_from([640, 4096, 65536]),
@@ -448,6 +448,15 @@ class CoreMachine(RuleBasedStateMachine):
         blocks = range(-(-len(new) // self.block))
         old = old[: len(new)].ljust(len(new), b"\0")
         return {i for i in blocks if old[i * self.block :][: self.block] != new[i * self.block :][: self.block]}
+
+    # Where data lies
+
+    @precondition(lambda self: self.state and self.setup.storages > 1)
+    @rule(choice=st.integers(0, 9), columns=st.integers(1, 3), unit=st.sampled_from([1, 2, 16]))
+    def stripe(self, choice: int, columns: int, unit: int) -> None:
+        volume_id, _ = self.pick(choice)
+        count = min(columns, self.setup.storages)
+        stripes.set_count(self.store, volume_id, count, unit_bytes=unit * self.block)
 
     # Looking
 

@@ -123,6 +123,7 @@ steps = st.lists(
         st.tuples(st.just("shrink"), st.integers(0, 6)),
         st.tuples(st.just("damage"), st.integers(1, 200)),
         st.tuples(st.just("evict"), tables),
+        st.tuples(st.just("stripe"), st.sampled_from(TABLES[:2]), st.sampled_from([1, 2, 5]), st.integers(1, 4)),
     ),
     max_size=60,
 )
@@ -164,7 +165,7 @@ class Run:
                 assert entries.get(change.slot, (0, 0)) == (change.old_address, change.old_checksum)
                 entries[change.slot] = change.address, change.checksum
 
-    def step(self, step: tuple[Any, ...]) -> None:
+    def step(self, step: tuple[Any, ...]) -> None:  # noqa: C901 - one case for each call
         match step:
             case ("write", table, block, shift, content):
                 self.drive(lambda plane: plane.write(table, block * BLOCK + shift, content))
@@ -185,6 +186,8 @@ class Run:
             case ("damage", block):
                 for images in self.pair.images:
                     images[StorageId(1)].file.pwrite(HEADER + block * BLOCK + 5, b"!")
+            case ("stripe", table, unit, columns):
+                self.pair.both(lambda plane: plane.stripe(table, unit, columns))
             case ("evict", table):
                 self.seal()
                 self.pair.both(lambda plane: plane.evict(table))
