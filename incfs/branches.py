@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import trio
 
-from incfs import clone, holds, rollback
+from incfs import clone, holds, rollback, snapshot
 from incfs.committer import Committer
 from incfs.driver import Driver
 from incfs.model import MapId, Snapshot, Volume, VolumeId, map_id
@@ -50,6 +50,10 @@ class Branches:
             return False
         self._rolled_back.remove(table)
         return True
+
+    def require_removable(self, snapshots: Sequence[Snapshot]) -> None:
+        """Refuse to remove snapshots that have clones or are held."""
+        snapshot.require_removable(self._store, snapshots)
 
     def newer_snapshots(self, target: Snapshot, *, force: bool = False) -> list[Snapshot]:
         """List the snapshots that a rollback would remove; refused as it would be."""

@@ -92,20 +92,3 @@ def volume_removal(service: "Service", volume: Volume, snapshots: list[Snapshot]
     }
     items.append(live)
     return {"items": items, "freed_bytes": sum(item["freed_bytes"] for item in items)}
-
-
-def snapshot_removal(service: "Service", volume: Volume, snapshot: Snapshot) -> Document:
-    """Say what removing a snapshot frees: at most its increment.
-
-    Mappings that the next older snapshot still needs move to it instead of being freed.
-    """
-    freed_bytes = snapshot.held_blocks * service.block_bytes
-    is_oldest = service.snapshots(volume.id)[0].generation == snapshot.generation
-    reason = (
-        "blocks that only this snapshot holds"
-        if is_oldest
-        else "at most: blocks that the next older snapshot needs stay with it"
-    )
-    name = f"{volume.name}@{snapshot.name}"
-    item = {"name": name, "freed_bytes": freed_bytes, "reason": reason}
-    return {"items": [item], "freed_bytes": freed_bytes, "exact": is_oldest}

@@ -63,6 +63,13 @@ def join_extents(extents: list[Extent], following: Extent, block_bytes: int) -> 
     extents.append(following)
 
 
+def cut(extent: Extent, start_bytes: int, block_bytes: int) -> Extent:
+    """Drop the whole blocks of an extent that end before an offset."""
+    blocks = max(0, start_bytes - extent.offset_bytes) // block_bytes
+    address = extent.address + blocks if extent.address > HOLE else extent.address
+    return Extent(extent.offset_bytes + blocks * block_bytes, extent.length_bytes - blocks * block_bytes, address)
+
+
 def page_entries(store: Store, table: MapId, page_index: int) -> Entries:
     """Resolve one page of a live volume or a snapshot, as sealed."""
     chain = store.catalog.chain(table)

@@ -81,10 +81,6 @@ class KernelHook:
         directory = self._mountpoint / SNAPSHOTS_NAME / volume
         await self._call(os.rename, directory / old, directory / new)
 
-    async def remove_snapshot(self, volume: str, name: str) -> None:
-        """Remove a snapshot."""
-        await self._call(os.unlink, self._mountpoint / SNAPSHOTS_NAME / volume / name)
-
     async def _call(self, function: Callable[..., None], *args: object) -> None:
         try:
             await self._outside.run(function, *args)

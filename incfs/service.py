@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import trio
 
-from incfs import dump, extents, ranges, recovery, snapshot, status, stripes, volume
+from incfs import dump, extents, ranges, recovery, removal, snapshot, status, stripes, volume
 from incfs.branches import Branches
 from incfs.check import Checker, CheckReport, Progress
 from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
@@ -23,7 +23,7 @@ from incfs.errors import Busy, IncfsError, NoData
 from incfs.events import KEPT_EVENTS
 from incfs.extents import Extent
 from incfs.keeper import Keeper
-from incfs.model import Generation, MapId, Snapshot, Volume, VolumeId, split_map_id
+from incfs.model import PAGE_BLOCKS, Generation, MapId, Snapshot, Volume, VolumeId, split_map_id
 from incfs.reclaimer import Reclaimer
 from incfs.settings import PoolSettings
 from incfs.store import Options, Store
@@ -57,9 +57,6 @@ class MountHook(Protocol):
 
     async def rename_snapshot(self, volume: str, old: str, new: str) -> None:
         """Rename through the mount."""
-
-    async def remove_snapshot(self, volume: str, name: str) -> None:
-        """Unlink through the mount."""
 
 
 class Service:
@@ -342,10 +339,19 @@ class Service:
         """Remove a snapshot: its name at once, its blocks in the background.
 
         Raises:
-            Busy: It is open.
+            Busy: It is open, is held or has clones.
         """
-        self.require_closed(self.snapshot(volume_id, name))
-        snapshot.remove(self._store, volume_id, name)
+        await self.remove_snapshots([self.snapshot(volume_id, name)])
+
+    async def remove_snapshots(self, doomed: Sequence[Snapshot]) -> None:
+        """Remove snapshots, all or none: their names at once, their blocks in the background.
+
+        Raises:
+            Busy: One is open, is held or has clones.
+        """
+        for taken in doomed:
+            self.require_closed(taken)
+        removal.remove(self._store, doomed)
         self._reclaimer.reclaim_soon()
         await self.commit()
 
@@ -360,8 +366,14 @@ class Service:
             whose = f"{self.volume_by_id(taken.volume_id).name}@{taken.name}"
             raise Busy(f"snapshot {whose} is open by {', '.join(holders)}; close it first", holders=list(holders))
 
-    async def diff(self, volume_id: VolumeId, from_name: str | None, to_name: str) -> list[dict[str, Any]]:
-        """List the stretches that may differ between two snapshots, as the newer one has them."""
+    async def diff(
+        self, volume_id: VolumeId, from_name: str | None, to_name: str, *, start_bytes: int, limit: int
+    ) -> tuple[list[dict[str, Any]], int | None]:
+        """List the stretches that may differ between two snapshots, as the newer one has them.
+
+        Returns:
+            At most ``limit`` of them from ``start_bytes`` on, and where to go on, None when nothing is left.
+        """
         newer = self.snapshot(volume_id, to_name)
         older = None if from_name is None else self.snapshot(volume_id, from_name)
         pinned = [s.map_id for s in (older, newer) if s is not None]
@@ -369,13 +381,28 @@ class Service:
             self.open_handle(table, "snapshot diff")
         try:
             found: list[Extent] = []
-            for page in snapshot.changed_pages(self._store, older, newer):
-                found += snapshot.changed_extents(self._store, older, newer, page)
+            page_bytes = self.block_bytes * PAGE_BLOCKS
+            for page in snapshot.changed_pages(self._store, older, newer, start_bytes // page_bytes):
+                for extent in snapshot.changed_extents(self._store, older, newer, page):
+                    if extent.offset_bytes + extent.length_bytes > start_bytes:
+                        extents.join_extents(
+                            found, extents.cut(extent, start_bytes, self.block_bytes), self.block_bytes
+                        )
+                if len(found) > limit:
+                    break
                 await trio.lowlevel.checkpoint()
-            return [status.extent_document(extent) for extent in found]
+            rest = found[limit].offset_bytes if len(found) > limit else None
+            return [status.extent_document(extent) for extent in found[:limit]], rest
         finally:
             for table in pinned:
                 self.close_handle(table)
+
+    async def plan_removal(self, volume_id: VolumeId, doomed: Sequence[Snapshot]) -> removal.Freed:
+        """Count what removing a set of snapshots of one volume frees, in blocks."""
+        freed = removal.Freed()
+        for freed in removal.plan(self._store, volume_id, {taken.generation for taken in doomed}):  # noqa: B007
+            await trio.lowlevel.checkpoint()
+        return freed
 
     async def extents(self, table: MapId, start_bytes: int, limit: int) -> list[dict[str, Any]]:
         """List where a volume or snapshot is stored, at most ``limit`` stretches from ``start_bytes``."""

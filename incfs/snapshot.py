@@ -12,6 +12,9 @@ from incfs.overlay import TableKey
 from incfs.ranges import TrimPending
 from incfs.store import Store
 
+_LISTED_PAGES = 512
+"""Pages of each table that one step of a diff lists."""
+
 
 def create(store: Store, wanted: Sequence[tuple[VolumeId, str]]) -> list[Snapshot]:
     """Take snapshots of several volumes: one point in time, one commit (I6).
@@ -70,19 +73,6 @@ def rename(store: Store, volume_id: VolumeId, name: str, new_name: str) -> Snaps
     return store.catalog.snapshot(volume_id, new_name)
 
 
-def remove(store: Store, volume_id: VolumeId, name: str) -> None:
-    """Take a snapshot out of the namespace; ``volume.reclaim`` frees its blocks later.
-
-    Raises:
-        SnapshotNotFound: No such snapshot.
-        Busy: It has clones, or is held.
-    """
-    store.begin_change()
-    removed = store.catalog.snapshot(volume_id, name)
-    require_removable(store, [removed])
-    store.change(replace(removed, name=""))
-
-
 def require_removable(store: Store, snapshots: Iterable[Snapshot]) -> None:
     """Refuse to remove snapshots that something needs.
 
@@ -114,19 +104,27 @@ def _increments_between(store: Store, older: Snapshot, newer: Snapshot) -> list[
     ]
 
 
-def changed_pages(store: Store, older: Snapshot | None, newer: Snapshot) -> list[int]:
-    """List the map pages in which two snapshots may differ; without ``older``, those with data.
+def changed_pages(store: Store, older: Snapshot | None, newer: Snapshot, start: int = 0) -> Iterator[int]:
+    """Yield the map pages, from one on, in which two snapshots may differ; without ``older``, those with data.
+
+    It may be kept across other changes while neither snapshot is removed.
 
     Cost: proportional to what was written between the two (I7).
 
     Raises:
         UsageError: ``older`` is not older.
     """
-    if older is None:
-        tables = [table for link in store.catalog.chain(newer.map_id) for table in link]
-    else:
-        tables = _increments_between(store, older, newer)
-    return sorted({page for table in tables for page in store.log.page_indexes(table)})
+    while True:
+        if older is None:
+            tables = [table for link in store.catalog.chain(newer.map_id) for table in link]
+        else:
+            tables = _increments_between(store, older, newer)
+        listed = [store.log.page_indexes(table, start, limit=_LISTED_PAGES) for table in tables]
+        end = min((pages[-1] for pages in listed if len(pages) == _LISTED_PAGES), default=None)
+        yield from sorted({page for pages in listed for page in pages if end is None or page <= end})
+        if end is None:
+            return
+        start = end + 1
 
 
 def changed_extents(store: Store, older: Snapshot | None, newer: Snapshot, page_index: int) -> Iterator[Extent]:

@@ -70,6 +70,36 @@ def find_snapshot(service: "Service", text: str) -> tuple[Volume, Snapshot]:
     return volume, service.snapshot(volume.id, snapshot_name)
 
 
+def find_snapshots(service: "Service", texts: list[str]) -> list[tuple[Volume, Snapshot]]:
+    """Return the snapshots that several ``VOL@SNAP``, ``uuid:...`` or ranges ``VOL@A%B`` name, each once.
+
+    A range has both ends in it; without A it begins with the oldest, without B it ends with the newest.
+
+    Raises:
+        UsageError: One names no snapshot, or a range ends before it begins.
+        VolumeNotFound, SnapshotNotFound: There is no such volume or snapshot.
+    """
+    found = [pair for text in texts for pair in _find_range(service, text)]
+    return list({taken.map_id: (volume, taken) for volume, taken in found}.values())
+
+
+def _find_range(service: "Service", text: str) -> list[tuple[Volume, Snapshot]]:
+    if "%" not in text.partition("@")[2]:
+        return [find_snapshot(service, text)]
+    volume_name, name = split_snapshot(text)
+    volume = service.volume(volume_name)
+    taken = service.snapshots(volume.id)
+    named = [snapshot for snapshot in taken if snapshot.name == name]
+    if named or not taken:
+        return [(volume, snapshot) for snapshot in named]
+    first, _, last = name.partition("%")
+    oldest = service.snapshot(volume.id, first) if first else taken[0]
+    newest = service.snapshot(volume.id, last) if last else taken[-1]
+    if oldest.generation > newest.generation:
+        raise UsageError(f"{text!r}: {oldest.name} is newer than {newest.name}; swap them", target=text)
+    return [(volume, s) for s in taken if oldest.generation <= s.generation <= newest.generation]
+
+
 def find_table(service: "Service", text: str) -> tuple[Volume, Snapshot | None]:
     """Return what ``VOL`` or ``VOL@SNAP`` names; the snapshot is None for the live volume."""
     volume_name, snapshot_name = split_target(text)

@@ -4,13 +4,16 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from incfs.admin.verb import Verb, refuse_taken
-from incfs.documents import Document, holds_document, snapshot_document, snapshot_removal
+from incfs.documents import Document, holds_document, snapshot_document
 from incfs.errors import UsageError
-from incfs.model import Snapshot, VolumeId, validate_name
-from incfs.targets import find_snapshot, find_table, find_volume, split_snapshot, split_target
+from incfs.model import Snapshot, Volume, VolumeId, validate_name
+from incfs.targets import find_snapshot, find_snapshots, find_table, find_volume, split_snapshot, split_target
 
 if TYPE_CHECKING:
     from incfs.service import Service
+
+MAX_RANGES: Final = 10_000
+"""Most ranges in one answer of ``snapshot.diff``; the caller asks again for the rest."""
 
 
 async def snapshot_create(service: "Service", *, targets: list[str]) -> Document:
@@ -37,15 +40,32 @@ async def snapshot_show(service: "Service", *, target: str) -> Document:
     return {"snapshot": snapshot_document(service, snapshot)}
 
 
-async def snapshot_remove(service: "Service", *, target: str, dry_run: bool = False) -> Document:
-    """Remove a snapshot; ``dry_run`` only says what would go."""
-    volume, snapshot = find_snapshot(service, target)
-    removal = snapshot_removal(service, volume, snapshot)
-    if not dry_run and service.mounted is not None:
-        await service.mounted.remove_snapshot(volume.name, snapshot.name)
-    elif not dry_run:
-        await service.remove_snapshot(volume.id, snapshot.name)
-    return {"removal": {"dry_run": dry_run, **removal}}
+async def snapshot_remove(service: "Service", *, targets: list[str], dry_run: bool = False) -> Document:
+    """Remove snapshots, all or none; ``dry_run`` only says what would go, and what that frees."""
+    doomed = find_snapshots(service, targets)
+    if dry_run:
+        service.branches.require_removable([taken for _, taken in doomed])
+        return {"removal": {"dry_run": True, **await _plan_removal(service, doomed)}}
+    await service.remove_snapshots([taken for _, taken in doomed])
+    items = [{"name": f"{volume.name}@{taken.name}"} for volume, taken in doomed]
+    return {"removal": {"dry_run": False, "items": items}}
+
+
+async def _plan_removal(service: "Service", doomed: list[tuple[Volume, Snapshot]]) -> Document:
+    items, freed_blocks = [], 0
+    for volume in {volume.id: volume for volume, _ in doomed}.values():
+        members = [taken for owner, taken in doomed if owner.id == volume.id]
+        freed = await service.plan_removal(volume.id, members)
+        freed_blocks += freed.together
+        items += [
+            {
+                "name": f"{volume.name}@{taken.name}",
+                "freed_bytes": freed.alone.get(taken.generation, 0) * service.block_bytes,
+                "reason": "what it alone holds",
+            }
+            for taken in members
+        ]
+    return {"items": items, "freed_bytes": freed_blocks * service.block_bytes}
 
 
 async def snapshot_hold(
@@ -102,23 +122,39 @@ async def snapshot_rename(service: "Service", *, target: str, name: str) -> Docu
     return {"snapshot": snapshot_document(service, service.snapshot(volume.id, name))}
 
 
-async def snapshot_diff(service: "Service", *, target: str, from_snapshot: str | None = None) -> Document:
-    """Report the ranges that differ between two snapshots of a volume.
+async def snapshot_diff(
+    service: "Service",
+    *,
+    target: str,
+    from_snapshot: str | None = None,
+    start_bytes: int = 0,
+    max_results: int = MAX_RANGES,
+) -> Document:
+    """Report the ranges that differ between two snapshots of a volume, from ``start_bytes`` on.
 
-    Without ``from_snapshot`` everything that ``target`` stores is reported.
+    Without ``from_snapshot`` everything that ``target`` stores is reported.  ``next_offset`` is where to go on; it is
+    None when nothing is left.  The keys of the Kubernetes CSI service SnapshotMetadata are there, too.
     """
     volume, snapshot = find_snapshot(service, target)
     if from_snapshot is not None and "@" in from_snapshot:
         owner, from_snapshot = split_target(from_snapshot)
         if find_volume(service, owner).id != volume.id:
             raise UsageError(f"{owner} and {volume.name} are different volumes")
-    ranges = await service.diff(volume.id, from_snapshot, snapshot.name)
+    if start_bytes < 0 or max_results < 1:
+        raise UsageError(f"snapshot.diff cannot start at {start_bytes} with {max_results} results")
+    found, next_offset = await service.diff(
+        volume.id, from_snapshot, snapshot.name, start_bytes=start_bytes, limit=min(max_results, MAX_RANGES)
+    )
     return {
         "volume": volume.name,
         "from": from_snapshot,
         "to": snapshot.name,
-        "changed_bytes": sum(part["length"] for part in ranges),
-        "ranges": ranges,
+        "changed_bytes": sum(part["length"] for part in found),
+        "ranges": found,
+        "block_metadata_type": "VARIABLE_LENGTH",
+        "volume_capacity_bytes": snapshot.size_bytes,
+        "block_metadata": [{"byte_offset": part["offset"], "size_bytes": part["length"]} for part in found],
+        "next_offset": next_offset,
     }
 
 

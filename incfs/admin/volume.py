@@ -127,8 +127,7 @@ async def volume_remove(service: "Service", *, volume: str, snapshots: bool = Fa
     if service.mounted is None:
         await service.remove_volume(found.id, snapshots=snapshots)
     else:
-        for snapshot in kept:
-            await service.mounted.remove_snapshot(found.name, snapshot.name)
+        await service.remove_snapshots(kept)
         await service.mounted.remove_volume(found.name)
     return {"removal": {"dry_run": False, **removal}}
 

@@ -1,13 +1,14 @@
 """``incfs snapshot``: create, list, show, remove, rename, hold, release, holds, diff."""
 
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
 from incfs.cli import output
 from incfs.cli.options import Columns, DryRun, Exact, Json, NoHeader, new_noun, verb
-from incfs.cli.session import call
-from incfs.units import parse_duration
+from incfs.cli.session import Admin, call, run
+from incfs.documents import Document
+from incfs.units import parse_duration, parse_size
 
 _COLUMNS: Final = ("name", "size_bytes", "mapped_bytes", "held_bytes", "created")
 _HOLD_COLUMNS: Final = ("name", "tag", "expires")
@@ -59,12 +60,14 @@ def show(context: typer.Context, target: Snapshot, as_json: Json = False) -> Non
 @verb(app, "remove", "rm")
 def remove(
     context: typer.Context,
-    target: Snapshot,
+    targets: Annotated[
+        list[str], typer.Argument(metavar="VOL@SNAP...", help="Snapshots; VOL@A%B are all from A to B.")
+    ],
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Remove a snapshot; its space comes back in the background."""
-    document = call(context, "snapshot.remove", target=target, dry_run=dry_run)
+    """Remove snapshots, all or none of them; their space comes back in the background."""
+    document = call(context, "snapshot.remove", targets=targets, dry_run=dry_run)
     output.print_removal(document, as_json=as_json)
 
 
@@ -135,12 +138,38 @@ def diff(
         str | None,
         typer.Option("--from", metavar="SNAP", help="The older snapshot; without it, nothing."),
     ] = None,
+    start: Annotated[
+        int | None, typer.Option("--start", parser=parse_size, metavar="OFFSET", help="Only ranges from here on.")
+    ] = None,
+    max_results: Annotated[
+        int | None, typer.Option("--max-results", metavar="N", min=1, help="Stop after so many ranges.")
+    ] = None,
     as_json: Json = False,
     no_header: NoHeader = False,
     exact: Exact = False,
     columns: Columns = None,
 ) -> None:
-    """List the ranges that differ between two snapshots of a volume."""
+    """List the ranges that differ between two snapshots of a volume.
+
+    In JSON, `next_offset` is where a listing that stopped goes on with `--start`; it is null at the end.
+    """
     style = output.TableStyle(as_json, no_header, exact, columns)
-    document = call(context, "snapshot.diff", target=target, from_snapshot=from_snapshot)
-    output.print_list(document, "ranges", _DIFF_COLUMNS, style)
+
+    async def collect(admin: Admin) -> Document:
+        return await _all_ranges(admin, max_results, target=target, from_snapshot=from_snapshot, start_bytes=start or 0)
+
+    output.print_list(run(context, collect, degraded=True), "ranges", _DIFF_COLUMNS, style)
+
+
+async def _all_ranges(admin: Admin, limit: int | None, **arguments: Any) -> Document:
+    """Ask for the ranges, page after page, until there are ``limit``."""
+    whole: Document = {}
+    while True:
+        left = {} if limit is None else {"max_results": limit - len(whole.get("ranges", ()))}
+        page = await admin.call("snapshot.diff", **arguments, **left)
+        for key in ("ranges", "block_metadata", "changed_bytes") if whole else ():
+            page[key] = whole[key] + page[key]
+        whole = page
+        if page["next_offset"] is None or len(page["ranges"]) == limit:
+            return whole
+        arguments["start_bytes"] = page["next_offset"]

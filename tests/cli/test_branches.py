@@ -29,6 +29,7 @@ def test_hold_life(cli: Cli) -> None:
     rows = [line.split("\t") for line in cli.ok("snapshot", "holds", "-H", "db").splitlines()]
     assert [row[:2] for row in rows] == [["db@a", "backup"], ["db@b", "backup"], ["db@b", "lease"]]
     assert "held by backup" in cli.fails(11, "snapshot", "remove", "db@a")
+    assert "held by backup" in cli.fails(11, "snapshot", "remove", "-n", "db@a")
     assert cli.json("snapshot", "show", "db@b")["snapshot"]["holds"] == ["backup", "lease"]
     cli.ok("snapshot", "release", "backup", "db@a")
     cli.fails(10, "snapshot", "release", "backup", "db@a")
@@ -53,3 +54,32 @@ def test_rollback(cli: Cli) -> None:
     assert [row["name"] for row in cli.json("snapshot", "list")["snapshots"]] == ["db@a"]
     cli.fails(10, "volume", "rollback", "db@b")
     assert cli.ok("pool", "check").startswith("clean")
+
+
+def test_removal_of_a_range(cli: Cli) -> None:
+    cli.ok("volume", "create", "db", "1M")
+    for name in "abcdef":
+        cli.ok("snapshot", "create", f"db@{name}")
+    assert "swap them" in cli.fails(2, "snapshot", "remove", "db@d%b")
+    cli.fails(10, "snapshot", "remove", "db@b%x")
+    planned = cli.json("snapshot", "remove", "-n", "db@b%d", "db@c", "db@f")["removal"]
+    assert [item["name"] for item in planned["items"]] == ["db@b", "db@c", "db@d", "db@f"]
+    cli.ok("snapshot", "hold", "backup", "db@c")
+    cli.fails(11, "snapshot", "remove", "db@b%d")
+    cli.ok("snapshot", "release", "backup", "db@c")
+    cli.ok("snapshot", "remove", "db@b%d")
+    assert [row["name"] for row in cli.json("snapshot", "list")["snapshots"]] == ["db@a", "db@e", "db@f"]
+    cli.ok("snapshot", "create", "db@e%")
+    cli.ok("snapshot", "remove", "db@e%")
+    cli.ok("snapshot", "remove", "db@e%", "db@%a")
+    assert cli.json("snapshot", "list")["snapshots"] == []
+
+
+def test_diff_in_the_shape_of_the_changed_block_service(cli: Cli) -> None:
+    cli.ok("volume", "create", "db", "1M")
+    cli.ok("snapshot", "create", "db@a")
+    cli.ok("snapshot", "create", "db@b")
+    document = cli.json("snapshot", "diff", "--from", "a", "db@b", "--start", "64K", "--max-results", "5")
+    assert document["block_metadata_type"] == "VARIABLE_LENGTH"
+    assert document["volume_capacity_bytes"] == 1 << 20
+    assert (document["block_metadata"], document["next_offset"]) == ([], None)

@@ -10,7 +10,6 @@ from typing import Self
 import pytest
 
 from incfs import clone as clones
-from incfs import snapshot as snapshots
 from incfs import volume as volumes
 from incfs.checkpoint import Commit
 from incfs.errors import Busy, NoSpace
@@ -145,7 +144,7 @@ def test_every_cut_of_a_small_workload_gives_a_commit_point(pool_home: Path, sma
         pools.discard(store, volume.map_id, 0, 32_768)
         volumes.rename(store, volume.id, "b")
         store.commit()
-        snapshots.remove(store, volume.id, "s")
+        pools.remove_snapshot(store, volume.id, "s")
         store.commit()
         pools.reclaim(store)
         store.checkpoint()
@@ -259,7 +258,7 @@ def random_step(recorder: Recorder, random: Random, step: int) -> None:
 def branch_step(store: Store, kind: str, taken: Snapshot, step: int) -> None:
     match kind:
         case "x":
-            snapshots.remove(store, taken.volume_id, taken.name)
+            pools.remove_snapshot(store, taken.volume_id, taken.name)
         case "b":
             pools.roll_back(store, taken.volume_id, taken.name, force=True)
         case _:

@@ -382,12 +382,12 @@ class CoreMachine(RuleBasedStateMachine):
         index = which % len(model.snapshots)
         if self.has_clones(model.snapshots[index]):
             with pytest.raises(Busy):
-                snapshots.remove(self.store, volume_id, model.snapshots[index].name)
+                pools.remove_snapshot(self.store, volume_id, model.snapshots[index].name)
             return
         removed = model.snapshots.pop(index)
         if index:
             model.snapshots[index - 1].touched |= removed.touched
-        snapshots.remove(self.store, volume_id, removed.name)
+        pools.remove_snapshot(self.store, volume_id, removed.name)
 
     @precondition(lambda self: any(m.snapshots for m in self.state.values()))
     @rule(choice=st.integers(0, 9), which=st.integers(0, 9), name=st.sampled_from(SNAPSHOT_NAMES))

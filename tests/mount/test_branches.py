@@ -1,5 +1,6 @@
 """Clones made by command, seen through the kernel."""
 
+import json
 import os
 
 MIB = 1 << 20
@@ -54,3 +55,25 @@ def test_a_forced_rollback_under_an_open_file_shows_its_reader_the_old_contents(
         assert os.fstat(stream.fileno()).st_size == MIB
         os.pwrite(stream.fileno(), b"c", 0)
     assert volume.read_bytes() == b"c" + b"a" * (MIB - 1)
+
+
+def test_a_diff_is_listed_in_parts(mnt, volume):
+    volume.write_bytes(b"a" * MIB)
+    mnt.command("snapshot", "create", f"{volume.name}@s")
+    with open(volume, "r+b") as stream:
+        for block in (0, 3, 4, 9, 600 % 256):
+            stream.seek(block * 4096)
+            stream.write(b"b" * 4096)
+    mnt.command("snapshot", "create", f"{volume.name}@t")
+    changed = ["snapshot", "diff", "--json", "--from", "s", f"{volume.name}@t"]
+    whole = json.loads(mnt.command(*changed).stdout)
+    assert [(m["byte_offset"], m["size_bytes"]) for m in whole["block_metadata"]] == [
+        (0, 4096), (3 * 4096, 8192), (9 * 4096, 4096), (88 * 4096, 4096),
+    ]  # fmt: skip
+    first = json.loads(mnt.command(*changed, "--max-results", 2).stdout)
+    rest = json.loads(mnt.command(*changed, "--start", first["next_offset"]).stdout)
+    assert first["block_metadata"] + rest["block_metadata"] == whole["block_metadata"]
+    inside = json.loads(mnt.command(*changed, "--start", 4 * 4096 + 5, "--max-results", 1).stdout)
+    assert inside["block_metadata"] == [{"byte_offset": 4 * 4096, "size_bytes": 4096}]
+    freed = json.loads(mnt.command("snapshot", "remove", "--json", "-n", f"{volume.name}@s").stdout)["removal"]
+    assert freed["freed_bytes"] == 5 * 4096

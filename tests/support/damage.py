@@ -18,7 +18,6 @@ from pathlib import Path
 from random import Random
 
 from incfs import ranges
-from incfs import snapshot as snapshots
 from incfs.errors import IncfsError, NoSpace
 from incfs.model import MapId
 from incfs.store import Options, Store, new_nonce
@@ -106,7 +105,7 @@ class Workload:
         elif len(store.catalog.snapshots(volume.id)) < 2:
             pools.take_snapshots(store, [(volume.id, f"s{volume.last_generation}")])
         elif random.random() < 0.5:
-            snapshots.remove(store, volume.id, store.catalog.snapshots(volume.id)[0].name)
+            pools.remove_snapshot(store, volume.id, store.catalog.snapshots(volume.id)[0].name)
             pools.reclaim(store)
 
     def commit(self) -> None:

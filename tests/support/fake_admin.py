@@ -11,6 +11,7 @@ import trio
 
 from incfs.errors import AlreadyExists, SnapshotNotFound, VolumeNotFound
 from incfs.model import Generation, MapId, Snapshot, Volume, VolumeId, validate_name
+from incfs.removal import Freed
 
 BLOCK_BYTES = 4096
 
@@ -20,6 +21,13 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return {"is_clean": True}
+
+
+class Branches:
+    """Lets everything be removed."""
+
+    def require_removable(self, snapshots: list[Snapshot]) -> None:
+        pass
 
 
 class FakeAdminService:
@@ -36,6 +44,7 @@ class FakeAdminService:
         self._volumes: dict[VolumeId, Volume] = {}
         self._snapshots: dict[VolumeId, list[Snapshot]] = {}
         self._ids = itertools.count(1)
+        self.branches = Branches()
 
     @property
     def block_bytes(self) -> int:
@@ -122,8 +131,19 @@ class FakeAdminService:
         at = self._snapshots[volume_id].index(self.snapshot(volume_id, old))
         self._snapshots[volume_id][at] = replace(self._snapshots[volume_id][at], name=new)
 
-    async def diff(self, volume_id: VolumeId, from_name: str | None, to_name: str) -> list[dict[str, Any]]:
-        return [{"offset": 0, "length": BLOCK_BYTES}, {"offset": 8192, "length": BLOCK_BYTES}]
+    async def remove_snapshots(self, doomed: list[Snapshot]) -> None:
+        for snapshot in doomed:
+            await self.remove_snapshot(snapshot.volume_id, snapshot.name)
+
+    async def plan_removal(self, volume_id: VolumeId, doomed: list[Snapshot]) -> Freed:
+        return Freed(7, {snapshot.generation: 2 for snapshot in doomed})
+
+    async def diff(
+        self, volume_id: VolumeId, from_name: str | None, to_name: str, *, start_bytes: int, limit: int
+    ) -> tuple[list[dict[str, Any]], int | None]:
+        every = [{"offset": 0, "length": BLOCK_BYTES}, {"offset": 8192, "length": BLOCK_BYTES}]
+        left = [part for part in every if part["offset"] >= start_bytes]
+        return left[:limit], left[limit]["offset"] if len(left) > limit else None
 
     async def extents(self, table: MapId, start_bytes: int, limit: int) -> list[dict[str, Any]]:
         every: list[dict[str, Any]] = [

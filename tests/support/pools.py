@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from incfs import extents, ranges, rollback
+from incfs import extents, ranges, removal, rollback
 from incfs import pool as pool_module
 from incfs import snapshot as snapshots
 from incfs import volume as volumes
@@ -118,6 +118,11 @@ def resize(store: Store, volume_id: VolumeId, size_bytes: int) -> None:
 def take_snapshots(store: Store, wanted: Sequence[tuple[VolumeId, str]]) -> list[Snapshot]:
     """Take snapshots of several volumes, finishing trims first."""
     return ranges.drive(store, lambda _: snapshots.create(store, wanted))
+
+
+def remove_snapshot(store: Store, volume_id: VolumeId, name: str) -> None:
+    """Remove one snapshot."""
+    removal.remove(store, [store.catalog.snapshot(volume_id, name)])
 
 
 def roll_back(store: Store, volume_id: VolumeId, name: str, *, force: bool = False) -> list[Snapshot]:
