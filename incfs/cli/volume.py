@@ -17,7 +17,8 @@ _MAP_COLUMNS: Final = ("offset", "length", "kind", "storage", "block")
 Volume = Annotated[str, typer.Argument(metavar="VOL", help="A volume: its name, or uuid:UUID.")]
 StripeColumns = Annotated[int | None, typer.Option(metavar="N", help="Let stripes rotate over N storage volumes.")]
 StripeUnit = Annotated[
-    int, typer.Option(parser=parse_size, metavar="SIZE", help="Length of a stripe in one of them; 1M by default.")
+    int | None,
+    typer.Option(parser=parse_size, metavar="SIZE", help="Length of a stripe in one of them; 1M by default."),
 ]
 
 app = new_noun("volume", "Virtual volumes.")
@@ -30,11 +31,12 @@ def create(
     size: Size,
     *,
     stripe_columns: StripeColumns = None,
-    stripe_unit: StripeUnit = DEFAULT_STRIPE_UNIT_BYTES,
+    stripe_unit: StripeUnit = None,
     as_json: Json = False,
 ) -> None:
     """Create an empty volume; it takes no space until it is written."""
-    striping = {} if stripe_columns is None else {"stripe_columns": stripe_columns, "stripe_unit_bytes": stripe_unit}
+    unit = DEFAULT_STRIPE_UNIT_BYTES if stripe_unit is None else stripe_unit
+    striping = {} if stripe_columns is None else {"stripe_columns": stripe_columns, "stripe_unit_bytes": unit}
     _report(call(context, "volume.create", name=name, size_bytes=size, **striping), as_json)
 
 
