@@ -10,15 +10,33 @@ from typing import Any
 
 from incfs.codec import decode_record, encode_record, pack, unpack
 from incfs.errors import FormatError, SnapshotNotFound, StorageNotFound, VolumeNotFound
-from incfs.model import NO_ORIGIN, Generation, MapId, Snapshot, Storage, StorageId, Volume, VolumeId, split_map_id
+from incfs.model import (
+    NO_ORIGIN,
+    Generation,
+    MapId,
+    Snapshot,
+    Storage,
+    StorageId,
+    StoredPolicy,
+    Volume,
+    VolumeId,
+    split_map_id,
+)
 from incfs.overlay import Chain, TableKey
 
-Record = Volume | Snapshot | Storage
+Record = Volume | Snapshot | Storage | StoredPolicy
 RecordId = tuple[str, tuple[int, ...]]
 """(kind, numbers): names one record."""
 
-KINDS: dict[str, type[Record]] = {"volume": Volume, "snapshot": Snapshot, "storage": Storage}
-_KEYS = {"volume": struct.Struct(">I"), "snapshot": struct.Struct(">II"), "storage": struct.Struct(">H")}
+KINDS: dict[str, type[Record]] = {"volume": Volume, "snapshot": Snapshot, "storage": Storage, "policy": StoredPolicy}
+_KEYS = {
+    "volume": struct.Struct(">I"),
+    "snapshot": struct.Struct(">II"),
+    "storage": struct.Struct(">H"),
+    "policy": struct.Struct(">B"),
+}
+POLICY_ID: RecordId = ("policy", (1,))
+"""There is one at the most."""
 
 
 def record_id(record: Record) -> RecordId:
@@ -27,7 +45,9 @@ def record_id(record: Record) -> RecordId:
         return "volume", (record.id,)
     if isinstance(record, Snapshot):
         return "snapshot", (record.volume_id, record.generation)
-    return "storage", (record.id,)
+    if isinstance(record, Storage):
+        return "storage", (record.id,)
+    return POLICY_ID
 
 
 def record_from(kind: Any, value: Any) -> Record:
@@ -47,6 +67,7 @@ class Catalog:
     def __init__(self) -> None:
         self.volumes: dict[VolumeId, Volume] = {}
         self.storages: dict[StorageId, Storage] = {}
+        self.policy: StoredPolicy | None = None
         self._snapshots: dict[VolumeId, dict[Generation, Snapshot]] = {}
         self._names: dict[str, VolumeId] = {}
         self._clones: dict[MapId, set[VolumeId]] = {}
@@ -68,8 +89,10 @@ class Catalog:
         elif isinstance(record, Snapshot):
             generations = self._snapshots.setdefault(record.volume_id, {})
             generations[record.generation] = record
-        else:
+        elif isinstance(record, Storage):
             self.storages[record.id] = record
+        else:
+            self.policy = record
 
     def _put_volume(self, volume: Volume) -> None:
         self._pop_volume(volume.id)
@@ -96,8 +119,10 @@ class Catalog:
             self._pop_volume(VolumeId(numbers[0]))
         elif kind == "snapshot":
             self._snapshots.get(VolumeId(numbers[0]), {}).pop(Generation(numbers[1]), None)
-        else:
+        elif kind == "storage":
             self.storages.pop(StorageId(numbers[0]), None)
+        elif kind == "policy":
+            self.policy = None
 
     def get(self, identity: RecordId) -> Record | None:
         """Look up a record by kind and id."""
@@ -106,7 +131,9 @@ class Catalog:
             return self.volumes.get(VolumeId(numbers[0]))
         if kind == "snapshot":
             return self._snapshots.get(VolumeId(numbers[0]), {}).get(Generation(numbers[1]))
-        return self.storages.get(StorageId(numbers[0]))
+        if kind == "storage":
+            return self.storages.get(StorageId(numbers[0]))
+        return self.policy
 
     def __contains__(self, identity: RecordId) -> bool:
         return self.get(identity) is not None
@@ -240,6 +267,8 @@ class Catalog:
         yield from self.volumes.values()
         for generations in self._snapshots.values():
             yield from generations.values()
+        if self.policy is not None:
+            yield self.policy
 
     def freeze(self) -> dict[RecordId, Record | None]:
         """Start a checkpoint: hand over what changed since the last one."""

@@ -27,6 +27,7 @@ from incfs.journal import Journal
 from incfs.log import Puts, Reader, Tables, space_key
 from incfs.model import (
     HOLE,
+    MAX_POLICY_BYTES,
     MAX_VOLUME_BYTES,
     PAGE_BLOCKS,
     REDUNDANCIES,
@@ -34,6 +35,7 @@ from incfs.model import (
     Snapshot,
     Storage,
     StorageId,
+    StoredPolicy,
     Volume,
     split_map_id,
     validate_name,
@@ -78,7 +80,7 @@ def _documents(
     sequence, _, last_volume = reader.checkpoint()
     head = {"dump": DUMP_VERSION, "format": FORMAT_VERSION, "pool": asdict(superblock), "created_ns": time.time_ns()}
     yield "", {**head, "sequence": sequence, "last_volume": last_volume}
-    for kind in ("storage", "volume", "snapshot"):
+    for kind in ("storage", "volume", "snapshot", "policy"):
         for body in reader.bodies(kind):
             record = record_from(kind, unpack(body))
             if isinstance(record, Storage):
@@ -548,12 +550,19 @@ def _validate(record: Record, block_bytes: int) -> None:
             sound = sound and all(type(when) in {int, NoneType} for when in record.holds.values())
             for name in (record.name, *record.holds):
                 _validate_name(name, "snapshot")
-    try:
-        UUID(record.uuid)
-    except ValueError:
-        sound = False
-    if not sound:
+        case StoredPolicy():
+            size = len(record.text.encode("utf-8", "surrogatepass"))
+            sound = size <= MAX_POLICY_BYTES and all(type(when) is int for when in record.runs.values())
+    if not sound or not (isinstance(record, StoredPolicy) or _is_uuid(record.uuid)):
         raise FormatError(f"a record holds a value that cannot be: {str(record)[:200]}")
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        UUID(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _validate_name(name: str, what: str) -> None:

@@ -34,6 +34,7 @@ Owns the tree, the stable codes, and for each class its errno (FUSE), its exit c
     │   └── TokenStale             what a resume token stands for is not there any more
     ├── BaseMismatch               a stream's base is not what the target holds
     ├── UnsupportedFormat          a newer incfs wrote this
+    ├── HookFailed                 a program around a snapshot
     ├── PoolReadOnly               failsafe after a failed write, sync or commit (I10)
     └── DaemonError                the daemon could not be reached, or refused the caller
         └── PermissionRefused
@@ -281,6 +282,12 @@ class PermissionRefused(DaemonError):
 
     code = "daemon.permission-refused"
     errno = _errno.EACCES
+
+
+class HookFailed(IncfsError):
+    """A program that a policy names did not start, failed, took too long, or may not run on this host."""
+
+    code = "policy.hook-failed"
 
 
 class NoData(IncfsError):

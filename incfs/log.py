@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 LMDB_LIB_VERSION = 0
 """Engine 0.9: ``lmdb`` 3 bundles two, whose files differ."""
-DATABASES = ("meta", "map", "inc", "space", "volume", "snapshot", "storage")
+DATABASES = ("meta", "map", "inc", "space", "volume", "snapshot", "storage", "policy")
 INITIAL_MAP_BYTES = 1 << 30
 _MAP_KEY = struct.Struct(">IQ")
 _INC_KEY = struct.Struct(">IIQ")

@@ -178,6 +178,21 @@ class Storage:
     """What lies below the image: none, raid1, raid5, raid6, raid10."""
 
 
+@dataclass(frozen=True, slots=True)
+class StoredPolicy:
+    """The pool's policy, as it was set, and what it has done."""
+
+    text: str
+    """TOML; ``incfs.policy`` reads it."""
+    set_ns: int
+    runs: Mapping[str, int] = field(default_factory=dict)
+    """Task -> when it last ran, in nanoseconds since 1970."""
+
+
+MAX_POLICY_BYTES: Final = 32768
+"""Of the text: it fits into one small journal record."""
+
+
 class Appended(NamedTuple):
     """One mapping appended to a page: the new one and the one it replaced."""
 

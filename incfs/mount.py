@@ -29,6 +29,7 @@ from incfs import fusext
 from incfs.backing import Backing
 from incfs.control import serve_control
 from incfs.daemon import Parent, fork_daemon, log_to_stderr, notify_systemd
+from incfs.enforcer import enforce
 from incfs.errors import Busy, IncfsError, UsageError
 from incfs.fuse_ops import Operations
 from incfs.kernel_hook import KernelHook
@@ -138,6 +139,9 @@ async def _run(pool: Path, mountpoint: Path, options: MountOptions, parent: Pare
                     stopping = _Stopping(service, hook, mountpoint, outside)
                     await nursery.start(serve_control, service)
                     await nursery.start(stopping.watch_signals)
+                    if not options.read_only:
+                        service.policies.may_hook = options.hooks
+                        nursery.start_soon(enforce, service)
                     nursery.start_soon(_tell_ready, mountpoint, session, parent, outside)
                     aborted = await _serve_requests(mountpoint, outside, stopping)
                 notify_systemd("STOPPING=1")

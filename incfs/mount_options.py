@@ -41,6 +41,8 @@ class MountOptions:
     """Threads of the native data plane that read and write past Python; 0 for none."""
     degraded: bool = False
     """Mount also without all images: read-only, what is on the others can be read."""
+    hooks: bool = False
+    """Run the programs that the pool's policy names."""
     dump_s: float | None = 86400.0
     """Copy the metadata beside the images at the first checkpoint after so many seconds; None: never."""
     source: str | None = None
@@ -127,5 +129,6 @@ _PARSERS: Final = {
     "dump": ("dump_s", _parse_dump),
     "degraded": ("degraded", _parse_flag),
     "allow_other": ("allow_other", _parse_flag),
+    "hooks": ("hooks", _parse_flag),
     "fsname": ("source", _parse_text),
 }

@@ -156,6 +156,8 @@ def repair(
             create_pool(target, block_bytes=old.block_bytes, directories=directories)
             with open_store(target) as new:
                 copier = _Copier(old, new, report, progress or (lambda done, total: None))
+                if old.catalog.policy is not None:
+                    new.change(old.catalog.policy)
                 for found in sorted(old.catalog.volumes.values(), key=lambda v: v.name):
                     if found.name:
                         copier.copy(found)
@@ -337,7 +339,7 @@ def _lost_page(first_block: int) -> Entries:
 
 
 def _add_records(builder: MetadataBuilder, found: list[tuple[str, bytes, bytes | None]], notes: list[str]) -> None:
-    for kind in ("storage", "volume", "snapshot"):
+    for kind in ("storage", "volume", "snapshot", "policy"):
         for database, key, body in found:
             if database != kind:
                 continue

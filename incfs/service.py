@@ -24,6 +24,7 @@ from incfs.events import KEPT_EVENTS
 from incfs.extents import Extent
 from incfs.keeper import Keeper
 from incfs.model import PAGE_BLOCKS, Generation, MapId, Snapshot, Volume, VolumeId, split_map_id
+from incfs.policies import Policies
 from incfs.reclaimer import Reclaimer
 from incfs.settings import PoolSettings
 from incfs.store import Options, Store
@@ -77,6 +78,8 @@ class Service:
         """Clones, holds, going back."""
         self.upkeep = Upkeep(store, self._committer)
         self.mounted: MountHook | None = None
+        self.policies = Policies(store, self._committer, self.apply_settings)
+        """The policy and what it has done."""
 
     # Look-ups
 
@@ -314,7 +317,7 @@ class Service:
 
     # Snapshots
 
-    async def create_snapshots(self, wanted: Sequence[tuple[VolumeId, str]]) -> list[Snapshot]:
+    async def create_snapshots(self, wanted: Sequence[tuple[VolumeId, str]], *, tag: str = "") -> list[Snapshot]:
         """Take snapshots of several volumes at one point in time, in one commit.
 
         Every write that was acknowledged before the call is in them, also those that only
@@ -325,7 +328,7 @@ class Service:
         if self.mounted is not None:
             for volume_id, _ in wanted:
                 await self.mounted.sync_volume(self.volume_by_id(volume_id).name)
-        taken = await self._driver.drive(lambda _: snapshot.create(self._store, wanted))
+        taken = await self._driver.drive(lambda _: snapshot.create(self._store, wanted, tag=tag))
         await self.commit()
         return taken
 
@@ -460,6 +463,18 @@ class Service:
         await self.commit()
         return status.storage_facts(self._store, record)
 
+    def record_event(self, kind: str, subject: str, reason: str, **facts: Any) -> None:
+        """Note what was done without being asked for, and why."""
+        self._store.events.record(kind, subject, reason, **facts)
+
+    def snapshot_refusal(self, volume_id: VolumeId) -> IncfsError | None:
+        """Say why no snapshot of a volume may be taken, or None."""
+        try:
+            self._store.space.require_snapshot(volume_id)
+        except IncfsError as error:
+            return error
+        return None
+
     def events(self, since: int = 0, limit: int = KEPT_EVENTS) -> list[dict[str, Any]]:
         """List the newest events behind a number, oldest first."""
         return [event.to_dict() for event in self._store.events.since(since, limit)]
@@ -581,6 +596,7 @@ async def open_service(
     try:
         async with trio.open_nursery() as nursery:
             service = Service(store, nursery)
+            service.policies.load()
             nursery.start_soon(service.run)
             yield service
             with trio.CancelScope(shield=True):

@@ -16,7 +16,7 @@ _LISTED_PAGES = 512
 """Pages of each table that one step of a diff lists."""
 
 
-def create(store: Store, wanted: Sequence[tuple[VolumeId, str]]) -> list[Snapshot]:
+def create(store: Store, wanted: Sequence[tuple[VolumeId, str]], *, tag: str = "") -> list[Snapshot]:
     """Take snapshots of several volumes: one point in time, one commit (I6).
 
     Cost: independent of the volumes' sizes.
@@ -35,7 +35,7 @@ def create(store: Store, wanted: Sequence[tuple[VolumeId, str]]) -> list[Snapsho
         if store.catalog.volume(volume_id).trim_from_bytes is not None:
             raise TrimPending(volume_id)
     now = store.clock()
-    taken = [_snapshot_of(store, volume_id, name, now) for volume_id, name in wanted]
+    taken = [_snapshot_of(store, volume_id, name, now, tag) for volume_id, name in wanted]
     volumes = [
         replace(store.catalog.volume(s.volume_id), newest_generation=s.generation, last_generation=s.generation)
         for s in taken
@@ -44,12 +44,13 @@ def create(store: Store, wanted: Sequence[tuple[VolumeId, str]]) -> list[Snapsho
     return taken
 
 
-def _snapshot_of(store: Store, volume_id: VolumeId, name: str, now: int) -> Snapshot:
+def _snapshot_of(store: Store, volume_id: VolumeId, name: str, now: int, tag: str) -> Snapshot:
     volume = store.catalog.volume(volume_id)
     generation = Generation(volume.last_generation + 1)
     if generation > MAX_GENERATION:
         raise LimitExceeded(f"volume {volume.name} has had all of its 2^32 - 2 snapshots")
-    return Snapshot(volume_id, generation, str(uuids.uuid4()), name, volume.size_bytes, volume.mapped_blocks, now)
+    size, mapped = volume.size_bytes, volume.mapped_blocks
+    return Snapshot(volume_id, generation, str(uuids.uuid4()), name, size, mapped, now, tag=tag)
 
 
 def _require_free_name(store: Store, volume_id: VolumeId, name: str) -> None:

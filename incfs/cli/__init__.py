@@ -14,7 +14,7 @@ from typing import Annotated, Final
 import typer
 
 import incfs
-from incfs.cli import debug, events, mount, pool, snapshot, storage, stream, volume
+from incfs.cli import debug, events, mount, policy, pool, snapshot, storage, stream, volume
 from incfs.cli.options import POOL_VARIABLE
 from incfs.errors import IncfsError
 
@@ -25,13 +25,15 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _noun in (pool, storage, volume, snapshot, stream, debug):
+for _noun in (pool, storage, volume, snapshot, policy, stream, debug):
     app.add_typer(_noun.app)
 app.command("events")(events.events_command)
 app.command("mount")(mount.mount_command)
 app.command("umount")(mount.umount_command)
 
-NOUNS: Final = frozenset({"pool", "storage", "volume", "snapshot", "stream", "debug", "events", "mount", "umount"})
+NOUNS: Final = frozenset(
+    {"pool", "storage", "volume", "snapshot", "policy", "stream", "debug", "events", "mount", "umount"}
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

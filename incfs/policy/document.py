@@ -6,15 +6,13 @@ Every error says on which line; nothing unknown is accepted (I11).
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from incfs.errors import InvalidPolicy, UsageError
+from incfs.model import MAX_POLICY_BYTES
 from incfs.policy.lines import Path, key_lines
 from incfs.policy.readers import texts
 from incfs.policy.rules import POOL_KEYS, VOLUME_KEYS, Key
-
-MAX_TEXT_BYTES: Final = 32768
-"""A policy fits into one small journal record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +53,8 @@ def parse_policy(text: str) -> PolicyDocument:
     Raises:
         InvalidPolicy: It is no TOML, has an unknown section or key, or a bad value; says where.
     """
-    if len(text.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES:
-        raise InvalidPolicy(f"a policy may have {MAX_TEXT_BYTES} bytes; this one has more")
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_POLICY_BYTES:
+        raise InvalidPolicy(f"a policy may have {MAX_POLICY_BYTES} bytes; this one has more")
     try:
         return _Reader(tomllib.loads(text), key_lines(text)).read()
     except tomllib.TOMLDecodeError as error:

@@ -138,7 +138,6 @@ VOLUME_KEYS: Final[Mapping[str, Key]] = {
     "reservation": Key(readers.size, 0, "reservation_bytes"),
     "snapshot_max": Key(readers.or_none(readers.count(1)), "none", "snapshot_max"),
     "snapshot_max_size": Key(readers.or_none(readers.size), "none", "snapshot_max_bytes"),
-    "zero_elision": Key(readers.flag, True, "zero_elision"),
     "verify": Key(readers.one_of("always"), "always", "verify"),
     "schedule": Key(readers.schedule, "never", "schedule"),
     "keep": Key(read_keep, "all", "keep"),

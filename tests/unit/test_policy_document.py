@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from incfs.errors import InvalidPolicy
-from incfs.policy.document import MAX_TEXT_BYTES, parse_policy
+from incfs.model import MAX_POLICY_BYTES
+from incfs.policy.document import parse_policy
 from incfs.policy.effective import effective_volume, rules_for, rules_for_pool, settings_of
 from incfs.policy.lines import key_lines
 from incfs.policy.rules import ALL, Keep
@@ -97,7 +98,7 @@ def test_an_empty_policy_changes_nothing() -> None:
         ("[template.a]\ncopies = 5", 2, "from 1 to 4"),
         ("[template.a]\ncopies = true", 2, "from 1 to 4"),
         ('[template.a]\nverify = "never"', 2, "not one of always"),
-        ("[template.a]\nzero_elision = 0", 2, "neither true nor false"),
+        ("[template.a]\nprune_when_low = 0", 2, "neither true nor false"),
         ('[template.a]\nstripe_unit = "96K"', 2, "power of two"),
         ('[template.a]\nschedule = "sometimes"', 2, "no schedule"),
         ("[template.a]\nkeep = {}", 2, "would remove every snapshot"),
@@ -117,7 +118,7 @@ def test_errors_say_where(text: str, line: int, message: str) -> None:
     assert message in caught.value.message
 
 
-@pytest.mark.parametrize("text", ["[pool", "[pool]\nlow_water = ", "a = " + "[" * 9999, "x" * (MAX_TEXT_BYTES + 1)])
+@pytest.mark.parametrize("text", ["[pool", "[pool]\nlow_water = ", "a = " + "[" * 9999, "x" * (MAX_POLICY_BYTES + 1)])
 def test_what_is_no_toml_of_a_policy(text: str) -> None:
     with pytest.raises(InvalidPolicy):
         parse_policy(text)

@@ -1,0 +1,99 @@
+"""The policy of an open pool: its text, what it means, when its tasks last ran.
+
+Owns nothing but references to the parts of an open pool; the trio thread.  The text is a
+record of the catalog, so it goes through the journal like any other: it is there whole or not
+at all, and moves with the pool.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import trio
+
+from incfs.committer import Committer
+from incfs.errors import InvalidPolicy
+from incfs.model import StoredPolicy
+from incfs.policy.document import PolicyDocument, parse_policy
+from incfs.policy.effective import settings_of
+from incfs.settings import PoolSettings
+from incfs.store import Store
+
+logger = logging.getLogger(__name__)
+
+NO_POLICY = StoredPolicy("", 0)
+
+
+class Policies:
+    """The policy of one pool.
+
+    Args:
+        store: The open pool.
+        committer: What makes changes durable.
+        apply: Takes the settings that follow from it.
+    """
+
+    def __init__(self, store: Store, committer: Committer, apply: Callable[[PoolSettings], None]) -> None:
+        self._store = store
+        self._committer = committer
+        self._apply = apply
+        self.may_hook = False
+        """This host agrees to run the programs that the policy names."""
+        self.lock = trio.Lock()
+        """Held while a plan is made and carried out."""
+        self.changed = trio.Event()
+        """Set when another policy has come; then there is a new event."""
+        self.document = PolicyDocument()
+        """What rules now; an empty one if what is stored cannot be read."""
+
+    @property
+    def stored(self) -> StoredPolicy:
+        """The record; an empty one without a policy."""
+        return self._store.catalog.policy or NO_POLICY
+
+    def load(self) -> None:
+        """Let what is stored rule, once the pool is open."""
+        if self._store.catalog.policy is None:
+            return
+        try:
+            self.document = parse_policy(self.stored.text)
+        except InvalidPolicy as error:
+            # A time zone that this host does not know, or a key of a newer incfs: nothing is done by guess.
+            self._store.events.record("policy-invalid", "pool", f"nothing is done by the policy: {error}")
+            return
+        self._apply(settings_of(self.document))
+
+    async def set(self, text: str) -> StoredPolicy:
+        """Let another policy rule from now on; tasks that both have keep their last run.
+
+        Durability: durable on return.
+
+        Raises:
+            InvalidPolicy: It has an error; the old one goes on.
+            PoolReadOnly: The pool has failed.
+        """
+        document = parse_policy(text)
+        self._store.begin_change()
+        stored = StoredPolicy(text, self._store.clock(), self.stored.runs)
+        self._store.change(stored)
+        self.document = document
+        self._apply(settings_of(document))
+        self.changed.set()
+        self.changed = trio.Event()
+        await self._committer.commit()
+        return stored
+
+    async def note_runs(self, runs: Mapping[str, int]) -> None:
+        """Remember when tasks last ran.
+
+        Durability: durable on return.
+        """
+        if self._store.catalog.policy is None or self.stored.runs == runs:
+            return
+        self._store.begin_change()
+        self._store.change(replace(self.stored, runs=dict(runs)))
+        await self._committer.commit()
+
+    def now_ns(self) -> int:
+        """Tell the time by the pool's clock."""
+        return self._store.clock()

@@ -1,0 +1,68 @@
+"""``incfs policy``, offline and through a daemon."""
+
+import json
+from pathlib import Path
+
+from tests.support.cli import Cli
+
+POLICY = """
+[template.gold]
+schedule = "hourly"
+keep = { last = 2 }
+
+[volume."db*"]
+use = ["gold"]
+"""
+
+
+def test_policy_life(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text(POLICY)
+    cli.ok("volume", "create", "db", "1M")
+    assert cli.ok("policy", "show") == ""
+    assert cli.ok("policy", "check", file) == ""
+    assert cli.ok("policy", "set", file) == ""
+    assert cli.ok("policy", "show") == POLICY
+    rows = {row["key"]: row for row in cli.json("policy", "show", "--effective", "db")["effective"]}
+    assert rows["keep"] == {"key": "keep", "value": {"last": 2}, "from": "[template.gold], line 4"}
+    assert "[template.gold], line 3" in cli.ok("policy", "show", "--effective", "db", "-H")
+    planned = cli.json("policy", "run", "-n")["run"]
+    assert [action["result"] for action in planned["actions"]] == ["planned"]
+    assert cli.json("snapshot", "list")["snapshots"] == []
+    done = cli.json("policy", "run")["run"]
+    assert [(action["action"], action["result"], action["volumes"]) for action in done["actions"]] == [
+        ("snapshot", "done", ["db"])
+    ]
+    assert done["next_due"].endswith("00:00.000000Z")
+    assert cli.ok("policy", "run") == ""
+    (snapshot,) = cli.json("snapshot", "list")["snapshots"]
+    assert snapshot["tag"] == "policy"
+    explained = cli.json("policy", "explain", "db")
+    assert explained["schedule"] == "hourly"
+    assert [(row["kept"], row["reasons"]) for row in explained["snapshots"]] == [(True, ["last 1 of 2"])]
+    assert "last 1 of 2" in cli.ok("policy", "explain", "db")
+    assert "policy-snapshot" in cli.ok("events")
+
+
+def test_errors_have_a_line_and_exit_2(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text("[pool]\n\nlow_watre = 1\n")
+    for verb in ("set", "check"):
+        assert "line 3 of the policy: unknown key 'low_watre'" in cli.fails(2, "policy", verb, file)
+    file.write_bytes(b"\xff")
+    assert "not UTF-8" in cli.fails(2, "policy", "check", file)
+    cli.fails(1, "policy", "check", tmp_path / "none")
+    cli.fails(10, "policy", "show", "--effective", "db")
+    cli.fails(10, "policy", "explain", "db")
+
+
+def test_what_failed_is_exit_3(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text('[volume."*"]\nschedule = "hourly"\nbefore = ["/bin/false"]\n')
+    cli.ok("volume", "create", "db", "1M")
+    cli.ok("policy", "set", file)
+    done = cli.run("policy", "run", "--hooks", "--json")
+    assert done.returncode == 3
+    (action,) = json.loads(done.stdout)["run"]["actions"]
+    assert action["result"] == "failed"
+    assert "/bin/false ended with 1" in action["error"]
