@@ -315,6 +315,40 @@ static PyObject *method_stripe(DataPlane *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static size_t fill_moves(DataPlane *self, PyObject *list, struct plane_move *moves)
+{
+    Py_ssize_t count = PyList_GET_SIZE(list);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        unsigned long long index, old_address, new_address;
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(list, i), "KKK", &index, &old_address, &new_address) ||
+            need_file(self, new_address) < 0)
+            return 0;
+        moves[i] = (struct plane_move){index, old_address, new_address};
+    }
+    return count;
+}
+
+static PyObject *method_move(DataPlane *self, PyObject *args)
+{
+    PyObject *tables, *list;
+    unsigned long long page_index;
+    if (!PyArg_ParseTuple(args, "O!KO!", &PyList_Type, &tables, &page_index, &PyList_Type, &list))
+        return NULL;
+    struct plane_move *moves = malloc((PyList_GET_SIZE(list) + 1) * sizeof *moves);
+    if (!moves)
+        return PyErr_NoMemory();
+    size_t count = fill_moves(self, list, moves);
+    for (Py_ssize_t i = 0; !PyErr_Occurred() && i < PyList_GET_SIZE(tables); i++) {
+        unsigned long long map_id = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(tables, i));
+        if (!PyErr_Occurred())
+            plane_move(self->plane, map_id, page_index, moves, count);
+    }
+    free(moves);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 /* ---- Served requests --------------------------------------------------------------------------------------- */
 
 static PyObject *method_serve(DataPlane *self, PyObject *args, PyObject *kwargs)
@@ -668,6 +702,7 @@ static PyMethodDef plane_methods[] = {
     {"revoke", (PyCFunction)method_revoke, METH_VARARGS, "Take back unused leased blocks of one table, or of all."},
     {"leased_blocks", (PyCFunction)method_leased_blocks, METH_O, "Unused leased blocks of a table."},
     {"stripe", (PyCFunction)method_stripe, METH_VARARGS, "Let new blocks of a table come from several leases."},
+    {"move", (PyCFunction)method_move, METH_VARARGS, "Let mappings of resident pages name other blocks."},
     {"serve", KEYWORDS(method_serve), "Let other threads read a table up to a size, and write it."},
     {"unserve", (PyCFunction)method_unserve, METH_O, "Let other threads no longer read or write a table."},
     {"freeze", (PyCFunction)method_freeze, METH_NOARGS, "Let other threads no longer write anything."},

@@ -20,6 +20,7 @@ from incfs.model import (
     StoredPolicy,
     Volume,
     VolumeId,
+    map_id,
     split_map_id,
 )
 from incfs.overlay import Chain, TableKey
@@ -249,6 +250,17 @@ class Catalog:
         if not volume.rollback_to:
             return []
         return sorted(g for g in self._snapshots[volume_id] if volume.rollback_to <= g < volume.rollback_mark)
+
+    def readers(self, volume_id: VolumeId) -> list[MapId]:
+        """List the tables through which blocks of a volume can be seen: its own, and those of its clones."""
+        found: list[MapId] = []
+        volumes = [volume_id]
+        while volumes:
+            own = volumes.pop()
+            snapshots = [snapshot.map_id for snapshot in self.snapshots(own, removed=True)]
+            found += [map_id(own), *snapshots]
+            volumes += [clone.id for snapshot in snapshots for clone in self.clones(snapshot)]
+        return found
 
     def clones(self, origin: MapId) -> list[Volume]:
         """List the volumes that read from a snapshot, also those that are being removed."""

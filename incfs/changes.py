@@ -8,6 +8,7 @@ A body is msgpack ``[changes, data, folded]``.  A change is one of
     ["fold", volume id, generation, older generation, [page indexes]]
     ["empty", volume id, [page indexes]]
     ["unroll", volume id, [generations], [page indexes]]
+    ["move", volume id, generation, page index, [index, old address, new address, ...]]
 
 ``data`` holds the blocks of all stored runs in order, or is empty: then they are in the
 images already.  ``folded`` is the last commit that the tables were known to contain: blocks
@@ -69,6 +70,21 @@ def map_runs(flat: Any) -> Iterator[MapRun]:
         yield MapRun(first, count, address, struct.unpack(f"<{len(packed) // 4}I", packed))
 
 
+def move_triples(flat: Any) -> list[tuple[int, int, int]]:
+    """Decode the (index, old address, new address) of a "move" change.
+
+    Raises:
+        FormatError: Not such triples.
+    """
+    if not isinstance(flat, list) or len(flat) % 3 or not all(isinstance(value, int) for value in flat):
+        raise FormatError("journal: move change is not a list of triples of integers")
+    triples = list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+    addresses = [address for _, old, new in triples for address in (old, new)]
+    if not all(0 <= slot < PAGE_BLOCKS for slot, _, _ in triples) or not all(HOLE < a < 1 << 64 for a in addresses):
+        raise FormatError("journal: move change out of range")
+    return triples
+
+
 class Body(NamedTuple):
     """What a journal record says."""
 
@@ -102,4 +118,4 @@ def decode_body(body: bytes) -> Body:
     return Body(changes, data, folded)
 
 
-_LENGTHS = {"map": 3, "put": 3, "drop": 3, "fold": 5, "empty": 3, "unroll": 4}
+_LENGTHS = {"map": 3, "put": 3, "drop": 3, "fold": 5, "empty": 3, "move": 5, "unroll": 4}

@@ -61,7 +61,8 @@ class Commit:
             ChecksumMismatch: The host returned other data than was just written.
         """
         data = b""
-        if stored_blocks(self.changes) * self.block_bytes <= self.small_bytes:
+        moves = any(change[0] == "move" for change in self.changes)  # their data is only in the images
+        if not moves and stored_blocks(self.changes) * self.block_bytes <= self.small_bytes:
             data = b"".join(self._read_back(run) for run in stored_runs(self.changes))
         else:
             self.pool.sync()

@@ -144,7 +144,7 @@ async def _answer(service: "Service", stream: trio.SocketStream, request: Docume
     verb = VERBS.get(str(request.get("verb")))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_send_progress, stream, newest, finished)
-        if verb is not None and verb.is_read_only:
+        if verb is not None and (verb.is_read_only or verb.can_stop):
             nursery.start_soon(_cancel_on_hangup, stream, working, watching)
         reply = b""
         with working:

@@ -13,7 +13,7 @@ Invariants:
 
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -230,6 +230,23 @@ class DataPlane:
             if step < count:
                 lease.appendleft((address + step, count - step))
         return taken
+
+    def move(self, map_ids: Sequence[MapId], page_index: int, moves: Sequence[tuple[int, int, int]]) -> None:
+        """Let mappings of resident pages name other blocks with the same data.
+
+        Args:
+            map_ids: Tables in which the blocks can be seen.
+            page_index: The page, in each.
+            moves: (index in the page, old address, new address); a mapping that is not the old one stays.
+        """
+        for map_id in map_ids:
+            page = self._pages.get((map_id, page_index))
+            for slot, old, new in moves if page is not None else ():
+                assert page is not None
+                if page.addresses[slot] == old:
+                    page.addresses[slot] = new
+                elif slot in page.fresh and page.fresh[slot][0] == old:
+                    page.fresh[slot] = new, page.fresh[slot][1]
 
     # Other threads: the native plane serves requests by itself; this one has no other threads.
 

@@ -74,7 +74,7 @@ class Driver:
             except NotResident as refusal:
                 await self._load(refusal.map_id, refusal.page_index)
             except LeaseExhausted as refusal:
-                await self._make_space(refusal)
+                await self.make_space(refusal)
             except ReadWouldWait as refusal:
                 await offload(refusal.warm)
             except TrimPending as refusal:
@@ -99,7 +99,7 @@ class Driver:
         if epoch == log.epoch and chain == catalog.chain(table):
             self._store.install(table, page_index, log.resolve(chain, page_index, stored))
 
-    async def _make_space(self, refusal: LeaseExhausted) -> None:
+    async def make_space(self, refusal: LeaseExhausted) -> None:
         """Get blocks; in a full pool wait as long as the settings say."""
         space = self._store.space
         deadline = trio.current_time() + space.settings.queue_s

@@ -15,7 +15,7 @@ Invariants:
 import logging
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -513,6 +513,23 @@ class IncrementalLog:
         self._overlay.replace(table, page_index, {})
         self.forget(volume_id, page_index)
         return [address for address, _ in dropped.values() if address > HOLE]
+
+    def relocate(
+        self, table: TableKey, page_index: int, moves: Mapping[int, tuple[int, int]]
+    ) -> dict[int, tuple[int, int]]:
+        """Let mappings name other addresses, where they still name the old ones; give those that did.
+
+        Args:
+            table: Whose page.
+            page_index: The page.
+            moves: Index -> (old address, new address).
+        """
+        entries = self.entries(table, page_index)
+        moved = {slot: move for slot, move in moves.items() if entries.get(slot, (INHERIT, 0))[0] == move[0]}
+        if moved:
+            changed = {slot: (new, entries[slot][1]) for slot, (_, new) in moved.items()}
+            self._overlay.patch(table, page_index).entries.update(changed)
+        return moved
 
     def freeze(self) -> Layer:
         """Start a checkpoint: later changes go to a new layer."""

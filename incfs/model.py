@@ -176,6 +176,8 @@ class Storage:
     storage_class: str = ""
     redundancy: str = "none"
     """What lies below the image: none, raid1, raid5, raid6, raid10."""
+    is_evacuating: bool = False
+    """Its blocks move elsewhere: it gets no new ones."""
 
 
 @dataclass(frozen=True, slots=True)

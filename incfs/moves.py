@@ -3,13 +3,14 @@
 Which blocks become free follows from the tables: it is not recorded.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from incfs.catalog import Catalog, Record
 from incfs.changes import Change
 from incfs.log import IncrementalLog
 from incfs.model import Generation, VolumeId
+from incfs.overlay import TableKey
 from incfs.pool import Pool
 
 
@@ -76,6 +77,24 @@ class Moves:
             self._log.unroll(volume_id, undone, page_index, found.current)
             self._pool.free(found.freed)
             self._add_held(volume_id, undone[0], -found.released)
+
+    def relocate(self, table: TableKey, page_index: int, moves: Mapping[int, tuple[int, int]]) -> None:
+        """Let mappings name other blocks, which are leased and hold the same data."""
+        moved = self._log.relocate(table, page_index, moves)
+        assert moved == dict(moves), "planned in the same step"
+        flat = [value for slot, (old, new) in sorted(moved.items()) for value in (slot, old, new)]
+        self._pend(["move", table.volume_id, table.generation, page_index, flat], 1)
+        self._exchange(moved)
+
+    def apply_relocate(self, table: TableKey, page_index: int, triples: Iterable[tuple[int, int, int]]) -> None:
+        """Do what ``relocate`` says, in memory, where mappings are still the old ones."""
+        moved = self._log.relocate(table, page_index, {slot: (old, new) for slot, old, new in triples})
+        self._pool.adopt(new for _, new in moved.values())
+        self._exchange(moved)
+
+    def _exchange(self, moved: Mapping[int, tuple[int, int]]) -> None:
+        self._pool.commit(new for _, new in moved.values())
+        self._pool.free(old for old, _ in moved.values())
 
     def _add_held(self, volume_id: VolumeId, generation: Generation, blocks: int) -> None:
         if blocks:

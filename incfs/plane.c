@@ -648,6 +648,21 @@ size_t plane_fresh_count(struct plane *plane)
     return atomic_load_explicit(&plane->fresh_count, memory_order_relaxed);
 }
 
+void plane_move(struct plane *plane, uint64_t map_id, uint64_t page_index, const struct plane_move *moves,
+                size_t move_count)
+{
+    pthread_rwlock_wrlock(&plane->gate);
+    struct page *page = plane_find_page(plane, map_id, page_index);
+    for (size_t i = 0; page && i < move_count; i++) {
+        unsigned index = moves[i].index % PLANE_PAGE_BLOCKS;
+        if (page->addresses[index] == moves[i].old_address)
+            page->addresses[index] = moves[i].new_address;
+        else if (page_is_fresh(page, index) && page->replaced->addresses[index] == moves[i].old_address)
+            page->replaced->addresses[index] = moves[i].new_address;
+    }
+    pthread_rwlock_unlock(&plane->gate);
+}
+
 /* ---- Seal -------------------------------------------------------------------------------------------------------- */
 
 static struct plane_appended appended_at(const struct page *page, unsigned index)

@@ -106,6 +106,13 @@ uint64_t plane_leased_blocks(struct plane *plane, uint64_t map_id);
 /* Lets new blocks of a live table come from `columns` leases in turn, unit_blocks from each. */
 enum plane_status plane_stripe(struct plane *plane, uint64_t map_id, uint64_t unit_blocks, uint64_t columns);
 
+/* Lets mappings of a resident page that are `old`, or are fresh and replaced `old`, be `new`. */
+struct plane_move {
+    uint64_t index, old_address, new_address;
+};
+void plane_move(struct plane *plane, uint64_t map_id, uint64_t page_index, const struct plane_move *moves,
+                size_t move_count);
+
 /* Blocks.  `can_wait`: read the disk here rather than refuse. */
 enum plane_status plane_read(struct plane *plane, uint64_t map_id, uint64_t first_block, size_t block_count, bool can_wait,
                              void *buffer, struct plane_refusal *why);

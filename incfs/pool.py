@@ -86,6 +86,11 @@ class StorageVolume:
         self.host_total_bytes = self.file.host_total_bytes()
 
     @property
+    def is_usable(self) -> bool:
+        """Whether new blocks may come from it."""
+        return self.state == "online" and not self.record.is_evacuating
+
+    @property
     def path(self) -> Path:
         """Where the image is."""
         return self.file.path
@@ -227,6 +232,8 @@ class Pool:
         self._block_bytes = block_bytes
         self._backing = backing
         self.volumes: dict[StorageId, StorageVolume] = {}
+        self.retired: dict[StorageId, StorageVolume] = {}
+        """Removed since the pool was opened."""
         self._cursors: dict[int, tuple[StorageId, int]] = {}
         self._freed: list[int] = []
         self._dirty_groups: set[tuple[StorageId, int]] = set()
@@ -313,6 +320,22 @@ class Pool:
                     f"{volume.file.length_bytes()} bytes, but block {volume.highest_live_block()} is in use",
                     storage=volume.record.id,
                 )
+
+    def retire(self, storage_id: StorageId) -> None:
+        """Have a storage volume no more; reads that are under way still find its file."""
+        volume = self.volumes.pop(storage_id, None)
+        if volume is not None:
+            self.retired[storage_id] = volume
+
+    def delete_image(self, storage_id: StorageId) -> None:
+        """Delete the image of a retired storage volume.  Any thread.
+
+        Durability: its name is gone on return.
+        """
+        volume = self.retired[storage_id]
+        self._backing.remove(volume.path)
+        self._backing.sync_directory(volume.path.parent)
+        volume.file.truncate(0)  # its space comes back although it stays open
 
     def volume(self, storage_id: StorageId) -> StorageVolume:
         """Look up a storage volume.
@@ -401,7 +424,7 @@ class Pool:
 
     def freeze(self) -> tuple[dict[tuple[StorageId, int], int], list[int]]:
         """Start a checkpoint: the changed bitmaps to store, and the blocks it will make free."""
-        groups = {key: self.volumes[key[0]].live[key[1]] for key in self._dirty_groups}
+        groups = {key: self.volumes[key[0]].live[key[1]] if key[0] in self.volumes else 0 for key in self._dirty_groups}
         freed, self._freed, self._dirty_groups = self._freed, [], set()
         return groups, freed
 
@@ -471,9 +494,10 @@ class Pool:
 
     def close(self) -> None:
         """Close every image."""
-        for volume in self.volumes.values():
+        for volume in (*self.volumes.values(), *self.retired.values()):
             volume.file.close()
         self.volumes.clear()
+        self.retired.clear()
 
 
 def _by_group(addresses: Iterable[int]) -> Iterator[tuple[StorageId, int, list[int]]]:

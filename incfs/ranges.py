@@ -54,7 +54,7 @@ def drive(store: Store, request: Callable[[bool], Result]) -> Result:
         except NotResident as refusal:
             store.load(refusal.map_id, refusal.page_index)
         except LeaseExhausted as refusal:
-            _make_space(store, refusal)
+            make_space(store, refusal)
         except ReadWouldWait:
             wait = True
         except TrimPending as refusal:
@@ -64,7 +64,12 @@ def drive(store: Store, request: Callable[[bool], Result]) -> Result:
                 pass
 
 
-def _make_space(store: Store, refusal: LeaseExhausted) -> None:
+def make_space(store: Store, refusal: LeaseExhausted) -> None:
+    """Get the blocks that a request lacks.
+
+    Raises:
+        NoSpace: There are none.
+    """
     store.absorb()
     for step in store.space.steps(refusal.map_id, refusal.block_count, urgent=refusal.is_urgent):
         if isinstance(step, Growth):

@@ -14,7 +14,7 @@ from uuid import UUID
 from incfs.backing import Backing
 from incfs.blocks import split_address
 from incfs.catalog import KINDS, record_from, record_puts
-from incfs.changes import Change, MapRun, decode_body, map_runs
+from incfs.changes import Change, MapRun, decode_body, map_runs, move_triples
 from incfs.errors import (
     AlreadyExists,
     BackingError,
@@ -40,6 +40,7 @@ from incfs.model import (
     StorageId,
     VolumeId,
 )
+from incfs.overlay import TableKey
 from incfs.pool import Pool
 from incfs.store import TABLES_NAME, Options, Store, new_nonce
 from incfs.superblock import SUPERBLOCK_NAME, Superblock, is_block_size, read_superblock, write_superblock
@@ -156,7 +157,8 @@ def make_storage(
         raise UsageError(f"unknown redundancy {redundancy!r}; known are {', '.join(REDUNDANCIES)}")
     if capacity_bytes is not None and capacity_bytes < store.block_bytes:
         raise UsageError(f"capacity of {capacity_bytes} bytes is less than one block")
-    storage_id = StorageId(max(store.catalog.storages, default=0) + 1)
+    # Not one of a storage volume that was removed: the data plane still knows its file.
+    storage_id = StorageId(max(store.catalog.storages.keys() | store.pool.retired.keys(), default=0) + 1)
     if storage_id > MAX_STORAGE_ID:
         raise LimitExceeded(f"a pool can have {MAX_STORAGE_ID} storage volumes")
     record = new_storage(
@@ -224,6 +226,13 @@ def _attach(store: Store, record: Storage) -> None:
                 store.pool.attach_unproved(record)
                 return
         store.pool.attach_absent(record, error)
+
+
+def _attach_or_renew(store: Store, record: Storage) -> None:
+    if record.id in store.pool.volumes:
+        store.pool.volumes[record.id].record = record
+    else:
+        _attach(store, record)
 
 
 def _verify_lengths(store: Store) -> None:
@@ -305,16 +314,20 @@ def _apply(store: Store, change: Change, blocks: _DataCursor) -> None:
         case ["put", kind, value]:
             record = record_from(kind, value)
             store.catalog.put(record)
-            if isinstance(record, Storage) and record.id not in store.pool.volumes:
-                _attach(store, record)
+            if isinstance(record, Storage):
+                _attach_or_renew(store, record)
         case ["drop", str(kind), [*numbers]]:
             store.catalog.drop((kind, tuple(numbers)))
+            if kind == "storage":
+                store.pool.retire(StorageId(numbers[0]))
         case ["fold", int(volume_id), int(generation), int(older), [*pages]]:
             store.moves.apply_fold(VolumeId(volume_id), Generation(generation), Generation(older), pages)
         case ["empty", int(volume_id), [*pages]]:
             store.moves.apply_empty(VolumeId(volume_id), pages)
         case ["unroll", int(volume_id), [*generations], [*pages]]:
             store.moves.apply_unroll(VolumeId(volume_id), generations, pages)
+        case ["move", int(volume_id), int(generation), int(page_index), flat]:
+            store.moves.apply_relocate(TableKey(volume_id, generation), page_index, move_triples(flat))
         case _:
             raise FormatError(f"journal: malformed change {str(change)[:80]}")
 

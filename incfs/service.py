@@ -76,7 +76,7 @@ class Service:
         self._keeper = self._driver.keeper = Keeper(store, self._driver.space_lock, self._add_storage)
         self.branches = Branches(store, self._committer, self._driver, self._reclaimer)
         """Clones, holds, going back."""
-        self.upkeep = Upkeep(store, self._committer)
+        self.upkeep = Upkeep(store, self._committer, self._driver)
         self.mounted: MountHook | None = None
         self.policies = Policies(store, self._committer, self.apply_settings)
         """The policy and what it has done."""

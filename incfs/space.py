@@ -25,6 +25,8 @@ from incfs.pool import Pool, StorageVolume
 from incfs.settings import PoolSettings, VolumeSettings
 
 MAX_LEASE_BLOCKS = 2048
+MOVER = 1 << 31
+"""In the lower half of a lease's key, beside the column: blocks for data that moves."""
 
 
 class Leases(Protocol):
@@ -117,6 +119,8 @@ class Space:
         """Volumes with reservations -> blocks of it that they do not occupy yet."""
         self._refusals: dict[StorageId, NoSpace] = {}
         """Images that could not grow when space was last made."""
+        self.targets: dict[MapId, StorageId] = {}
+        """Leases whose blocks should come from a certain storage volume."""
         self.settings = PoolSettings()
 
     # How much there is
@@ -139,7 +143,7 @@ class Space:
         free = max(0, volume.grown_blocks - volume.busy_blocks) * block + min(growth, host)
         used = volume.busy_blocks * block
         low_water = self.settings.low_water.of(used + free)
-        return Room(volume.record, used, free, low_water, volume.state == "online")
+        return Room(volume.record, used, free, low_water, volume.is_usable)
 
     def rooms(self) -> list[Room]:
         """Tell how full every storage volume is."""
@@ -156,8 +160,11 @@ class Space:
         return order_rooms(self.rooms(), parse_rules(self.settings_of(volume_id).place), self._column(lease))
 
     def _column(self, lease: MapId) -> StorageId | None:
-        """Give the storage volume that a stripe's blocks belong to; None when the volume is not striped."""
-        volume_id, column = split_map_id(lease)
+        """Give the storage volume that a lease's blocks belong to; None when any will do."""
+        if lease in self.targets:
+            return self.targets[lease]
+        volume_id, number = split_map_id(lease)
+        column = number & ~MOVER
         volume = self._catalog.volumes.get(volume_id)
         row = volume.stripe_row if volume is not None else None
         return StorageId(row.columns[column]) if row is not None and column < len(row.columns) else None
@@ -225,7 +232,7 @@ class Space:
 
     def _allowance(self, lease: MapId, *, urgent: bool) -> int:
         """Count the blocks that a lease may be given now."""
-        free = sum(max(0, v.grown_blocks - v.busy_blocks) for v in self._pool.volumes.values() if v.state == "online")
+        free = sum(max(0, v.grown_blocks - v.busy_blocks) for v in self._pool.volumes.values() if v.is_usable)
         if urgent:
             return free
         volume_id, _ = split_map_id(lease)

@@ -78,7 +78,7 @@ def storage_facts(store: Store, storage: Storage) -> dict[str, Any]:
         "host_free_bytes": host_free,
         "class": storage.storage_class,
         "redundancy": storage.redundancy,
-        "state": volume.state,
+        "state": "evacuating" if storage.is_evacuating and volume.state == "online" else volume.state,
     }
 
 

@@ -34,8 +34,9 @@ from incfs.events import EventLog
 from incfs.journal import Journal
 from incfs.lock import PoolLock
 from incfs.log import IncrementalLog, Tables
-from incfs.model import HOLE, INHERIT, MapId, SealedPage, StorageId, Volume, VolumeId, split_map_id
+from incfs.model import HOLE, INHERIT, MapId, SealedPage, Storage, StorageId, Volume, VolumeId, split_map_id
 from incfs.moves import Moves
+from incfs.overlay import TableKey
 from incfs.planes import PlaneKind, default_kind, make_plane
 from incfs.pool import DEFAULT_EXTEND_BYTES, Pool, PunchPlan
 from incfs.space import Space
@@ -208,6 +209,8 @@ class Store:
     def _put(self, record: Record) -> None:
         before = self.catalog.volumes.get(record.id) if isinstance(record, Volume) else None
         self.catalog.put(record)
+        if isinstance(record, Storage) and record.id in self.pool.volumes:
+            self.pool.volumes[record.id].record = record
         if not isinstance(record, Volume):
             return
         if record.stripes != (before.stripes if before is not None else ()):
@@ -268,6 +271,12 @@ class Store:
         if held:
             snapshot = self.catalog.snapshot_by_generation(volume.id, volume.newest_generation)
             self.touch(replace(snapshot, held_blocks=snapshot.held_blocks + held))
+
+    def relocate(self, table: TableKey, page_index: int, moves: Mapping[int, tuple[int, int]]) -> None:
+        """Let mappings of a page name other blocks with the same data, for all who see them."""
+        self.moves.relocate(table, page_index, moves)
+        flat = [(slot, old, new) for slot, (old, new) in moves.items()]
+        self.plane.move(self.catalog.readers(VolumeId(table.volume_id)), page_index, flat)
 
     def _pend_move(self, change: Change, page_count: int) -> None:
         self._pending.append(change)

@@ -1,23 +1,69 @@
-"""What the service does with storage volumes and with where data lies: stripes, moves, mirrors, scrubs.
+"""What the service does with storage volumes and with where data lies: stripes, moves, removal.
 
-Owns nothing but references to the parts of an open pool; the trio thread.
+Owns nothing but references to the parts of an open pool; the trio thread.  Moves run beside everything
+else, a page at a time; whatever ends them early leaves the pool as it should be, and they are
+begun again by the same call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from incfs import stripes
-from incfs.committer import Committer
-from incfs.errors import UsageError
+import trio
+
+from incfs import relocation, stripes
+from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
+from incfs.dataplane import LeaseExhausted
+from incfs.driver import Driver
+from incfs.errors import BackingError, Busy, IncfsError, UsageError
 from incfs.model import StorageId, Volume, VolumeId
+from incfs.overlay import TableKey
+from incfs.placement import Room
+from incfs.relocation import Relocation, Wish
 from incfs.store import Store
+
+Progress = Callable[[int, int], None]
+
+_STEP_PAGES = 64
+"""Pages listed at once."""
+_EVEN_PERCENT = 5
+"""Storage volumes whose shares in use differ by less are balanced."""
+
+
+@dataclass
+class MoveReport:
+    """What a move came to."""
+
+    moved_blocks: int = 0
+    unreadable_blocks: int = 0
+    first_error: str | None = None
+
+    def note(self, moved: int, relocation_: Relocation) -> None:
+        """Add one page's."""
+        self.moved_blocks += moved
+        self.unreadable_blocks += len(relocation_.unreadable)
+        for error in relocation_.unreadable.values():
+            self.first_error = self.first_error or str(error)
+
+    def to_dict(self, block_bytes: int) -> dict[str, Any]:
+        """Give plain values."""
+        return {
+            "moved_bytes": self.moved_blocks * block_bytes,
+            "unreadable_blocks": self.unreadable_blocks,
+            "first_error": self.first_error,
+        }
 
 
 class Upkeep:
     """The verbs of storage volumes and data placement on an open pool."""
 
-    def __init__(self, store: Store, committer: Committer) -> None:
+    def __init__(self, store: Store, committer: Committer, driver: Driver) -> None:
         self._store = store
         self._committer = committer
+        self._driver = driver
+        self._moving = trio.Lock()
+
+    # Stripes
 
     def require_columns(self, count: int, unit_bytes: int) -> None:
         """Refuse a number of columns that cannot be had, before anything is changed.
@@ -27,9 +73,7 @@ class Upkeep:
         """
         usable = sum(room.is_usable for room in self._store.space.rooms())
         if not 1 <= count <= usable:
-            raise UsageError(
-                f"{count} stripe columns need as many storage volumes; {usable} can be used", columns=count
-            )
+            raise UsageError(f"{count} stripe columns need as many storage volumes; {usable} can be used: add some")
         stripes.require_unit(self._store, unit_bytes)
 
     async def stripe(self, volume_id: VolumeId, *, columns: int | Sequence[StorageId], unit_bytes: int) -> Volume:
@@ -44,3 +88,204 @@ class Upkeep:
             changed = stripes.set_columns(self._store, volume_id, columns, unit_bytes=unit_bytes)
         await self._committer.commit()
         return changed
+
+    async def restripe(self, volume_id: VolumeId, *, rate_bytes: int | None, progress: Progress) -> MoveReport:
+        """Move what a volume and its snapshots store to where the newest stripe row says."""
+        volume = self._store.catalog.volume(volume_id)
+        if volume.stripe_row is None:
+            raise UsageError(f"volume {volume.name} is not striped; give it columns first", volume=volume.name)
+        return await self._move(relocation.follow_stripes(volume_id), [volume_id], rate_bytes, progress)
+
+    # Moves
+
+    async def migrate(self, volume_id: VolumeId, *, rate_bytes: int | None, progress: Progress) -> MoveReport:
+        """Move what a volume and its snapshots store off storage volumes that its placement rules do not allow."""
+        return await self._move(relocation.follow_rules(self._store, volume_id), [volume_id], rate_bytes, progress)
+
+    async def evacuate(self, storage_id: StorageId, *, rate_bytes: int | None, progress: Progress) -> MoveReport:
+        """Move everything off a storage volume, which gets nothing new from the beginning of this on.
+
+        Raises:
+            NoSpace: The others have no room for it; what was moved stays moved.
+            StorageNotFound: No such storage volume.
+        """
+        store = self._store
+        record = store.catalog.storage(storage_id)
+        if len(store.catalog.storages) == 1:
+            raise UsageError(f"storage volume {storage_id} is the only one; add another first", storage=storage_id)
+        store.begin_change()
+        store.change(replace(record, is_evacuating=True))
+        store.reclaim_leases()
+        await self._committer.commit()
+        total, report = store.pool.volume(storage_id).live_blocks, MoveReport()
+        self._tell("evacuation-begun", storage_id, f"{total * store.block_bytes} bytes move to other storage volumes")
+        while store.pool.volume(storage_id).live_blocks > report.unreadable_blocks:
+            found = await self._move(
+                relocation.leave(storage_id),
+                list(store.catalog.volumes),
+                rate_bytes,
+                lambda done, _: progress(min(total, report.moved_blocks + done), total),
+            )
+            report.moved_blocks += found.moved_blocks
+            report.unreadable_blocks, report.first_error = found.unreadable_blocks, found.first_error
+            if not found.moved_blocks:
+                break
+        left = store.pool.volume(storage_id).live_blocks
+        self._tell("evacuation-ended", storage_id, f"{left} blocks are left on it", unreadable=report.unreadable_blocks)
+        return report
+
+    async def cancel_evacuation(self, storage_id: StorageId) -> None:
+        """Let a storage volume get new blocks again."""
+        self._store.begin_change()
+        self._store.change(replace(self._store.catalog.storage(storage_id), is_evacuating=False))
+        await self._committer.commit()
+
+    async def balance(self, *, rate_bytes: int | None, progress: Progress) -> MoveReport:
+        """Move blocks from the fullest storage volumes to the emptiest until their shares in use are about even."""
+        total = MoveReport()
+        for _ in range(2 * len(self._store.pool.volumes)):
+            plan = _plan_balance([room for room in self._store.space.rooms() if room.is_usable])
+            if plan is None:
+                break
+            source, target, bytes_ = plan
+            found = await self._move_some(source, target, bytes_ // self._store.block_bytes, rate_bytes, progress)
+            total.moved_blocks += found.moved_blocks
+            total.unreadable_blocks += found.unreadable_blocks
+            if not found.moved_blocks:
+                break
+        return total
+
+    async def _move_some(
+        self, source: StorageId, target: StorageId, limit: int, rate_bytes: int | None, progress: Progress
+    ) -> MoveReport:
+        """Move up to so many blocks of volumes that are not striped."""
+        leave, left = relocation.leave(source), limit
+
+        def wish(volume: Volume, virtual_block: int, storage_id: StorageId) -> int | None:
+            nonlocal left
+            column = leave(volume, virtual_block, storage_id) if left > 0 and volume.stripe_row is None else None
+            left -= column is not None
+            return column
+
+        volumes = [volume_id for volume_id, v in self._store.catalog.volumes.items() if v.stripe_row is None]
+        leases = {relocation.mover_lease(volume_id, 0): target for volume_id in volumes}
+        self._store.space.targets.update(leases)
+        try:
+            return await self._move(wish, volumes, rate_bytes, progress)
+        finally:
+            for lease in leases:
+                self._store.space.targets.pop(lease, None)
+
+    async def _move(
+        self, wish: Wish, volumes: Sequence[VolumeId], rate_bytes: int | None, progress: Progress
+    ) -> MoveReport:
+        """Walk the tables of volumes once and move what the wish says.
+
+        Durability: durable, and the old blocks free, on return.
+        """
+        report = MoveReport()
+        async with self._moving:
+            store = self._store
+            store.begin_change()
+            total = sum(store.space.used_blocks(v) for v in store.catalog.volumes.values() if v.id in volumes)
+
+            def tell() -> None:
+                progress(report.moved_blocks, total)
+
+            for table in relocation.tables(store):
+                if table.volume_id in volumes:
+                    await self._move_table(table, wish, report, rate_bytes, tell)
+            await self._committer.checkpoint()
+        return report
+
+    async def _move_table(
+        self, table: TableKey, wish: Wish, report: MoveReport, rate_bytes: int | None, tell: Callable[[], None]
+    ) -> None:
+        start = 0
+        while pages := self._store.log.page_indexes(table, start, _STEP_PAGES):
+            for page_index in pages:
+                await trio.lowlevel.checkpoint()
+                self._store.absorb()
+                planned = relocation.plan(self._store, table, page_index, wish)
+                if planned is not None:
+                    report.note(await self._carry_out(planned), planned)
+                    tell()
+                    if rate_bytes:
+                        await trio.sleep(planned.block_count * self._store.block_bytes / rate_bytes)
+            start = pages[-1] + 1
+
+    async def _carry_out(self, planned: Relocation) -> int:
+        """Move one page; give how many blocks."""
+        store, moved = self._store, 0
+        try:
+            for lease, slots in planned.slots.items():
+                while len([slot for slot in slots if slot in planned.targets]) < len(slots):
+                    await self._driver.make_space(LeaseExhausted(lease, len(slots)))
+                    relocation.take_targets(store, planned, lease)
+            with trio.CancelScope(shield=True):
+                await offload(lambda: planned.copy(store))
+        except BackingError as error:
+            store.fail(error)
+            raise
+        except BaseException:
+            relocation.abandon(store, planned)
+            raise
+        moved = relocation.finish(store, planned)
+        if store.pending_mappings >= COMMIT_AT_MAPPINGS:
+            await self._committer.commit()
+        return moved
+
+    # Removal
+
+    async def remove_storage(self, storage_id: StorageId) -> None:
+        """Take an empty storage volume out of the pool and delete its image.
+
+        Raises:
+            Busy: It is not empty.
+            UsageError: It is the only one.
+        """
+        store = self._store
+        record = store.catalog.storage(storage_id)
+        if len(store.catalog.storages) == 1:
+            raise UsageError(f"storage volume {storage_id} is the only one; add another first", storage=storage_id)
+        async with self._driver.space_lock:
+            was_evacuating = record.is_evacuating
+            store.begin_change()
+            store.change(replace(record, is_evacuating=True))
+            store.reclaim_leases()
+            await self._committer.checkpoint()
+            volume = store.pool.volume(storage_id)
+            if volume.busy_blocks:
+                store.begin_change()
+                store.change(replace(record, is_evacuating=was_evacuating))
+                await self._committer.commit()
+                raise Busy(
+                    f"storage volume {storage_id} holds {volume.live_blocks * store.block_bytes} bytes; "
+                    f"move them with `incfs storage evacuate {storage_id}` first",
+                    storage=storage_id,
+                )
+            store.drop(("storage", (storage_id,)))
+            store.pool.retire(storage_id)
+            await self._committer.checkpoint()
+        self._tell("image-removed", storage_id, f"it was empty; {volume.path} is deleted")
+        try:
+            await offload(lambda: store.pool.delete_image(storage_id))
+        except IncfsError as error:
+            self._tell("image-left", storage_id, f"it belongs to the pool no more, but could not be deleted: {error}")
+
+    def _tell(self, kind: str, storage_id: StorageId, reason: str, **facts: Any) -> None:
+        self._store.events.record(kind, f"storage {storage_id}", reason, **facts)
+
+
+def _plan_balance(rooms: list[Room]) -> tuple[StorageId, StorageId, int] | None:
+    """Choose (source, target, bytes) of the move that evens two storage volumes out; None when all are even."""
+    shares = {room.storage.id: room.used_bytes / max(1, room.used_bytes + room.free_bytes) for room in rooms}
+    if len(shares) < 2:
+        return None
+    source, target = max(shares, key=lambda i: shares[i]), min(shares, key=lambda i: shares[i])
+    if (shares[source] - shares[target]) * 100 < _EVEN_PERCENT:
+        return None
+    sizes = {room.storage.id: room.used_bytes + room.free_bytes for room in rooms}
+    # Moving x bytes brings the shares together when used_s - x and used_t + x are the same part of their sizes.
+    bytes_ = (shares[source] - shares[target]) * sizes[source] * sizes[target] / (sizes[source] + sizes[target])
+    return source, target, int(bytes_)

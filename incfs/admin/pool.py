@@ -37,7 +37,16 @@ async def pool_dump(service: "Service", *, path: str) -> Document:
     return {"dump": {"path": path, "length_bytes": await service.dump(target)}}
 
 
+async def pool_balance(service: "Service", *, rate_bytes: int | None = None, progress: Progress) -> Document:
+    """Move blocks from the fullest storage volumes to the emptiest."""
+    report = await service.upkeep.balance(
+        rate_bytes=rate_bytes, progress=lambda done, total: progress(done, total, "blocks")
+    )
+    return {"move": report.to_dict(service.block_bytes)}
+
+
 VERBS: Final = {
+    "pool.balance": Verb(pool_balance, is_read_only=False, can_stop=True),
     "pool.show": Verb(pool_show, is_read_only=True),
     "pool.check": Verb(pool_check, is_read_only=True),
     "pool.dump": Verb(pool_dump, is_read_only=True),

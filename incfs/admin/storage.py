@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING, Final
 
-from incfs.admin.verb import Verb
+from incfs.admin.verb import Progress, Verb
 from incfs.documents import Document
+from incfs.model import StorageId
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -32,7 +33,32 @@ async def storage_list(service: "Service") -> Document:
     return {"storages": service.storages()}
 
 
+async def storage_evacuate(
+    service: "Service", *, storage: int, rate_bytes: int | None = None, progress: Progress
+) -> Document:
+    """Move everything off a storage volume; it gets nothing new from now on."""
+    report = await service.upkeep.evacuate(
+        StorageId(storage), rate_bytes=rate_bytes, progress=lambda done, total: progress(done, total, "blocks")
+    )
+    return {"move": report.to_dict(service.block_bytes)}
+
+
+async def storage_keep(service: "Service", *, storage: int) -> Document:
+    """Let a storage volume that was being evacuated get new data again."""
+    await service.upkeep.cancel_evacuation(StorageId(storage))
+    return {}
+
+
+async def storage_remove(service: "Service", *, storage: int) -> Document:
+    """Take an empty storage volume out of the pool and delete its image."""
+    await service.upkeep.remove_storage(StorageId(storage))
+    return {}
+
+
 VERBS: Final = {
+    "storage.evacuate": Verb(storage_evacuate, is_read_only=False, can_stop=True),
+    "storage.keep": Verb(storage_keep, is_read_only=False),
+    "storage.remove": Verb(storage_remove, is_read_only=False),
     "storage.add": Verb(storage_add, is_read_only=False),
     "storage.list": Verb(storage_list, is_read_only=True),
 }

@@ -22,6 +22,8 @@ class Verb:
     run: Callable[..., Awaitable[Document]]
     is_read_only: bool
     """Changes nothing: may be cancelled when the caller has gone."""
+    can_stop: bool = False
+    """Long work that may be cancelled at any time, and goes on where it ended when it is asked for again."""
 
 
 def refuse_open(service: "Service", volume: Volume, action: str) -> None:

@@ -2,13 +2,14 @@
 
 from typing import TYPE_CHECKING, Final
 
-from incfs.admin.verb import Verb, busy, refuse_open, refuse_taken
+from incfs.admin.verb import Progress, Verb, busy, refuse_open, refuse_taken
 from incfs.documents import Document, volume_document, volume_removal
 from incfs.errors import Busy, UsageError
 from incfs.model import validate_name
 from incfs.settings import DEFAULT_STRIPE_UNIT_BYTES
 from incfs.targets import find_snapshot, find_table, find_volume
 from incfs.units import format_size
+from incfs.upkeep import MoveReport
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -147,7 +148,45 @@ async def volume_map(service: "Service", *, target: str, start_bytes: int = 0, l
     return {"target": target, "extents": extents, "next_bytes": next_bytes}
 
 
+async def volume_restripe(
+    service: "Service",
+    *,
+    volume: str,
+    stripe_columns: int | None = None,
+    stripe_unit_bytes: int | None = None,
+    new_only: bool = False,
+    rate_bytes: int | None = None,
+    progress: Progress,
+) -> Document:
+    """Give new stripes other columns, and unless ``new_only`` move what is stored to them."""
+    found, report = find_volume(service, volume), MoveReport()
+    row = found.stripe_row
+    if stripe_columns is not None or stripe_unit_bytes is not None:
+        unit = row.unit_blocks * service.block_bytes if row is not None else DEFAULT_STRIPE_UNIT_BYTES
+        columns = stripe_columns or (len(row.columns) if row is not None else 1)
+        await service.upkeep.stripe(found.id, columns=columns, unit_bytes=stripe_unit_bytes or unit)
+    if not new_only:
+        report = await service.upkeep.restripe(
+            found.id, rate_bytes=rate_bytes, progress=lambda done, total: progress(done, total, "blocks")
+        )
+    return {"move": report.to_dict(service.block_bytes)}
+
+
+async def volume_migrate(
+    service: "Service", *, volume: str, rate_bytes: int | None = None, progress: Progress
+) -> Document:
+    """Move what a volume stores off storage volumes that its placement rules do not allow."""
+    report = await service.upkeep.migrate(
+        find_volume(service, volume).id,
+        rate_bytes=rate_bytes,
+        progress=lambda done, total: progress(done, total, "blocks"),
+    )
+    return {"move": report.to_dict(service.block_bytes)}
+
+
 VERBS: Final = {
+    "volume.restripe": Verb(volume_restripe, is_read_only=False, can_stop=True),
+    "volume.migrate": Verb(volume_migrate, is_read_only=False, can_stop=True),
     "volume.create": Verb(volume_create, is_read_only=False),
     "volume.list": Verb(volume_list, is_read_only=True),
     "volume.show": Verb(volume_show, is_read_only=True),

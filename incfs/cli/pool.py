@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from incfs.cli import output
-from incfs.cli.options import Json, new_noun, pool_directory, verb
+from incfs.cli.options import Json, Rate, new_noun, pool_directory, verb
 from incfs.cli.progress import ProgressDisplay
 from incfs.cli.session import call
 from incfs.errors import UsageError
@@ -201,3 +201,9 @@ def _verdict(report: dict[str, Any]) -> str:
     if not report["is_clean"]:
         return f"leaks only: {report['leaked_blocks']} blocks have no owner; {found}"
     return f"clean: {found}"
+
+
+@verb(app, "balance")
+def balance(context: typer.Context, *, rate: Rate = None, as_json: Json = False) -> None:
+    """Even out how full the storage volumes are; it may be interrupted."""
+    output.print_facts(call(context, "pool.balance", rate_bytes=rate), "move", as_json=as_json)

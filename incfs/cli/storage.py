@@ -1,4 +1,4 @@
-"""``incfs storage``: add, list."""
+"""``incfs storage``: add, list, evacuate, remove."""
 
 from pathlib import Path
 from typing import Annotated, Final
@@ -6,10 +6,11 @@ from typing import Annotated, Final
 import typer
 
 from incfs.cli import output
-from incfs.cli.options import Columns, Exact, Json, NoHeader, new_noun, verb
+from incfs.cli.options import Columns, Exact, Json, NoHeader, Rate, new_noun, verb
 from incfs.cli.session import call
 from incfs.units import parse_size
 
+EXIT_SKIPPED: Final = 3
 _COLUMNS: Final = (
     "id",
     "path",
@@ -21,6 +22,8 @@ _COLUMNS: Final = (
     "redundancy",
     "state",
 )
+
+StorageNumber = Annotated[int, typer.Argument(metavar="ID", help="A storage volume's id.")]
 
 app = new_noun("storage", "Storage volumes: the image files that hold the data.")
 
@@ -66,3 +69,28 @@ def list_(
     """List the storage volumes."""
     style = output.TableStyle(as_json, no_header, exact, columns)
     output.print_list(call(context, "storage.list"), "storages", _COLUMNS, style)
+
+
+@verb(app, "evacuate")
+def evacuate(
+    context: typer.Context,
+    storage: StorageNumber,
+    *,
+    rate: Rate = None,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Let it get new data again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Move everything off a storage volume, online; interrupted, it goes on when it is asked for again."""
+    if cancel:
+        call(context, "storage.keep", storage=storage)
+        return
+    document = call(context, "storage.evacuate", storage=storage, rate_bytes=rate)
+    output.print_facts(document, "move", as_json=as_json)
+    if document["move"]["unreadable_blocks"]:
+        raise typer.Exit(EXIT_SKIPPED)
+
+
+@verb(app, "remove", "rm")
+def remove(context: typer.Context, storage: StorageNumber) -> None:
+    """Take an empty storage volume out of the pool and delete its image."""
+    call(context, "storage.remove", storage=storage)

@@ -5,10 +5,9 @@ from typing import Annotated, Any, Final
 import typer
 
 from incfs.cli import output
-from incfs.cli.options import Columns, DryRun, Exact, Json, NoHeader, Size, new_noun, verb
+from incfs.cli.options import Columns, DryRun, Exact, Json, NoHeader, Rate, Size, new_noun, verb
 from incfs.cli.session import Admin, call, run
 from incfs.documents import Document
-from incfs.settings import DEFAULT_STRIPE_UNIT_BYTES
 from incfs.units import parse_size
 
 _COLUMNS: Final = ("name", "size_bytes", "mapped_bytes", "held_bytes", "snapshot_count", "created")
@@ -18,7 +17,7 @@ Volume = Annotated[str, typer.Argument(metavar="VOL", help="A volume: its name, 
 StripeColumns = Annotated[int | None, typer.Option(metavar="N", help="Let stripes rotate over N storage volumes.")]
 StripeUnit = Annotated[
     int | None,
-    typer.Option(parser=parse_size, metavar="SIZE", help="Length of a stripe in one of them; 1M by default."),
+    typer.Option(parser=parse_size, metavar="SIZE", help="Length of a stripe in one of them.", show_default="1M"),
 ]
 
 app = new_noun("volume", "Virtual volumes.")
@@ -35,9 +34,35 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Create an empty volume; it takes no space until it is written."""
-    unit = DEFAULT_STRIPE_UNIT_BYTES if stripe_unit is None else stripe_unit
-    striping = {} if stripe_columns is None else {"stripe_columns": stripe_columns, "stripe_unit_bytes": unit}
+    striping = _striping(stripe_columns, stripe_unit)
     _report(call(context, "volume.create", name=name, size_bytes=size, **striping), as_json)
+
+
+def _striping(columns: int | None, unit_bytes: int | None) -> dict[str, int]:
+    given = {"stripe_columns": columns, "stripe_unit_bytes": unit_bytes}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+@verb(app, "restripe")
+def restripe(
+    context: typer.Context,
+    volume: Volume,
+    *,
+    stripe_columns: StripeColumns = None,
+    stripe_unit: StripeUnit = None,
+    new_only: Annotated[bool, typer.Option("--new-only", help="Leave what is stored where it is.")] = False,
+    rate: Rate = None,
+    as_json: Json = False,
+) -> None:
+    """Give a volume's new stripes other columns, and move what is stored there; it may be interrupted."""
+    arguments = {**_striping(stripe_columns, stripe_unit), "new_only": new_only, "rate_bytes": rate}
+    output.print_facts(call(context, "volume.restripe", volume=volume, **arguments), "move", as_json=as_json)
+
+
+@verb(app, "migrate")
+def migrate(context: typer.Context, volume: Volume, *, rate: Rate = None, as_json: Json = False) -> None:
+    """Move what a volume stores to where its placement rules want it; it may be interrupted."""
+    output.print_facts(call(context, "volume.migrate", volume=volume, rate_bytes=rate), "move", as_json=as_json)
 
 
 @verb(app, "list", "ls")

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Self
@@ -10,6 +11,7 @@ from typing import Self
 import pytest
 
 from incfs import clone as clones
+from incfs import relocation
 from incfs import volume as volumes
 from incfs.checkpoint import Commit
 from incfs.errors import Busy, NoSpace
@@ -183,6 +185,33 @@ def test_every_cut_of_clone_and_rollback_gives_a_commit_point(pool_home: Path, s
         pools.reclaim(store)
         store.commit()
     tried = cut_everywhere(recorder, pool_home / "cut", seeds=2)
+    print(f"{len(recorder.backing.events)} events, {tried} states")
+
+
+@pytest.mark.parametrize("small_commit_bytes", [0, 65536], ids=["flush-images", "data-in-record"])
+def test_every_cut_of_an_evacuation_gives_a_commit_point(pool_home: Path, small_commit_bytes: int) -> None:
+    options = pools.tiny_options(small_commit_bytes=small_commit_bytes)
+    with Recorder(pool_home / "real", options, storages=2) as recorder:
+        store = recorder.store
+        volume = pools.new_volume(store, "a")
+        pools.write(store, volume.map_id, 0, pattern(1, 6_500))
+        pools.take_snapshots(store, [(volume.id, "s")])
+        pools.write(store, volume.map_id, 32_700, pattern(2, 700))
+        store.commit()
+        store.begin_change()
+        store.change(replace(store.catalog.storage(StorageId(1)), is_evacuating=True))
+        store.reclaim_leases()
+        assert pools.relocate(store, relocation.leave(StorageId(1))) > 90
+        pools.write(store, volume.map_id, 200, pattern(3, 300))
+        store.commit()
+        assert not store.pool.volumes[StorageId(1)].live_blocks
+        recorder.checkpoint(lambda: write_and_commit(store, volume.id, 64, pattern(len(recorder.points), 300)))
+        store.drop(("storage", (StorageId(1),)))
+        store.pool.retire(StorageId(1))
+        store.commit()
+        pools.write(store, volume.map_id, 0, pattern(4, 900))
+        store.checkpoint()
+    tried = cut_everywhere(recorder, pool_home / "cut", seeds=2, every=2)
     print(f"{len(recorder.backing.events)} events, {tried} states")
 
 

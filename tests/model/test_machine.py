@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )
 
 from incfs import clone as clones
-from incfs import extents, ranges, stripes
+from incfs import extents, ranges, relocation, stripes
 from incfs import pool as pool_module
 from incfs import snapshot as snapshots
 from incfs import space as space_module
@@ -30,7 +30,7 @@ from incfs import store as store_module
 from incfs import volume as volumes
 from incfs.checkpoint import Checkpoint, Commit
 from incfs.errors import AlreadyExists, Busy, NoData, NoSpace
-from incfs.model import HOLE, NO_ORIGIN, MapId, VolumeId, split_map_id
+from incfs.model import HOLE, NO_ORIGIN, MapId, StorageId, Volume, VolumeId, split_map_id
 from incfs.pool import PunchPlan
 from incfs.store import Options, Store, new_nonce
 from tests.conftest import fast_directory
@@ -457,6 +457,21 @@ class CoreMachine(RuleBasedStateMachine):
         volume_id, _ = self.pick(choice)
         count = min(columns, self.setup.storages)
         stripes.set_count(self.store, volume_id, count, unit_bytes=unit * self.block)
+
+    @precondition(lambda self: self.state and self.setup.storages > 1)
+    @rule(source=st.integers(1, 3), slots=st.integers(1, 20))
+    def move_blocks(self, source: int, slots: int) -> None:
+        """Move some of what lies on a storage volume, wherever it is seen."""
+        self.finish_phases()
+        left = slots
+
+        def wish(volume: Volume, virtual_block: int, storage_id: StorageId) -> int | None:
+            nonlocal left
+            column = relocation.leave(StorageId(source))(volume, virtual_block, storage_id)
+            left -= column is not None
+            return column if left >= 0 else None
+
+        pools.relocate(self.store, wish)
 
     # Looking
 

@@ -4,18 +4,20 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from incfs import extents, ranges, removal, rollback
+from incfs import extents, ranges, relocation, removal, rollback
 from incfs import pool as pool_module
 from incfs import snapshot as snapshots
 from incfs import volume as volumes
 from incfs.backing import Backing
 from incfs.blocks import split_address
 from incfs.check import Checker, CheckReport
-from incfs.dataplane import PlaneState
+from incfs.dataplane import LeaseExhausted, PlaneState
+from incfs.errors import NoSpace
 from incfs.model import HOLE, MapId, Snapshot, Volume, VolumeId, split_map_id
 from incfs.overlay import TableKey
 from incfs.pool import PunchPlan
 from incfs.recovery import MIN_JOURNAL_BYTES, create_pool, open_store
+from incfs.relocation import Relocation, Wish
 from incfs.store import Options, Store
 
 BLOCK = 64
@@ -135,6 +137,30 @@ def reclaim(store: Store, *, page_count: int = 64) -> None:
     for volume_id in sorted(store.catalog.volumes, reverse=True):
         while not volumes.reclaim(store, volume_id, page_count):
             pass
+
+
+def relocate(store: Store, wish: Wish) -> int:
+    """Move what a wish says, walking every table once; give the blocks moved."""
+    moved = 0
+    for table in relocation.tables(store):
+        for page_index in store.log.page_indexes(table):
+            store.absorb()
+            if (planned := relocation.plan(store, table, page_index, wish)) is not None:
+                moved += _carry_out(store, planned)
+    return moved
+
+
+def _carry_out(store: Store, planned: Relocation) -> int:
+    for lease, slots in planned.slots.items():
+        while len([slot for slot in slots if slot in planned.targets]) < len(slots):
+            try:
+                ranges.make_space(store, LeaseExhausted(lease, len(slots)))
+            except NoSpace:
+                relocation.abandon(store, planned)
+                return 0
+            relocation.take_targets(store, planned, lease)
+    planned.copy(store)
+    return relocation.finish(store, planned)
 
 
 def crash(store: Store, options: Options | None = None) -> Store:

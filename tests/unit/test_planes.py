@@ -123,6 +123,7 @@ steps = st.lists(
         st.tuples(st.just("shrink"), st.integers(0, 6)),
         st.tuples(st.just("damage"), st.integers(1, 200)),
         st.tuples(st.just("evict"), tables),
+        st.tuples(st.just("move"), st.integers(0, 3)),
         st.tuples(st.just("stripe"), st.sampled_from(TABLES[:2]), st.sampled_from([1, 2, 5]), st.integers(1, 4)),
     ),
     max_size=60,
@@ -165,6 +166,21 @@ class Run:
                 assert entries.get(change.slot, (0, 0)) == (change.old_address, change.old_checksum)
                 entries[change.slot] = change.address, change.checksum
 
+    def move(self, page_index: int) -> None:
+        """Move each second sealed block of a page, as the store would, in all tables."""
+        for (_, found), entries in self.sealed.items():
+            stored = [(slot, entry) for slot, entry in sorted(entries.items()) if found == page_index and entry[0] > 1]
+            moves = []
+            for slot, (old, crc) in stored[::2]:
+                new = self.pair.next_block[2]
+                self.pair.next_block[2] += 1
+                for images in self.pair.images:
+                    data = images[StorageId(old >> 48)].read_blocks(old & (1 << 48) - 1, 1)
+                    images[StorageId(2)].write_blocks(new, data)
+                moves.append((slot, old, 2 << 48 | new))
+                entries[slot] = 2 << 48 | new, crc
+            self.pair.both(lambda plane: plane.move(list(TABLES), page_index, moves))  # noqa: B023
+
     def step(self, step: tuple[Any, ...]) -> None:  # noqa: C901 - one case for each call
         match step:
             case ("write", table, block, shift, content):
@@ -188,6 +204,8 @@ class Run:
                     images[StorageId(1)].file.pwrite(HEADER + block * BLOCK + 5, b"!")
             case ("stripe", table, unit, columns):
                 self.pair.both(lambda plane: plane.stripe(table, unit, columns))
+            case ("move", index):
+                self.move(index)
             case ("evict", table):
                 self.seal()
                 self.pair.both(lambda plane: plane.evict(table))
