@@ -131,7 +131,6 @@ POOL_KEYS: Final[Mapping[str, Key]] = {
 }
 VOLUME_KEYS: Final[Mapping[str, Key]] = {
     "place": Key(readers.placement_rules, [], "place"),
-    "copies": Key(readers.count(1, 4), 1, "copies"),
     "stripe_columns": Key(readers.count(1, 64), 1, "stripe_columns"),
     "stripe_unit": Key(readers.power_of_two, _STRIPE_UNIT, "stripe_unit_bytes"),
     "quota": Key(readers.or_none(readers.size), "none", "quota_bytes"),

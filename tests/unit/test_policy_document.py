@@ -2,6 +2,7 @@
 
 import tomllib
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from incfs.model import MAX_POLICY_BYTES
 from incfs.policy.document import parse_policy
 from incfs.policy.effective import effective_volume, rules_for, rules_for_pool, settings_of
 from incfs.policy.lines import key_lines
-from incfs.policy.rules import ALL, Keep
+from incfs.policy.rules import ALL, POOL_KEYS, VOLUME_KEYS, Keep
 from incfs.settings import PoolSettings, VolumeSettings
 
 POLICY = """
@@ -27,7 +28,7 @@ schedule = "hourly"
 keep = { last = 3, hourly = 24, within = "2d" }
 
 [template.safe]
-copies = 2
+stripe_columns = 2
 schedule = "15m"
 
 [volume."*"]
@@ -46,14 +47,16 @@ def test_later_wins_and_says_from_where() -> None:
     assert {key: value.source for key, value in found.items() if value.source != "built in"} == {
         "place": "[template.gold], line 8",
         "schedule": "[template.safe], line 14",
-        "copies": "[template.safe], line 13",
+        "stripe_columns": "[template.safe], line 13",
         "keep": '[volume."db*"], line 22',
         "quota": '[volume."db*"], line 21',
         "snapshot_max": '[volume."*"], line 17',
     }
     rules = rules_for(policy, "db1")
     assert rules.keep == Keep(last=1, yearly=ALL)
-    assert rules.settings == VolumeSettings(place=("class=ssd",), copies=2, quota_bytes=500 << 30, snapshot_max=500)
+    assert rules.settings == VolumeSettings(
+        place=("class=ssd",), stripe_columns=2, quota_bytes=500 << 30, snapshot_max=500
+    )
     assert rules_for(policy, "web").settings == VolumeSettings(snapshot_max=500)
 
 
@@ -61,7 +64,7 @@ def test_settings_of_the_pool() -> None:
     settings = settings_of(parse_policy(POLICY))
     assert settings.low_water.percent == Fraction(15)
     assert (settings.extend_bytes, settings.queue_s) == (10 << 30, 60.0)
-    assert settings.volume_settings("db1").copies == 2
+    assert settings.volume_settings("db1").stripe_columns == 2
 
 
 def test_an_empty_policy_changes_nothing() -> None:
@@ -95,8 +98,8 @@ def test_an_empty_policy_changes_nothing() -> None:
         ('[volume."a"]\n\nuse = ["gold"]', 3, "no template 'gold'"),
         ('[volume."a"]\nuse = "gold"', 2, "is not a list"),
         ('[template.a]\nplace = ["color=red"]', 2, "KEY=VALUE"),
-        ("[template.a]\ncopies = 5", 2, "from 1 to 4"),
-        ("[template.a]\ncopies = true", 2, "from 1 to 4"),
+        ("[template.a]\nstripe_columns = 65", 2, "from 1 to 64"),
+        ("[template.a]\nstripe_columns = true", 2, "from 1 to 64"),
         ('[template.a]\nverify = "never"', 2, "not one of always"),
         ("[template.a]\nprune_when_low = 0", 2, "neither true nor false"),
         ('[template.a]\nstripe_unit = "96K"', 2, "power of two"),
@@ -145,3 +148,15 @@ def test_any_text_is_a_policy_or_an_error(text: str) -> None:
         parse_policy(text)
     except InvalidPolicy:
         return
+
+
+def test_the_example_says_what_its_comments_do() -> None:
+    policy = parse_policy((Path(__file__).parents[2] / "examples/policy.toml").read_text())
+    assert rules_for(policy, "db1").settings == VolumeSettings(quota_bytes=500 << 30, snapshot_max=500)
+    assert rules_for(policy, "web").keep == Keep(last=2, daily=14, monthly=6)
+    assert rules_for(policy, "scratch-1").schedule is None
+
+
+def test_every_key_is_in_the_reference() -> None:
+    reference = (Path(__file__).parents[2] / "docs/POLICY.md").read_text()
+    assert [key for key in (*POOL_KEYS, *VOLUME_KEYS) if f"`{key}`" not in reference] == []
