@@ -32,8 +32,8 @@ setup(
         ),
         Extension(
             "incfs._dataplane",
-            ["incfs/_dataplane.c", "incfs/plane.c", "incfs/plane_io.c", "incfs/crc32c.c"],
-            depends=["incfs/plane.h", "incfs/plane_internal.h", "incfs/crc32c.h", "incfs/hot.h"],
+            ["incfs/_dataplane.c", "incfs/plane.c", "incfs/plane_io.c", "incfs/lane.c", "incfs/crc32c.c"],
+            depends=["incfs/plane.h", "incfs/lane.h", "incfs/plane_internal.h", "incfs/crc32c.h", "incfs/hot.h"],
             extra_compile_args=[*flags, "-pthread"],
             extra_link_args=["-pthread"],
         ),

@@ -9,6 +9,7 @@
 
 #include "crc32c.h"
 #include "hot.h"
+#include "lane.h"
 #include "plane.h"
 
 #include <string.h>
@@ -19,6 +20,7 @@ enum { LONG_BYTES = 131072 };
 typedef struct {
     PyObject_HEAD
     struct plane *plane;
+    struct lane *lane;
     uint32_t block_bytes;
     PyObject *files; /* Mapping[StorageId, BlockFile] */
 } DataPlane;
@@ -118,7 +120,8 @@ static PyObject *plane_type_new(PyTypeObject *type, PyObject *args, PyObject *kw
     self->block_bytes = block_bytes;
     self->files = Py_NewRef(files);
     self->plane = plane_new(block_bytes);
-    if (!self->plane) {
+    self->lane = self->plane ? lane_new(self->plane) : NULL;
+    if (!self->lane) {
         Py_DECREF(self);
         return PyErr_NoMemory();
     }
@@ -142,6 +145,8 @@ static void plane_type_dealloc(DataPlane *self)
 {
     PyObject_GC_UnTrack(self);
     plane_type_clear(self);
+    if (self->lane)
+        lane_free(self->lane);
     if (self->plane)
         plane_free(self->plane);
     PyTypeObject *type = Py_TYPE(self);
@@ -353,12 +358,19 @@ static PyObject *method_move(DataPlane *self, PyObject *args)
 
 static PyObject *method_serve(DataPlane *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"map_id", "size_bytes", "is_writable", NULL};
-    unsigned long long map_id, size_bytes;
+    static char *names[] = {"map_id", "size_bytes", "facts", "is_writable", NULL};
+    unsigned long long map_id, size_bytes, mapped_blocks, accessed_ns, modified_ns, changed_ns;
+    struct plane_facts facts;
     int is_writable;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KK$p", names, &map_id, &size_bytes, &is_writable))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KK(IIIIKKKK)$p", names, &map_id, &size_bytes, &facts.mode,
+                                     &facts.uid, &facts.gid, &facts.link_count, &mapped_blocks, &accessed_ns,
+                                     &modified_ns, &changed_ns, &is_writable))
         return NULL;
-    if (plane_serve(self->plane, map_id, size_bytes, is_writable) != PLANE_OK)
+    facts.mapped_blocks = mapped_blocks;
+    facts.accessed_ns = accessed_ns;
+    facts.modified_ns = modified_ns;
+    facts.changed_ns = changed_ns;
+    if (plane_serve(self->plane, map_id, size_bytes, is_writable, &facts) != PLANE_OK)
         return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
@@ -375,6 +387,7 @@ static PyObject *method_unserve(DataPlane *self, PyObject *arg)
 static PyObject *method_freeze(DataPlane *self, PyObject *unused)
 {
     (void)unused;
+    lane_close(self->lane);
     plane_freeze(self->plane);
     Py_RETURN_NONE;
 }
@@ -401,7 +414,13 @@ static PyObject *method_attend(DataPlane *self, PyObject *unused)
     free(tables);
     if (PyErr_Occurred())
         Py_CLEAR(list);
-    return list;
+    uint64_t address;
+    int failure = plane_failure(self->plane, &address);
+    if (!list || !failure)
+        return list;
+    Py_DECREF(list);
+    struct plane_refusal why = {.address = address, .host_errno = failure};
+    return raise_status(self, PLANE_WRITE_ERROR, 0, &why);
 }
 
 static PyObject *method_written(DataPlane *self, PyObject *unused)
@@ -409,6 +428,8 @@ static PyObject *method_written(DataPlane *self, PyObject *unused)
     (void)unused;
     uint64_t *writes;
     size_t write_count;
+    /* What is taken here only a commit of the control plane makes durable. */
+    lane_close(self->lane);
     if (plane_written(self->plane, &writes, &write_count) != PLANE_OK)
         return PyErr_NoMemory();
     PyObject *list = PyList_New(0);
@@ -420,15 +441,54 @@ static PyObject *method_written(DataPlane *self, PyObject *unused)
     return list;
 }
 
-static bool server_read(void *plane, uint64_t inode, uint64_t offset_bytes, size_t length_bytes, bool can_wait,
+static bool server_read(void *owner, uint64_t inode, uint64_t offset_bytes, size_t length_bytes, bool can_wait,
                         char *buffer, size_t room, size_t *start, size_t *count)
 {
-    return plane_serve_read(plane, inode, offset_bytes, length_bytes, can_wait, buffer, room, start, count) == PLANE_OK;
+    DataPlane *self = owner;
+    return plane_serve_read(self->plane, inode, offset_bytes, length_bytes, can_wait, buffer, room, start, count) ==
+           PLANE_OK;
 }
 
-static bool server_write(void *plane, uint64_t inode, uint64_t offset_bytes, const void *data, size_t length_bytes)
+static bool server_write(void *owner, uint64_t inode, uint64_t offset_bytes, const void *data, size_t length_bytes)
 {
-    return plane_serve_write(plane, inode, offset_bytes, data, length_bytes) == PLANE_OK;
+    DataPlane *self = owner;
+    return plane_serve_write(self->plane, inode, offset_bytes, data, length_bytes) == PLANE_OK;
+}
+
+static bool server_stat(void *owner, uint64_t inode, struct hot_stat *stat)
+{
+    DataPlane *self = owner;
+    struct plane_facts facts;
+    if (!plane_serve_stat(self->plane, inode, &facts, &stat->size_bytes))
+        return false;
+    *stat = (struct hot_stat){
+        .mode = facts.mode,
+        .uid = facts.uid,
+        .gid = facts.gid,
+        .link_count = facts.link_count,
+        .block_bytes = self->block_bytes,
+        .size_bytes = stat->size_bytes,
+        .stored_bytes = facts.mapped_blocks * self->block_bytes,
+        .accessed_ns = facts.accessed_ns,
+        .modified_ns = facts.modified_ns,
+        .changed_ns = facts.changed_ns,
+    };
+    return true;
+}
+
+static bool server_set_modified(void *owner, uint64_t inode, uint64_t modified_ns)
+{
+    DataPlane *self = owner;
+    return plane_serve_time(self->plane, inode, modified_ns);
+}
+
+static bool server_sync(void *owner, struct hot_waiter *waiter, bool can_wait, const struct hot_answers *answers)
+{
+    DataPlane *self = owner;
+    struct plane_facts facts;
+    uint64_t size_bytes;
+    return plane_serve_stat(self->plane, waiter->inode, &facts, &size_bytes) &&
+           lane_sync(self->lane, waiter, can_wait, answers);
 }
 
 static void release_capsule(PyObject *capsule)
@@ -444,7 +504,7 @@ static PyObject *method_server(DataPlane *self, PyObject *unused)
     struct hot_server *server = malloc(sizeof *server);
     if (!server)
         return PyErr_NoMemory();
-    *server = (struct hot_server){self->plane, server_read, server_write};
+    *server = (struct hot_server){self, server_read, server_write, server_stat, server_set_modified, server_sync};
     PyObject *capsule = PyCapsule_New(server, HOT_SERVER_CAPSULE, release_capsule);
     if (!capsule)
         free(server);
@@ -561,16 +621,9 @@ static PyObject *make_sealed_page(const struct plane_sealed_page *page, const st
     return make_tuple(python.sealed_page, 3, members);
 }
 
-static PyObject *make_batch(const struct plane_batch *batch)
+static PyObject *make_dropped(const struct plane_batch *batch)
 {
-    PyObject *pages = PyList_New(batch->page_count), *dropped = PyList_New(batch->dropped_count);
-    for (size_t i = 0; pages && i < batch->page_count; i++) {
-        PyObject *page = make_sealed_page(&batch->pages[i], batch->appended);
-        if (!page)
-            Py_CLEAR(pages);
-        else
-            PyList_SET_ITEM(pages, i, page);
-    }
+    PyObject *dropped = PyList_New(batch->dropped_count);
     for (size_t i = 0; dropped && i < batch->dropped_count; i++) {
         PyObject *address = PyLong_FromUnsignedLongLong(batch->dropped[i]);
         if (!address)
@@ -578,22 +631,161 @@ static PyObject *make_batch(const struct plane_batch *batch)
         else
             PyList_SET_ITEM(dropped, i, address);
     }
-    PyObject *made = pages && dropped ? PyObject_CallFunctionObjArgs(python.batch, pages, dropped, NULL) : NULL;
+    return dropped;
+}
+
+static PyObject *make_written(const struct plane_batch *batch)
+{
+    PyObject *written = PyList_New(0);
+    for (size_t i = 0; written && i < batch->written_count; i++)
+        append_new(written, Py_BuildValue("(KK)", (unsigned long long)batch->written[i].map_id,
+                                          (unsigned long long)batch->written[i].written_ns));
+    return written;
+}
+
+/* Steals `committed`, a list. */
+static PyObject *make_batch(const struct plane_batch *batch, PyObject *committed)
+{
+    PyObject *pages = PyList_New(batch->page_count), *dropped = make_dropped(batch), *written = make_written(batch);
+    for (size_t i = 0; pages && i < batch->page_count; i++) {
+        PyObject *page = make_sealed_page(&batch->pages[i], batch->appended);
+        if (!page)
+            Py_CLEAR(pages);
+        else
+            PyList_SET_ITEM(pages, i, page);
+    }
+    PyObject *made = pages && dropped && written && committed && !PyErr_Occurred()
+                         ? PyObject_CallFunctionObjArgs(python.batch, pages, dropped, written, committed, NULL)
+                         : NULL;
+    Py_XDECREF(committed);
     Py_XDECREF(pages);
     Py_XDECREF(dropped);
+    Py_XDECREF(written);
     return made;
+}
+
+/* Makes a list of (sequence, batch), and frees the batches. */
+static PyObject *make_committed(struct lane_batch *committed)
+{
+    PyObject *list = PyList_New(0);
+    for (struct lane_batch *batch = committed, *next; batch; batch = next) {
+        next = batch->next;
+        PyObject *made = list && !PyErr_Occurred() ? make_batch(&batch->batch, PyList_New(0)) : NULL;
+        if (made)
+            append_new(list, Py_BuildValue("(KN)", (unsigned long long)batch->sequence, made));
+        lane_batch_free(batch);
+    }
+    if (PyErr_Occurred())
+        Py_CLEAR(list);
+    return list;
+}
+
+/* Out of memory in these two, mappings are lost to this process: the caller lets the pool fail. */
+static PyObject *method_take_committed(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    struct lane_batch *committed;
+    lane_take(self->lane, &committed, NULL);
+    return make_committed(committed);
 }
 
 static PyObject *method_seal(DataPlane *self, PyObject *unused)
 {
     (void)unused;
-    struct plane_batch batch;
-    if (plane_seal(self->plane, &batch) != PLANE_OK)
+    struct plane_batch rest;
+    struct lane_batch *committed;
+    if (lane_take(self->lane, &committed, &rest) != PLANE_OK)
         return PyErr_NoMemory();
-    /* Out of memory here, the mappings are lost to this process: the caller lets the pool fail. */
-    PyObject *made = make_batch(&batch);
-    plane_batch_free(&batch);
+    PyObject *made = make_batch(&rest, make_committed(committed));
+    plane_batch_free(&rest);
     return made;
+}
+
+/* ---- The journal's end ------------------------------------------------------------------------------------------ */
+
+static PyObject *method_lend(DataPlane *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"fd", "end_bytes", "limit_bytes", "nonce", "sequence", "folded", "most_blocks", NULL};
+    int fd;
+    unsigned long long end_bytes, limit_bytes, nonce, sequence, folded;
+    Py_ssize_t most_blocks;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$iKKKKKn", names, &fd, &end_bytes, &limit_bytes, &nonce, &sequence,
+                                     &folded, &most_blocks))
+        return NULL;
+    lane_lend(self->lane, &(struct lane_journal){fd, end_bytes, limit_bytes, nonce, sequence, folded, most_blocks,
+                                                 self->block_bytes});
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_reopen(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    lane_reopen(self->lane);
+    Py_RETURN_NONE;
+}
+
+static PyObject *method_reclaim(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    uint64_t end_bytes;
+    int error;
+    Py_BEGIN_ALLOW_THREADS
+    error = lane_reclaim(self->lane, &end_bytes);
+    Py_END_ALLOW_THREADS
+    if (error)
+        return raise_made(self, "_host_error", Py_BuildValue("(sKi)", "write", 0ull, error));
+    return PyLong_FromUnsignedLongLong(end_bytes);
+}
+
+static PyObject *method_close_journal(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    lane_close(self->lane);
+    Py_RETURN_NONE;
+}
+
+struct asked {
+    struct hot_waiter waiter; /* first */
+    bool is_refused;
+    int error;
+};
+
+static void asked_done(struct hot_waiter *waiter, int error)
+{
+    ((struct asked *)waiter)->error = error;
+}
+
+static void asked_refused(struct hot_waiter *waiter)
+{
+    ((struct asked *)waiter)->is_refused = true;
+}
+
+/* With nobody else about, the answer is there when lane_sync returns. */
+static PyObject *method_sync(DataPlane *self, PyObject *arg)
+{
+    static const struct hot_answers answers = {asked_done, asked_refused};
+    struct asked asked = {.waiter.inode = PyLong_AsUnsignedLongLong(arg)};
+    if (PyErr_Occurred())
+        return NULL;
+    bool is_taken = server_sync(self, &asked.waiter, true, &answers);
+    if (asked.error)
+        return raise_made(self, "_host_error", Py_BuildValue("(sKi)", "write", 0ull, asked.error));
+    return PyBool_FromLong(is_taken && !asked.is_refused);
+}
+
+static PyObject *method_set_folded(DataPlane *self, PyObject *arg)
+{
+    unsigned long long folded = PyLong_AsUnsignedLongLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    lane_set_folded(self->lane, folded);
+    Py_RETURN_NONE;
+}
+
+static PyObject *get_lent_end_bytes(DataPlane *self, void *closure)
+{
+    (void)closure;
+    return PyLong_FromUnsignedLongLong(lane_end_bytes(self->lane));
 }
 
 static PyObject *method_mapped_delta(DataPlane *self, PyObject *arg)
@@ -715,12 +907,21 @@ static PyMethodDef plane_methods[] = {
     {"discard", (PyCFunction)method_discard, METH_VARARGS, "Let whole blocks read as zeros."},
     {"mapped_delta", (PyCFunction)method_mapped_delta, METH_O, "Blocks that the table gained since the last seal."},
     {"seal", (PyCFunction)method_seal, METH_NOARGS, "Hand over the mappings appended since the last seal."},
+    {"take_committed", (PyCFunction)method_take_committed, METH_NOARGS,
+     "Take what was committed without the control plane: (sequence, batch), in order."},
+    {"lend", KEYWORDS(method_lend), "Let small commits go through without the control plane: this is the journal's end."},
+    {"reopen", (PyCFunction)method_reopen, METH_NOARGS, "Let commits go on after close_journal."},
+    {"reclaim", (PyCFunction)method_reclaim, METH_NOARGS, "Take the journal's end back once it is at rest."},
+    {"close_journal", (PyCFunction)method_close_journal, METH_NOARGS, "Let no further commit begin in the lent journal."},
+    {"set_folded", (PyCFunction)method_set_folded, METH_O, "Say which commit the tables contain."},
+    {"_sync", (PyCFunction)method_sync, METH_O, "What a hot thread does at an fsync; whether it could."},
     {"_inspect", (PyCFunction)method_inspect, METH_NOARGS, "Everything inside: pages, leases, dropped."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef plane_properties[] = {
     {"fresh_count", (getter)get_fresh_count, NULL, "Mappings appended since the last seal.", NULL},
+    {"lent_end_bytes", (getter)get_lent_end_bytes, NULL, "Where the journal that was lent ends.", NULL},
     {"page_count", (getter)get_page_count, NULL, "Resident pages.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

@@ -592,9 +592,10 @@ static PyObject *module_hot_counts(PyObject *module, PyObject *unused)
     (void)module;
     (void)unused;
     struct hot_counts counts = hot_get_counts();
-    return Py_BuildValue("{sK sK sK sK sK sK sK sK}", "reads", (unsigned long long)counts.reads, "read_bytes",
+    return Py_BuildValue("{sK sK sK sK sK sK sK sK sK}", "reads", (unsigned long long)counts.reads, "read_bytes",
                          (unsigned long long)counts.read_bytes, "writes", (unsigned long long)counts.writes,
-                         "write_bytes", (unsigned long long)counts.write_bytes, "getxattrs", (unsigned long long)counts.getxattrs, "handed_reads",
+                         "write_bytes", (unsigned long long)counts.write_bytes, "syncs",
+                         (unsigned long long)counts.syncs, "lookups", (unsigned long long)counts.lookups, "handed_reads",
                          (unsigned long long)counts.handed_reads, "handed_writes",
                          (unsigned long long)counts.handed_writes, "others", (unsigned long long)counts.others);
 }

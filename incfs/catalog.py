@@ -12,6 +12,7 @@ from incfs.codec import decode_record, encode_record, pack, unpack
 from incfs.errors import FormatError, SnapshotNotFound, StorageNotFound, VolumeNotFound
 from incfs.model import (
     NO_ORIGIN,
+    Facts,
     Generation,
     MapId,
     Snapshot,
@@ -21,7 +22,9 @@ from incfs.model import (
     Volume,
     VolumeId,
     map_id,
+    snapshot_facts,
     split_map_id,
+    volume_facts,
 )
 from incfs.overlay import Chain, TableKey
 
@@ -272,6 +275,14 @@ class Catalog:
         if generation:
             return self.snapshot_by_generation(volume_id, generation).size_bytes
         return self.volume(volume_id).size_bytes
+
+    def facts(self, map_id: MapId) -> Facts:
+        """Tell what ``stat`` shows of a live volume or of a snapshot."""
+        volume_id, generation = split_map_id(map_id)
+        volume = self.volume(volume_id)
+        if not generation:
+            return volume_facts(volume)
+        return snapshot_facts(volume, self.snapshot_by_generation(volume_id, generation))
 
     def records(self) -> Iterator[Record]:
         """Yield every record."""

@@ -9,6 +9,7 @@ A body is msgpack ``[changes, data, folded]``.  A change is one of
     ["empty", volume id, [page indexes]]
     ["unroll", volume id, [generations], [page indexes]]
     ["move", volume id, generation, page index, [index, old address, new address, ...]]
+    ["written", volume id, time of the last write in nanoseconds]
 
 ``data`` holds the blocks of all stored runs in order, or is empty: then they are in the
 images already.  ``folded`` is the last commit that the tables were known to contain: blocks
@@ -118,4 +119,4 @@ def decode_body(body: bytes) -> Body:
     return Body(changes, data, folded)
 
 
-_LENGTHS = {"map": 3, "put": 3, "drop": 3, "fold": 5, "empty": 3, "move": 5, "unroll": 4}
+_LENGTHS = {"map": 3, "put": 3, "drop": 3, "fold": 5, "empty": 3, "move": 5, "unroll": 4, "written": 3}

@@ -102,6 +102,7 @@ class Committer:
             try:
                 with trio.CancelScope(shield=True):
                     await self._commit_or_checkpoint()
+                self._store.lend_journal()
             except IncfsError as error:
                 self._store.fail(error)
                 current.error = error

@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 from incfs.blocks import split_address, split_pages
 from incfs.codec import Entries, checksum
 from incfs.errors import ChecksumMismatch, IncfsError
-from incfs.model import HOLE, INHERIT, PAGE_BLOCKS, Appended, MapId, SealedPage, StorageId
+from incfs.model import HOLE, INHERIT, PAGE_BLOCKS, Appended, Facts, MapId, SealedPage, StorageId
 
 
 class BlockFile(Protocol):
@@ -90,6 +90,10 @@ class Batch:
     pages: list[SealedPage]
     dropped: list[int]
     """Addresses taken from a lease and discarded again: no mapping ever named them."""
+    written: list[tuple[MapId, int]] = field(default_factory=list)
+    """(table, time in nanoseconds) of writes by other threads to these pages' tables."""
+    committed: list[tuple[int, "Batch"]] = field(default_factory=list)
+    """(sequence, batch) of what other threads sealed and committed before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +254,7 @@ class DataPlane:
 
     # Other threads: the native plane serves requests by itself; this one has no other threads.
 
-    def serve(self, map_id: MapId, size_bytes: int, *, is_writable: bool) -> None:
+    def serve(self, map_id: MapId, size_bytes: int, facts: Facts, *, is_writable: bool) -> None:
         """Let other threads read a table up to a size, and perhaps write it."""
 
     def unserve(self, map_id: MapId) -> None:
@@ -262,6 +266,16 @@ class DataPlane:
     def written(self) -> list[tuple[MapId, int]]:
         """Take (table, time in nanoseconds) of writes by other threads."""
         return []
+
+    def take_committed(self) -> list[tuple[int, Batch]]:
+        """Take (sequence, batch) of what other threads sealed and committed, in order."""
+        return []
+
+    def close_journal(self) -> None:
+        """Let other threads commit nothing until the journal is lent again."""
+
+    def set_folded(self, sequence: int) -> None:
+        """Say which commit the tables contain; before any block that it freed is used again."""
 
     # Blocks
 

@@ -97,7 +97,7 @@ class Driver:
         if self._store.plane.is_resident(table, page_index):
             return
         if epoch == log.epoch and chain == catalog.chain(table):
-            self._store.install(table, page_index, log.resolve(chain, page_index, stored))
+            self._store.install(table, page_index, self._store.resolve(chain, page_index, stored))
 
     async def make_space(self, refusal: LeaseExhausted) -> None:
         """Get blocks; in a full pool wait as long as the settings say."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import pyfuse3
 
 from incfs.inodes import Kind, kind_of, volume_of
-from incfs.model import MapId, Snapshot, Volume, split_map_id
+from incfs.model import Facts, MapId, Snapshot, Volume, split_map_id
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -59,27 +59,16 @@ def fixed_entry(inode: int) -> pyfuse3.EntryAttributes:
     return attributes
 
 
-def volume_entry(volume: Volume, mapped_bytes: int, block_bytes: int) -> pyfuse3.EntryAttributes:
-    """Return the attributes of a live volume; one without a name has no links."""
-    attributes = entry(volume.map_id, stat.S_IFREG | volume.mode, links=1 if volume.name else 0)
-    attributes.st_uid, attributes.st_gid = volume.uid, volume.gid
-    attributes.st_size = volume.size_bytes
-    attributes.st_blocks = mapped_bytes // 512
+def table_entry(table: MapId, size_bytes: int, facts: Facts, block_bytes: int) -> pyfuse3.EntryAttributes:
+    """Return the attributes of a live volume or of a snapshot; ``reply_attributes`` in fuse_hot.c makes the same."""
+    attributes = entry(table, stat.S_IFREG | facts.mode, links=facts.link_count)
+    attributes.st_uid, attributes.st_gid = facts.uid, facts.gid
+    attributes.st_size = size_bytes
+    attributes.st_blocks = facts.mapped_blocks * block_bytes // 512
     attributes.st_blksize = max(block_bytes, 4096)
-    attributes.st_atime_ns = volume.accessed_ns
-    attributes.st_mtime_ns = volume.modified_ns
-    attributes.st_ctime_ns = volume.changed_ns
-    return attributes
-
-
-def snapshot_entry(volume: Volume, snapshot: Snapshot, mapped_bytes: int, block_bytes: int) -> pyfuse3.EntryAttributes:
-    """Return the attributes of a snapshot: its volume's owner and read permissions, nobody may write."""
-    attributes = entry(snapshot.map_id, stat.S_IFREG | (volume.mode & 0o444), links=1 if snapshot.name else 0)
-    attributes.st_uid, attributes.st_gid = volume.uid, volume.gid
-    attributes.st_size = snapshot.size_bytes
-    attributes.st_blocks = mapped_bytes // 512
-    attributes.st_blksize = max(block_bytes, 4096)
-    attributes.st_atime_ns = attributes.st_mtime_ns = attributes.st_ctime_ns = snapshot.created_ns
+    attributes.st_atime_ns = facts.accessed_ns
+    attributes.st_mtime_ns = facts.modified_ns
+    attributes.st_ctime_ns = facts.changed_ns
     return attributes
 
 

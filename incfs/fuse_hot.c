@@ -1,5 +1,5 @@
-/* Threads that read /dev/fuse and answer READ and WRITE that the data plane can serve at once,
- * without the GIL.  Every other request they put into a queue, untouched, and Python takes it from
+/* Threads that read /dev/fuse and answer what the data plane can serve at once, without the GIL: READ,
+ * WRITE, FSYNC, and what the kernel asks around these.  Every other request they put into a queue, untouched, and Python takes it from
  * there: fuse_session_fd gives pyfuse3 the queue's eventfd instead of /dev/fuse, and
  * fuse_session_receive_buf the oldest request in it (_fusext.c has both).
  *
@@ -26,6 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
@@ -34,6 +35,7 @@
 enum { READ_BYTES = 1 << 20, LARGEST_BLOCK = 65536, ROOM = READ_BYTES + 2 * LARGEST_BLOCK, MOST_SPARES = 32 };
 
 struct item {
+    struct hot_waiter waiter; /* first: an fsync that waits for the disk is known by it */
     struct item *next;
     struct fuse_buf buffer;
     int result;
@@ -43,7 +45,7 @@ struct worker {
     pthread_t thread;
     char *room; /* for the bytes of a read */
     struct fuse_buf buffer;
-    _Atomic uint64_t reads, read_bytes, writes, write_bytes, getxattrs, handed_reads, handed_writes, others;
+    _Atomic uint64_t reads, read_bytes, writes, write_bytes, syncs, lookups, handed_reads, handed_writes, others;
 };
 
 static struct fuse_session *session;
@@ -72,19 +74,26 @@ static void signal_queue(void)
         ;
 }
 
-/* Leaves the request to Python, and takes a spare buffer in exchange if there is one. */
-static void hand_over(struct item *item, struct fuse_buf *buffer, int result)
+/* Puts a request into an item of its own, and takes a spare buffer in exchange if there is one. */
+static void put_away(struct item *item, struct fuse_buf *buffer, int result)
 {
     *item = (struct item){.buffer = *buffer, .result = result};
     memset(buffer, 0, sizeof *buffer);
+    pthread_mutex_lock(&queue_lock);
+    if (spare_count)
+        *buffer = spares[--spare_count];
+    pthread_mutex_unlock(&queue_lock);
+}
+
+/* Leaves a request to Python. */
+static void hand_over(struct item *item)
+{
     pthread_mutex_lock(&queue_lock);
     if (last_item)
         last_item->next = item;
     else
         first_item = item;
     last_item = item;
-    if (spare_count)
-        *buffer = spares[--spare_count];
     signal_queue();
     pthread_mutex_unlock(&queue_lock);
 }
@@ -144,6 +153,45 @@ static void reply(uint64_t unique, int error, const void *data, size_t length)
         ;
 }
 
+/* As the control plane says it, too: fuse_attributes.py. */
+enum { ATTRIBUTES_TIMEOUT_S = 1, SECTOR = 512, LEAST_BLOCK = 4096 };
+#define NS_PER_S 1000000000ull
+
+static void reply_attributes(const struct fuse_in_header *header, const struct hot_stat *found)
+{
+    struct fuse_attr_out out = {
+        .attr_valid = ATTRIBUTES_TIMEOUT_S,
+        .attr =
+            {
+                .ino = header->nodeid,
+                .size = found->size_bytes,
+                .blocks = found->stored_bytes / SECTOR,
+                .atime = found->accessed_ns / NS_PER_S,
+                .atimensec = found->accessed_ns % NS_PER_S,
+                .mtime = found->modified_ns / NS_PER_S,
+                .mtimensec = found->modified_ns % NS_PER_S,
+                .ctime = found->changed_ns / NS_PER_S,
+                .ctimensec = found->changed_ns % NS_PER_S,
+                .mode = S_IFREG | found->mode,
+                .nlink = found->link_count,
+                .uid = found->uid,
+                .gid = found->gid,
+                .blksize = found->block_bytes > LEAST_BLOCK ? found->block_bytes : LEAST_BLOCK,
+            },
+    };
+    reply(header->unique, 0, &out, sizeof out);
+}
+
+/* Makes the kernel ask for an inode's attributes the next time. */
+static void forget_attributes(uint64_t inode)
+{
+    struct fuse_notify_inval_inode_out out = {.ino = inode, .off = -1};
+    struct fuse_out_header header = {.len = sizeof header + sizeof out, .error = FUSE_NOTIFY_INVAL_INODE};
+    struct iovec vector[2] = {{&header, sizeof header}, {&out, sizeof out}};
+    while (writev(device_fd, vector, 2) < 0 && errno == EINTR)
+        ;
+}
+
 static void count(_Atomic uint64_t *counter, uint64_t more)
 {
     atomic_fetch_add_explicit(counter, more, memory_order_relaxed);
@@ -165,7 +213,7 @@ static bool serve_read(struct worker *worker, const struct fuse_in_header *heade
         return false;
     size_t start, found;
     bool can_wait = begin_waiting();
-    bool is_served = server.read(server.plane, header->nodeid, in->offset, in->size, can_wait, worker->room, ROOM,
+    bool is_served = server.read(server.owner, header->nodeid, in->offset, in->size, can_wait, worker->room, ROOM,
                                  &start, &found);
     if (can_wait)
         atomic_fetch_sub(&waiting_count, 1);
@@ -183,7 +231,7 @@ static bool serve_write(struct worker *worker, const struct fuse_in_header *head
     /* Other flags ask for more than to write: to take setuid bits away. */
     bool is_served = length >= sizeof *header + sizeof *in && length - sizeof *header - sizeof *in >= in->size &&
                      !(in->write_flags & ~(FUSE_WRITE_CACHE | FUSE_WRITE_LOCKOWNER)) &&
-                     server.write(server.plane, header->nodeid, in->offset, in + 1, in->size);
+                     server.write(server.owner, header->nodeid, in->offset, in + 1, in->size);
     count(is_served ? &worker->writes : &worker->handed_writes, 1);
     if (!is_served)
         return false;
@@ -191,6 +239,72 @@ static bool serve_write(struct worker *worker, const struct fuse_in_header *head
     struct fuse_write_out out = {.size = in->size};
     reply(header->unique, 0, &out, sizeof out);
     return true;
+}
+
+static bool serve_getattr(struct worker *worker, const struct fuse_in_header *header)
+{
+    struct hot_stat found;
+    if (!server.stat(server.owner, header->nodeid, &found))
+        return false;
+    count(&worker->lookups, 1);
+    reply_attributes(header, &found);
+    return true;
+}
+
+/* Under write-back the kernel keeps the times of a file, and sends them before it asks for an fsync. */
+static bool serve_setattr(struct worker *worker, const struct fuse_in_header *header, size_t length)
+{
+    const struct fuse_setattr_in *in = (const void *)(header + 1);
+    const uint32_t ignored = FATTR_FH | FATTR_LOCKOWNER | FATTR_CTIME;
+    struct hot_stat found;
+    if (length < sizeof *header + sizeof *in || (in->valid & ~ignored) != FATTR_MTIME ||
+        !server.set_modified(server.owner, header->nodeid, in->mtime * NS_PER_S + in->mtimensec) ||
+        !server.stat(server.owner, header->nodeid, &found))
+        return false;
+    count(&worker->lookups, 1);
+    reply_attributes(header, &found);
+    return true;
+}
+
+static void free_item(struct item *item)
+{
+    pthread_mutex_lock(&queue_lock);
+    keep_spare(&item->buffer);
+    pthread_mutex_unlock(&queue_lock);
+    free(item);
+}
+
+static void sync_done(struct hot_waiter *waiter, int error)
+{
+    struct item *item = (struct item *)waiter;
+    const struct fuse_in_header *header = item->buffer.mem;
+    /* Under write-back the kernel does not know that its writes changed the count of blocks. */
+    if (waiter->gained_blocks)
+        forget_attributes(header->nodeid);
+    reply(header->unique, error, NULL, 0);
+    free_item(item);
+}
+
+static void sync_refused(struct hot_waiter *waiter)
+{
+    hand_over((struct item *)waiter);
+}
+
+/* Takes the request's buffer and the item. */
+static void serve_sync(struct worker *worker, struct item *item, size_t length)
+{
+    static const struct hot_answers answers = {sync_done, sync_refused};
+    const struct fuse_in_header *header = worker->buffer.mem;
+    uint64_t inode = header->nodeid;
+    bool can_wait = begin_waiting();
+    put_away(item, &worker->buffer, length);
+    item->waiter.inode = inode;
+    bool is_taken = server.sync(server.owner, &item->waiter, can_wait, &answers);
+    if (can_wait)
+        atomic_fetch_sub(&waiting_count, 1);
+    count(is_taken ? &worker->syncs : &worker->others, 1);
+    if (!is_taken)
+        hand_over(item);
 }
 
 /* Before each write the kernel asks whether the file has capabilities that writing takes away
@@ -202,26 +316,43 @@ static bool serve_getxattr(struct worker *worker, const struct fuse_in_header *h
     const char *asked = (const char *)(header + 1) + sizeof(struct fuse_getxattr_in);
     bool is_served = length >= sizeof *header + sizeof(struct fuse_getxattr_in) + sizeof name &&
                      memcmp(asked, name, sizeof name) == 0;
-    count(is_served ? &worker->getxattrs : &worker->others, 1);
-    if (is_served)
-        reply(header->unique, ENODATA, NULL, 0);
-    return is_served;
+    if (!is_served)
+        return false;
+    count(&worker->lookups, 1);
+    reply(header->unique, ENODATA, NULL, 0);
+    return true;
 }
 
-static bool serve(struct worker *worker, size_t length)
+/* Answers a request, or puts it away in the item; false when neither. */
+static bool serve(struct worker *worker, struct item **item, size_t length)
 {
     const struct fuse_in_header *header = worker->buffer.mem;
     /* A spliced request is in a pipe, not in memory; the mount asks for none. */
     if (worker->buffer.flags & FUSE_BUF_IS_FD || length < sizeof *header)
         return false;
-    if (header->opcode == FUSE_READ)
+    bool is_served = false;
+    switch (header->opcode) {
+    case FUSE_READ:
         return serve_read(worker, header, length);
-    if (header->opcode == FUSE_WRITE)
+    case FUSE_WRITE:
         return serve_write(worker, header, length);
-    if (header->opcode == FUSE_GETXATTR)
-        return serve_getxattr(worker, header, length);
-    count(&worker->others, 1);
-    return false;
+    case FUSE_FSYNC:
+        serve_sync(worker, *item, length);
+        *item = NULL;
+        return true;
+    case FUSE_GETXATTR:
+        is_served = serve_getxattr(worker, header, length);
+        break;
+    case FUSE_GETATTR:
+        is_served = serve_getattr(worker, header);
+        break;
+    case FUSE_SETATTR:
+        is_served = serve_setattr(worker, header, length);
+        break;
+    }
+    if (!is_served)
+        count(&worker->others, 1);
+    return is_served;
 }
 
 /* ---- The threads --------------------------------------------------------------------------------------- */
@@ -243,8 +374,9 @@ static void *run(void *argument)
             end(result);
             break;
         }
-        if (!serve(worker, result)) {
-            hand_over(item, &worker->buffer, result);
+        if (!serve(worker, &item, result)) {
+            put_away(item, &worker->buffer, result);
+            hand_over(item);
             item = NULL;
         }
     }
@@ -380,7 +512,8 @@ struct hot_counts hot_get_counts(void)
         sum.write_bytes += atomic_load(&workers[i].write_bytes);
         sum.handed_reads += atomic_load(&workers[i].handed_reads);
         sum.handed_writes += atomic_load(&workers[i].handed_writes);
-        sum.getxattrs += atomic_load(&workers[i].getxattrs);
+        sum.syncs += atomic_load(&workers[i].syncs);
+        sum.lookups += atomic_load(&workers[i].lookups);
         sum.others += atomic_load(&workers[i].others);
     }
     return sum;

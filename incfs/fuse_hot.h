@@ -17,7 +17,7 @@ struct hot_libfuse {
 };
 
 struct hot_counts {
-    uint64_t reads, read_bytes, writes, write_bytes, getxattrs; /* served */
+    uint64_t reads, read_bytes, writes, write_bytes, syncs, lookups; /* served */
     uint64_t handed_reads, handed_writes, others;    /* left to Python */
 };
 

@@ -24,7 +24,7 @@ from incfs.boundary import Histogram, handler
 from incfs.errors import InvalidName, LimitExceeded, NotFound
 from incfs.fuse_files import CacheMode, FileHandlers
 from incfs.inodes import Kind, kind_of, volume_of
-from incfs.model import MAX_NAME_BYTES, MapId, Snapshot, Volume, split_map_id
+from incfs.model import MAX_NAME_BYTES, MapId
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -50,23 +50,15 @@ class Operations(FileHandlers):
         kind = kind_of(inode)
         if kind is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
-        if kind is Kind.VOLUME:
-            self.service.note_writes()
-            return self._volume_attributes(self.service.volume_by_id(volume_of(inode)))
-        if kind is Kind.SNAPSHOT:
-            volume_id, generation = split_map_id(MapId(inode))
-            return self._snapshot_attributes(self.service.snapshot_by_generation(volume_id, generation))
+        if kind in (Kind.VOLUME, Kind.SNAPSHOT):
+            return self._table_attributes(MapId(inode))
         if kind is Kind.SNAPSHOT_DIRECTORY:
             return attributes.snapshot_directory_entry(self.service.volume_by_id(volume_of(inode)), inode)
         return attributes.fixed_entry(inode)
 
-    def _volume_attributes(self, volume: Volume) -> pyfuse3.EntryAttributes:
-        return attributes.volume_entry(volume, self.service.mapped_bytes(volume.map_id), self._block_bytes)
-
-    def _snapshot_attributes(self, snapshot: Snapshot) -> pyfuse3.EntryAttributes:
-        volume = self.service.volume_by_id(snapshot.volume_id)
-        mapped_bytes = self.service.mapped_bytes(snapshot.map_id)
-        return attributes.snapshot_entry(volume, snapshot, mapped_bytes, self._block_bytes)
+    def _table_attributes(self, table: MapId) -> pyfuse3.EntryAttributes:
+        size_bytes, facts = self.service.stat(table)
+        return attributes.table_entry(table, size_bytes, facts, self._block_bytes)
 
     @handler
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
@@ -144,7 +136,7 @@ class Operations(FileHandlers):
             case Kind.SNAPSHOTS:
                 return self._attributes(inodes.snapshot_directory(self.service.volume(text).id))
             case Kind.SNAPSHOT_DIRECTORY:
-                return self._snapshot_attributes(self.service.snapshot(volume_of(parent_inode), text))
+                return self._table_attributes(self.service.snapshot(volume_of(parent_inode), text).map_id)
             case Kind.STATUS if text in inodes.STATUS_FILES:
                 return self._attributes(inodes.FIRST_STATUS_FILE + inodes.STATUS_FILES.index(text))
             case _:
@@ -184,10 +176,10 @@ class Operations(FileHandlers):
         match kind_of(parent_inode):
             case Kind.ROOT:
                 volume = await self.service.create_volume(text, mode=mode & 0o777, uid=ctx.uid, gid=ctx.gid)
-                return self._volume_attributes(volume)
+                return self._table_attributes(volume.map_id)
             case Kind.SNAPSHOT_DIRECTORY:
                 snapshots = await self.service.create_snapshots([(volume_of(parent_inode), text)])
-                return self._snapshot_attributes(snapshots[0])
+                return self._table_attributes(snapshots[0].map_id)
             case _:
                 raise pyfuse3.FUSEError(errno.EPERM)
 

@@ -17,11 +17,12 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 from uuid import UUID
 
 from incfs.backing import Backing, File
 from incfs.codec import checksum
-from incfs.errors import FormatError, JournalDamaged, LimitExceeded
+from incfs.errors import FormatError, IncfsError, JournalDamaged, LimitExceeded
 
 SECTOR_BYTES = 512
 MAX_RECORD_BYTES = 1 << 30
@@ -32,6 +33,37 @@ _RECORD = struct.Struct("<4sIQQI")
 _RECORD_MAGIC = b"JREC"
 _ACK_MAGIC = b"JACK"
 _CRC = struct.Struct("<I")
+
+
+class Borrower(Protocol):
+    """Who may append records past Python: the native data plane."""
+
+    @property
+    def lent_end_bytes(self) -> int:
+        """Where the records end, as far as they are durable."""
+
+    def lend(
+        self,
+        *,
+        fd: int,
+        end_bytes: int,
+        limit_bytes: int,
+        nonce: int,
+        sequence: int,
+        folded: int,
+        most_blocks: int,
+    ) -> None:
+        """Begin to append; no record at or behind ``limit_bytes``."""
+
+    def reopen(self) -> None:
+        """Go on appending after ``close_journal``."""
+
+    def reclaim(self) -> int:
+        """Stop, wait for the record under way, and give ``lent_end_bytes``.
+
+        Raises:
+            BackingError: A record could not be written or flushed.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +190,7 @@ class Journal:
         self._segment = Segment(0, 0, 0)
         self._end_bytes = SECTOR_BYTES
         self._next_sequence = 0
+        self._borrower: Borrower | None = None
 
     @classmethod
     def create(cls, backing: Backing, directory: Path, pool: UUID, *, segment_bytes: int, nonce: int) -> None:
@@ -205,7 +238,7 @@ class Journal:
     @property
     def used_bytes(self) -> int:
         """Size of the current segment so far."""
-        return self._end_bytes
+        return self._end_bytes if self._borrower is None else self._borrower.lent_end_bytes
 
     def replay(self, segment_number: int, sequence: int, *, cut: bool = False) -> Iterator[JournalRecord]:
         """Yield the committed records after ``sequence``, and be ready to append behind them.
@@ -281,7 +314,7 @@ class Journal:
 
     def records(self) -> Iterator[JournalRecord]:
         """Yield the records of the current segment, changing nothing.  Any thread."""
-        segment, end = self._segment, self._end_bytes
+        segment, end = self._segment, self.used_bytes
         offset = SECTOR_BYTES
         while found := decode_record(self._file(segment.number), offset, end, segment.nonce):
             record, offset = found
@@ -293,6 +326,7 @@ class Journal:
         Durability: the header is durable on return.  The file's earlier segment must be
         contained in a checkpoint already.
         """
+        self._reclaim()
         segment = Segment(self._segment.number + 1, start_sequence, nonce)
         file = self._file(segment.number)
         file.pwrite(0, encode_segment(self._pool, segment))
@@ -305,6 +339,7 @@ class Journal:
 
         Durability: the record is durable on return.
         """
+        self._reclaim()
         framed = encode_record(sequence, self._segment.nonce, body)
         file = self._file(self._segment.number)
         file.pwrite(self._end_bytes, framed)
@@ -313,8 +348,40 @@ class Journal:
         # Nobody waits for it: the host writes it some time, or with the record that replaces it.
         file.pwrite(self._end_bytes, encode_ack(sequence, self._segment.nonce))
 
+    def lend(self, borrower: "Borrower", *, sequence: int, folded: int, most_blocks: int) -> None:
+        """Let native threads append records behind the one of ``sequence``, until the next call of ours that appends.
+
+        Args:
+            borrower: Who appends.
+            sequence: Of the last record.
+            folded: The last commit that the tables contain.
+            most_blocks: In one record.
+        """
+        if self._borrower is not None:  # it knows where the journal ends, we do not
+            return self._borrower.reopen()
+        file = self._file(self._segment.number)
+        borrower.lend(
+            fd=file.fileno(),
+            end_bytes=self._end_bytes,
+            limit_bytes=file.length_bytes() // 2,
+            nonce=self._segment.nonce,
+            sequence=sequence,
+            folded=folded,
+            most_blocks=most_blocks,
+        )
+        self._borrower = borrower
+        return None
+
+    def _reclaim(self) -> None:
+        """Wait until the borrower has stopped."""
+        if self._borrower is not None:
+            self._end_bytes = self._borrower.reclaim()
+            self._borrower = None
+
     def close(self) -> None:
-        """Close both files."""
+        """Close both files, once nobody appends any more."""
+        with contextlib.suppress(IncfsError):  # whoever waited for that commit was told
+            self._reclaim()
         for file in self._files:
             file.close()
 

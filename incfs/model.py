@@ -212,3 +212,31 @@ class SealedPage(NamedTuple):
     map_id: MapId
     page_index: int
     appended: list[Appended]
+
+
+class Facts(NamedTuple):
+    """What ``stat`` shows of a table besides its size."""
+
+    mode: int
+    """Permission bits."""
+    uid: int
+    gid: int
+    link_count: int
+    mapped_blocks: int
+    accessed_ns: int
+    modified_ns: int
+    changed_ns: int
+
+
+def volume_facts(volume: Volume) -> Facts:
+    """Tell what ``stat`` shows of a live volume; one without a name has no links."""
+    links = 1 if volume.name else 0
+    owner = volume.mode, volume.uid, volume.gid
+    return Facts(*owner, links, volume.mapped_blocks, volume.accessed_ns, volume.modified_ns, volume.changed_ns)
+
+
+def snapshot_facts(volume: Volume, snapshot: Snapshot) -> Facts:
+    """Tell what ``stat`` shows of a snapshot: its volume's owner and read permissions, nobody may write."""
+    links = 1 if snapshot.name else 0
+    times = (snapshot.created_ns,) * 3
+    return Facts(volume.mode & 0o444, volume.uid, volume.gid, links, snapshot.mapped_blocks, *times)

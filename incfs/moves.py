@@ -22,7 +22,7 @@ class Moves:
         log: The tables.
         pool: What becomes free is given to it.
         pend: Called with a change and how many pages it is about.
-        touch: Called with a record whose counters changed.
+        put: Called with a record whose counters changed; these follow from the moves and are not journaled.
     """
 
     def __init__(
@@ -31,13 +31,13 @@ class Moves:
         log: IncrementalLog,
         pool: Pool,
         pend: Callable[[Change, int], None],
-        touch: Callable[[Record], None],
+        put: Callable[[Record], None],
     ) -> None:
         self._catalog = catalog
         self._log = log
         self._pool = pool
         self._pend = pend
-        self._touch = touch
+        self._put = put
 
     def fold(self, volume_id: VolumeId, generation: Generation, page_indexes: list[int]) -> None:
         """Move pages of a removed snapshot's increment to its older neighbour, or free them."""
@@ -99,4 +99,4 @@ class Moves:
     def _add_held(self, volume_id: VolumeId, generation: Generation, blocks: int) -> None:
         if blocks:
             snapshot = self._catalog.snapshot_by_generation(volume_id, generation)
-            self._touch(replace(snapshot, held_blocks=snapshot.held_blocks + blocks))
+            self._put(replace(snapshot, held_blocks=snapshot.held_blocks + blocks))

@@ -45,6 +45,8 @@ class NativePlane(_DataPlane):
 
     def _host_error(self, action: str, address: int, host_errno: int) -> IncfsError:
         storage_id, block_index = split_address(address)
+        if not storage_id:
+            return BackingError(f"cannot {action} the journal: {os.strerror(host_errno)}", action=action)
         path = self._files[storage_id].path
         if not host_errno:
             return BackingError(

@@ -473,7 +473,8 @@ enum plane_status plane_revoke(struct plane *plane, const uint64_t *map_id, stru
 
 /* ---- What may be served ---------------------------------------------------------------------------------------- */
 
-enum plane_status plane_serve(struct plane *plane, uint64_t map_id, uint64_t size_bytes, bool is_writable)
+enum plane_status plane_serve(struct plane *plane, uint64_t map_id, uint64_t size_bytes, bool is_writable,
+                              const struct plane_facts *facts)
 {
     pthread_rwlock_wrlock(&plane->gate);
     struct table *table = need_table(plane, map_id);
@@ -481,6 +482,7 @@ enum plane_status plane_serve(struct plane *plane, uint64_t map_id, uint64_t siz
         table->is_served = true;
         table->is_writable = is_writable;
         table->size_bytes = size_bytes;
+        table->facts = *facts;
     }
     pthread_rwlock_unlock(&plane->gate);
     return table ? PLANE_OK : PLANE_NO_MEMORY;
@@ -572,6 +574,50 @@ enum plane_status plane_written(struct plane *plane, uint64_t **writes, size_t *
         }
     pthread_rwlock_unlock(&plane->gate);
     return *writes ? PLANE_OK : PLANE_NO_MEMORY;
+}
+
+uint64_t plane_take_written(struct plane *plane, uint64_t map_id)
+{
+    pthread_rwlock_rdlock(&plane->gate);
+    struct table *table = plane_find_table(plane, map_id);
+    uint64_t written_ns = table ? atomic_exchange_explicit(&table->written_ns, 0, memory_order_relaxed) : 0;
+    pthread_rwlock_unlock(&plane->gate);
+    return written_ns;
+}
+
+bool plane_serve_stat(struct plane *plane, uint64_t map_id, struct plane_facts *facts, uint64_t *size_bytes)
+{
+    pthread_rwlock_rdlock(&plane->gate);
+    struct table *table = plane_find_table(plane, map_id);
+    bool is_served = table && table->is_served;
+    if (is_served) {
+        *facts = table->facts;
+        *size_bytes = table->size_bytes;
+        facts->mapped_blocks += atomic_load_explicit(&table->mapped_delta, memory_order_relaxed);
+        uint64_t written_ns = atomic_load_explicit(&table->written_ns, memory_order_relaxed);
+        if (written_ns > facts->modified_ns)
+            facts->modified_ns = facts->changed_ns = written_ns;
+    }
+    pthread_rwlock_unlock(&plane->gate);
+    return is_served;
+}
+
+bool plane_serve_time(struct plane *plane, uint64_t map_id, uint64_t modified_ns)
+{
+    pthread_rwlock_rdlock(&plane->gate);
+    struct table *table = plane_find_table(plane, map_id);
+    bool is_done = table && table->is_served && table->is_writable &&
+                   !atomic_load_explicit(&plane->is_frozen, memory_order_relaxed);
+    uint64_t known = 0;
+    if (is_done) {
+        known = atomic_load_explicit(&table->written_ns, memory_order_relaxed);
+        is_done = modified_ns >= (known > table->facts.modified_ns ? known : table->facts.modified_ns);
+    }
+    /* A write in between has set a later time: that one stays. */
+    if (is_done)
+        atomic_compare_exchange_strong(&table->written_ns, &known, modified_ns);
+    pthread_rwlock_unlock(&plane->gate);
+    return is_done;
 }
 
 /* ---- Fresh mappings ------------------------------------------------------------------------------------------- */
@@ -689,13 +735,17 @@ static size_t collect_fresh(const struct page *page, struct plane_appended *appe
     return count;
 }
 
-static void settle_page(struct page *page)
+static void settle_page(struct page *page, struct plane_batch *batch)
 {
+    struct table *table = page->table;
+    uint64_t written_ns = atomic_exchange_explicit(&table->written_ns, 0, memory_order_relaxed);
+    if (written_ns)
+        batch->written[batch->written_count++] = (struct plane_written){table->map_id, written_ns};
+    table->facts.mapped_blocks += atomic_exchange_explicit(&table->mapped_delta, 0, memory_order_relaxed);
     memset(page->fresh, 0, sizeof page->fresh);
     free(page->replaced);
     page->replaced = NULL;
     page->is_dirty = false;
-    atomic_store_explicit(&page->table->mapped_delta, 0, memory_order_relaxed);
 }
 
 static int by_table_and_index(const void *left, const void *right)
@@ -712,7 +762,8 @@ static enum plane_status gather(struct plane *plane, struct plane_batch *batch)
     size_t fresh_count = plane_fresh_count(plane), used = 0;
     batch->pages = malloc((plane->dirty_count + 1) * sizeof *batch->pages);
     batch->appended = malloc((fresh_count + 1) * sizeof *batch->appended);
-    if (!batch->pages || !batch->appended)
+    batch->written = malloc((plane->dirty_count + 1) * sizeof *batch->written);
+    if (!batch->pages || !batch->appended || !batch->written)
         return PLANE_NO_MEMORY;
     for (struct page *page = plane->dirty; page; page = page->next_dirty) {
         size_t count = collect_fresh(page, batch->appended + used);
@@ -720,7 +771,7 @@ static enum plane_status gather(struct plane *plane, struct plane_batch *batch)
             batch->pages[batch->page_count++] =
                 (struct plane_sealed_page){page->table->map_id, page->page_index, used, count};
         used += count;
-        settle_page(page);
+        settle_page(page, batch);
     }
     plane->dirty = NULL;
     plane->dirty_count = 0;
@@ -732,11 +783,11 @@ static enum plane_status gather(struct plane *plane, struct plane_batch *batch)
     return PLANE_OK;
 }
 
-enum plane_status plane_seal(struct plane *plane, struct plane_batch *batch)
+enum plane_status plane_seal(struct plane *plane, size_t most, struct plane_batch *batch)
 {
     memset(batch, 0, sizeof *batch);
     pthread_rwlock_wrlock(&plane->gate);
-    enum plane_status status = gather(plane, batch);
+    enum plane_status status = plane_fresh_count(plane) > most ? PLANE_NOT_SERVED : gather(plane, batch);
     pthread_rwlock_unlock(&plane->gate);
     if (status != PLANE_OK)
         plane_batch_free(batch);
@@ -749,6 +800,7 @@ void plane_batch_free(struct plane_batch *batch)
 {
     free(batch->pages);
     free(batch->appended);
+    free(batch->written);
     free(batch->dropped);
     memset(batch, 0, sizeof *batch);
 }

@@ -72,10 +72,17 @@ struct plane_sealed_page {
     size_t first, count; /* in the batch's `appended` */
 };
 
+/* When a served write last changed a table, in nanoseconds since 1970. */
+struct plane_written {
+    uint64_t map_id, written_ns;
+};
+
 struct plane_batch {
     struct plane_sealed_page *pages; /* by rising map_id and page_index */
     size_t page_count;
     struct plane_appended *appended;
+    struct plane_written *written; /* of these pages' tables, as far as nobody has asked for it yet */
+    size_t written_count;
     uint64_t *dropped; /* taken from a lease and discarded again */
     size_t dropped_count;
 };
@@ -122,9 +129,17 @@ enum plane_status plane_write(struct plane *plane, uint64_t map_id, uint64_t off
 enum plane_status plane_discard(struct plane *plane, uint64_t map_id, uint64_t first_block, size_t block_count,
                                 struct plane_refusal *why);
 
+/* What stat() shows of a table. */
+struct plane_facts {
+    uint32_t mode, uid, gid, link_count;
+    uint64_t mapped_blocks;
+    uint64_t accessed_ns, modified_ns, changed_ns;
+};
+
 /* Requests that are served without the control plane.  It says of which tables, up to which size, and
  * whether they may be written; everything else is PLANE_NOT_SERVED and has changed nothing. */
-enum plane_status plane_serve(struct plane *plane, uint64_t map_id, uint64_t size_bytes, bool is_writable);
+enum plane_status plane_serve(struct plane *plane, uint64_t map_id, uint64_t size_bytes, bool is_writable,
+                              const struct plane_facts *facts);
 void plane_unserve(struct plane *plane, uint64_t map_id);
 /* The pool failed: no write is served any more, and none is under way on return. */
 void plane_freeze(struct plane *plane);
@@ -134,9 +149,16 @@ enum plane_status plane_serve_read(struct plane *plane, uint64_t map_id, uint64_
 enum plane_status plane_serve_write(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
                                     size_t length_bytes);
 
+/* The facts as of now, and the size; false when the table is not served. */
+bool plane_serve_stat(struct plane *plane, uint64_t map_id, struct plane_facts *facts, uint64_t *size_bytes);
+/* Sets the time of modification, if it only goes forward. */
+bool plane_serve_time(struct plane *plane, uint64_t map_id, uint64_t modified_ns);
+
 /* Returns a descriptor that becomes readable when served writes need the control plane soon: a lease
  * runs low, or seal_at mappings are unsealed; -1 when there is none.  It belongs to the plane. */
 int plane_watch(struct plane *plane, size_t seal_at);
+/* Makes the descriptor readable. */
+void plane_call(struct plane *plane);
 /* Resets the descriptor; *tables (to be freed) are those whose leases run low. */
 enum plane_status plane_attend(struct plane *plane, uint64_t **tables, size_t *table_count);
 /* Takes what is known of the times of served writes: *writes (to be freed) is pairs of map_id and
@@ -145,7 +167,16 @@ enum plane_status plane_written(struct plane *plane, uint64_t **writes, size_t *
 
 int64_t plane_mapped_delta(struct plane *plane, uint64_t map_id);
 size_t plane_fresh_count(struct plane *plane);
-enum plane_status plane_seal(struct plane *plane, struct plane_batch *batch);
+/* PLANE_NOT_SERVED, with nothing changed, when more than `most` mappings are fresh. */
+enum plane_status plane_seal(struct plane *plane, size_t most, struct plane_batch *batch);
+/* Takes the time of a table's last served write; 0 when nobody needs to be told. */
+uint64_t plane_take_written(struct plane *plane, uint64_t map_id);
+/* A write or flush that was not asked for by the control plane failed: nothing is served any more. */
+void plane_fail(struct plane *plane, int host_errno, uint64_t address);
+/* What plane_fail was told first; 0 if nothing failed. */
+int plane_failure(struct plane *plane, uint64_t *address);
+/* Reads one block, waiting for the disk.  Returns an errno. */
+int plane_read_stored(struct plane *plane, uint64_t address, char *block);
 void plane_batch_free(struct plane_batch *batch);
 
 /* Shows everything to callbacks, for tests; they must not call the plane. */

@@ -30,6 +30,7 @@ struct table {
     /* For served requests; gate */
     bool is_served, is_writable;
     uint64_t size_bytes;
+    struct plane_facts facts;
     _Atomic uint64_t written_ns; /* time of the last served write that was not asked for yet */
     _Atomic int64_t mapped_delta;
 };
@@ -94,9 +95,6 @@ void table_take(struct table *table, uint64_t block_count, struct plane_run *run
 
 /* Whether a lease of the table should be added to before it is used up. */
 bool table_runs_low(struct plane *plane, struct table *table);
-
-/* Makes attention_fd readable. */
-void plane_call(struct plane *plane);
 
 /* Notes blocks that no mapping will ever name. */
 void plane_drop(struct plane *plane, uint64_t address);

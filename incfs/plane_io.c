@@ -94,6 +94,37 @@ static enum plane_status write_extent(struct plane *plane, uint64_t address, siz
     return PLANE_OK;
 }
 
+int plane_read_stored(struct plane *plane, uint64_t address, char *block)
+{
+    struct plane_refusal why;
+    if (read_extent(plane, address, 1, true, block, &why) == PLANE_OK)
+        return 0;
+    return why.host_errno ? why.host_errno : EIO;
+}
+
+/* ---- Failure ------------------------------------------------------------------------------------------------ */
+
+void plane_fail(struct plane *plane, int host_errno, uint64_t address)
+{
+    pthread_mutex_lock(&plane->list_lock);
+    if (!plane->failed_errno) {
+        plane->failed_errno = host_errno;
+        plane->failed_address = address;
+    }
+    pthread_mutex_unlock(&plane->list_lock);
+    atomic_store(&plane->is_frozen, true);
+    plane_call(plane);
+}
+
+int plane_failure(struct plane *plane, uint64_t *address)
+{
+    pthread_mutex_lock(&plane->list_lock);
+    int error = plane->failed_errno;
+    *address = plane->failed_address;
+    pthread_mutex_unlock(&plane->list_lock);
+    return error;
+}
+
 /* ---- Reading ---------------------------------------------------------------------------------------------- */
 
 /* Blocks from `start` on that are one extent, or one kind of zeros. */
@@ -612,10 +643,7 @@ static enum plane_status write_bytes(struct plane *plane, uint64_t map_id, uint6
 enum plane_status plane_write(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
                               size_t length_bytes, bool can_wait, struct plane_refusal *why)
 {
-    pthread_mutex_lock(&plane->list_lock);
-    why->host_errno = plane->failed_errno;
-    why->address = plane->failed_address;
-    pthread_mutex_unlock(&plane->list_lock);
+    why->host_errno = plane_failure(plane, &why->address);
     /* Nobody has been told yet of the served write that failed, and none is tried again after it (I10). */
     if (why->host_errno)
         return PLANE_WRITE_ERROR;
@@ -656,20 +684,6 @@ enum plane_status plane_serve_read(struct plane *plane, uint64_t map_id, uint64_
     return plane_read(plane, map_id, offset_bytes / block, block_count, can_wait, buffer, &why);
 }
 
-/* Keeps the first failure for the control plane; a full disk harms nothing and is no failure. */
-static void note_failure(struct plane *plane, const struct plane_refusal *why)
-{
-    if (why->host_errno == ENOSPC || why->host_errno == EDQUOT)
-        return;
-    pthread_mutex_lock(&plane->list_lock);
-    if (!plane->failed_errno) {
-        plane->failed_errno = why->host_errno;
-        plane->failed_address = why->address;
-    }
-    pthread_mutex_unlock(&plane->list_lock);
-    atomic_store(&plane->is_frozen, true);
-}
-
 static void note_served_write(struct plane *plane, uint64_t map_id)
 {
     struct timespec now;
@@ -692,8 +706,8 @@ enum plane_status plane_serve_write(struct plane *plane, uint64_t map_id, uint64
     enum plane_status status = write_bytes(plane, map_id, offset_bytes, data, length_bytes, true, false, &why);
     if (status == PLANE_OK)
         note_served_write(plane, map_id);
-    else if (status == PLANE_WRITE_ERROR)
-        note_failure(plane, &why);
+    else if (status == PLANE_WRITE_ERROR && why.host_errno != ENOSPC && why.host_errno != EDQUOT)
+        plane_fail(plane, why.host_errno, why.address); /* a full disk harms nothing and is no failure */
     return status;
 }
 

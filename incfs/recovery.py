@@ -328,6 +328,8 @@ def _apply(store: Store, change: Change, blocks: _DataCursor) -> None:
             store.moves.apply_unroll(VolumeId(volume_id), generations, pages)
         case ["move", int(volume_id), int(generation), int(page_index), flat]:
             store.moves.apply_relocate(TableKey(volume_id, generation), page_index, move_triples(flat))
+        case ["written", int(volume_id), int(written_ns)]:
+            store.apply_written(VolumeId(volume_id), written_ns)
         case _:
             raise FormatError(f"journal: malformed change {str(change)[:80]}")
 

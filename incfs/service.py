@@ -23,7 +23,7 @@ from incfs.errors import Busy, IncfsError, NoData
 from incfs.events import KEPT_EVENTS
 from incfs.extents import Extent
 from incfs.keeper import Keeper
-from incfs.model import PAGE_BLOCKS, Generation, MapId, Snapshot, Volume, VolumeId, split_map_id
+from incfs.model import PAGE_BLOCKS, Facts, Generation, MapId, Snapshot, Volume, VolumeId, split_map_id
 from incfs.policies import Policies
 from incfs.reclaimer import Reclaimer
 from incfs.settings import PoolSettings
@@ -138,17 +138,17 @@ class Service:
 
     def mapped_bytes(self, table: MapId) -> int:
         """Tell how much of a volume or snapshot is stored, what it inherits not counted, unsealed writes included."""
-        volume_id, generation = split_map_id(table)
-        if generation:
-            return self.snapshot_by_generation(volume_id, generation).mapped_blocks * self.block_bytes
-        found = self.volume_by_id(volume_id)
-        # The data plane counts what a clone inherits like its own: there, until the next seal, unsealed writes miss.
-        unsealed = 0 if found.origin else self._store.plane.mapped_delta(table)
-        return (found.mapped_blocks + unsealed) * self.block_bytes
+        return self.stat(table)[1].mapped_blocks * self.block_bytes
 
-    def note_writes(self) -> None:
-        """Bring the volumes' times of modification up to date."""
-        self._store.note_writes()
+    def stat(self, table: MapId) -> tuple[int, Facts]:
+        """Tell size and facts of a volume or snapshot, with what went past Python."""
+        self._store.catch_up()
+        facts = self._store.catalog.facts(table)
+        volume_id, generation = split_map_id(table)
+        # The data plane counts what a clone inherits like its own: there, until the next seal, unsealed writes miss.
+        is_exact = not generation and not self.volume_by_id(volume_id).origin
+        unsealed = self._store.plane.mapped_delta(table) if is_exact else 0
+        return self._store.catalog.size_bytes(table), facts._replace(mapped_blocks=facts.mapped_blocks + unsealed)
 
     @property
     def server(self) -> object:

@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,16 +27,28 @@ from incfs.backing import Backing
 from incfs.catalog import Catalog, Record, RecordId, record_id
 from incfs.changes import Change, map_change
 from incfs.checkpoint import Checkpoint, Commit
-from incfs.codec import encode_record
-from incfs.dataplane import DataPlane
-from incfs.errors import IncfsError, PoolReadOnly
+from incfs.codec import Entries, encode_record
+from incfs.dataplane import Batch, DataPlane
+from incfs.errors import BackingError, IncfsError, PoolReadOnly
 from incfs.events import EventLog
 from incfs.journal import Journal
 from incfs.lock import PoolLock
 from incfs.log import IncrementalLog, Tables
-from incfs.model import HOLE, INHERIT, MapId, SealedPage, Storage, StorageId, Volume, VolumeId, split_map_id
+from incfs.model import (
+    HOLE,
+    INHERIT,
+    Facts,
+    MapId,
+    SealedPage,
+    Snapshot,
+    Storage,
+    StorageId,
+    Volume,
+    VolumeId,
+    split_map_id,
+)
 from incfs.moves import Moves
-from incfs.overlay import TableKey
+from incfs.overlay import Chain, TableKey
 from incfs.planes import PlaneKind, default_kind, make_plane
 from incfs.pool import DEFAULT_EXTEND_BYTES, Pool, PunchPlan
 from incfs.space import Space
@@ -143,16 +155,20 @@ class Store:
             host_reserve_bytes=options.host_reserve_bytes,
             reserve_blocks=options.reserve_blocks,
         )
-        self.moves = Moves(self.catalog, self.log, self.pool, self._pend_move, self.touch)
+        self.moves = Moves(self.catalog, self.log, self.pool, self._pend_move, self._put)
         self._pending: list[Change] = []
         self._touched: dict[RecordId, None] = {}
         self._folded_sequence = 0
-        self._served: dict[MapId, tuple[int, bool]] = {}
-        """Open tables -> (size, whether the data plane's own threads may write)."""
+        self._served: dict[MapId, tuple[int, Facts, bool]] = {}
+        """Open tables -> (size, facts, whether the data plane's own threads may write)."""
         self._quiet: Counter[MapId] = Counter()
         """Tables that the data plane's own threads must not write."""
         self._commit: Commit | None = None
         self._checkpoint: Checkpoint | None = None
+        self._is_turning = False
+        """Whether the journal is about to go on in its next segment."""
+        self._is_watched = False
+        """Whether somebody attends to the data plane's own threads."""
 
     @property
     def block_bytes(self) -> int:
@@ -199,24 +215,25 @@ class Store:
         for record in records:
             self._put(record)
             self._touched.pop(record_id(record), None)
-            self._pending.append(["put", record_id(record)[0], encode_record(record)])
+            self._pend(["put", record_id(record)[0], encode_record(record)])
 
     def touch(self, record: Record) -> None:
         """Put a record whose latest state goes into the next commit."""
         self._put(record)
         self._touched[record_id(record)] = None
+        self.plane.close_journal()
 
     def _put(self, record: Record) -> None:
         before = self.catalog.volumes.get(record.id) if isinstance(record, Volume) else None
         self.catalog.put(record)
         if isinstance(record, Storage) and record.id in self.pool.volumes:
             self.pool.volumes[record.id].record = record
-        if not isinstance(record, Volume):
-            return
-        if record.stripes != (before.stripes if before is not None else ()):
+        if isinstance(record, Volume) and record.stripes != (before.stripes if before is not None else ()):
             self._stripe(record)
-        if record.map_id in self._served:
-            self.serve(record.map_id)
+        if isinstance(record, Volume | Snapshot) and self._served:
+            volume_id = record.id if isinstance(record, Volume) else record.volume_id
+            for table in [table for table in self._served if split_map_id(table)[0] == volume_id]:
+                self.serve(table)
 
     def _stripe(self, volume: Volume) -> None:
         """Let new blocks go where the volume's newest stripe row says."""
@@ -228,25 +245,53 @@ class Store:
         """Remove a record."""
         self.catalog.drop(identity)
         self._touched.pop(identity, None)
-        self._pending.append(["drop", identity[0], list(identity[1])])
+        self._pend(["drop", identity[0], list(identity[1])])
 
     def absorb(self) -> None:
         """Seal the data plane and append what it wrote to the log.
 
         Cost: about 3 us for each mapping since the last seal.
         """
-        self.note_writes()
         batch = self.plane.seal()
+        self._take_committed(batch.committed)
+        for volume_id, pages in self._take(batch):
+            self._pending.append(map_change(volume_id, pages))
+            self.pending_mappings += sum(len(page.appended) for page in pages)
+        for table, written_ns in [*batch.written, *self.plane.written()]:
+            self._note_written(split_map_id(table)[0], written_ns, self.touch)
+
+    def catch_up(self) -> None:
+        """Take over what the data plane's own threads committed, and when they wrote."""
+        self._take_committed(self.plane.take_committed())
+        for table, written_ns in self.plane.written():
+            self._note_written(split_map_id(table)[0], written_ns, self.touch)
+
+    def _take_committed(self, committed: list[tuple[int, Batch]]) -> None:
+        for sequence, batch in committed:
+            self._take(batch)
+            for table, written_ns in batch.written:
+                self.apply_written(split_map_id(table)[0], written_ns)
+            self.sequence = self.durable_sequence = sequence
+
+    def _take(self, batch: Batch) -> list[tuple[VolumeId, list[SealedPage]]]:
+        """Append a sealed batch to the log; give its pages by volume."""
         self.pool.release(batch.dropped)
         by_volume: dict[VolumeId, list[SealedPage]] = {}
         for page in batch.pages:
             by_volume.setdefault(split_map_id(page.map_id)[0], []).append(page)
         for volume_id, pages in by_volume.items():
             volume = self.catalog.volume(volume_id)
-            sealed = [self._owned(page) for page in pages] if volume.origin else pages
-            self._pending.append(map_change(volume_id, sealed))
-            self.pending_mappings += sum(len(page.appended) for page in sealed)
-            self.append_mappings(volume, sealed)
+            self.append_mappings(volume, [self._owned(page) for page in pages] if volume.origin else pages)
+        return list(by_volume.items())
+
+    def apply_written(self, volume_id: VolumeId, written_ns: int) -> None:
+        """Set a volume's time of modification, as a journal record says it."""
+        self._note_written(volume_id, written_ns, self._put)
+
+    def _note_written(self, volume_id: VolumeId, written_ns: int, put: Callable[[Record], None]) -> None:
+        volume = self.catalog.volume(volume_id)
+        if written_ns > volume.modified_ns:
+            put(replace(volume, modified_ns=written_ns, changed_ns=written_ns))
 
     def _owned(self, page: SealedPage) -> SealedPage:
         """Say what a clone's own table had: the data plane does not tell its blocks from those of the origin."""
@@ -267,10 +312,16 @@ class Store:
         mapped = len(new) - replaced
         held = replaced - len(freed)
         if mapped:
-            self.touch(replace(volume, mapped_blocks=volume.mapped_blocks + mapped))
+            self._put(replace(volume, mapped_blocks=volume.mapped_blocks + mapped))
         if held:
             snapshot = self.catalog.snapshot_by_generation(volume.id, volume.newest_generation)
-            self.touch(replace(snapshot, held_blocks=snapshot.held_blocks + held))
+            self._put(replace(snapshot, held_blocks=snapshot.held_blocks + held))
+
+    def _pend(self, change: Change) -> None:
+        """Let a change wait for the next commit; what the data plane's own threads committed came before it."""
+        self.plane.close_journal()
+        self._take_committed(self.plane.take_committed())
+        self._pending.append(change)
 
     def relocate(self, table: TableKey, page_index: int, moves: Mapping[int, tuple[int, int]]) -> None:
         """Let mappings of a page name other blocks with the same data, for all who see them."""
@@ -279,7 +330,7 @@ class Store:
         self.plane.move(self.catalog.readers(VolumeId(table.volume_id)), page_index, flat)
 
     def _pend_move(self, change: Change, page_count: int) -> None:
-        self._pending.append(change)
+        self._pend(change)
         self.pending_mappings += page_count * _PAGE_WEIGHT
 
     # What the data plane may serve by itself
@@ -289,10 +340,11 @@ class Store:
         volume_id, generation = split_map_id(table)
         is_writable = not generation and self.catalog.volume(volume_id).trim_from_bytes is None
         is_writable = is_writable and not self._quiet[table]
-        allowed = self.catalog.size_bytes(table), is_writable and self.failure is None
-        if self._served.get(table) != allowed:
-            self._served[table] = allowed
-            self.plane.serve(table, allowed[0], is_writable=allowed[1])
+        served = self.catalog.size_bytes(table), self.catalog.facts(table), is_writable and self.failure is None
+        if self._served.get(table) != served:
+            self._served[table] = served
+            size_bytes, facts, may_write = served
+            self.plane.serve(table, size_bytes, facts, is_writable=may_write)
 
     @contextmanager
     def quiet(self, table: MapId) -> Iterator[None]:
@@ -312,19 +364,21 @@ class Store:
         if self._served.pop(table, None) is not None:
             self.plane.unserve(table)
 
-    def note_writes(self) -> None:
-        """Let volumes know when the data plane's own threads wrote to them."""
-        for table, written_ns in self.plane.written():
-            volume = self.catalog.volume(split_map_id(table)[0])
-            if written_ns > volume.modified_ns:
-                self.touch(replace(volume, modified_ns=written_ns, changed_ns=written_ns))
-
     # The data plane's needs
 
     def load(self, table: MapId, page_index: int) -> None:
         """Make a page resident, reading the tables here."""
         chain = self.catalog.chain(table)
-        self.install(table, page_index, self.log.resolve(chain, page_index, self.log.fetch(chain, page_index)))
+        self.install(table, page_index, self.resolve(chain, page_index, self.log.fetch(chain, page_index)))
+
+    def resolve(self, chain: Chain, page_index: int, stored: Sequence[Sequence[Entries]]) -> Entries:
+        """Resolve a page that is about to become resident; as ``IncrementalLog.resolve``.
+
+        The log may lag behind what the data plane's own threads committed, and the page may have
+        been evicted since: what they committed comes first.
+        """
+        self._take_committed(self.plane.take_committed())
+        return self.log.resolve(chain, page_index, stored)
 
     def install(self, table: MapId, page_index: int, entries: dict[int, tuple[int, int]]) -> None:
         """Make a resolved page resident, evicting others beyond the memory bound."""
@@ -400,6 +454,7 @@ class Store:
         ``Pool.punch`` (any thread) and ``Pool.punched`` (here) with its result.
         """
         commit = self.begin_commit()
+        self._is_turning = True
         return self._freeze(commit, self.journal.segment.number + 1, nonce)
 
     def _freeze(self, commit: Commit | None, segment_number: int, nonce: int) -> Checkpoint:
@@ -450,6 +505,7 @@ class Store:
 
     def end_checkpoint_commit(self, checkpoint: Checkpoint) -> None:
         """Note that the checkpoint's own commit is durable."""
+        self._is_turning = False
         if checkpoint.commit is not None:
             self.end_commit(checkpoint.commit)
 
@@ -458,6 +514,7 @@ class Store:
         assert checkpoint is self._checkpoint
         self._checkpoint = None
         self._folded_sequence = checkpoint.sequence
+        self.plane.set_folded(checkpoint.sequence)
         self.log.thaw()
         return self.pool.plan_reuse(checkpoint.freed)
 
@@ -525,16 +582,32 @@ class Store:
 
     def watch(self) -> int | None:
         """Give a descriptor that is readable when the data plane wants ``attend``; None when it never will."""
-        return None if isinstance(self.plane, DataPlane) else self.plane.watch(_SEAL_AT)
+        if isinstance(self.plane, DataPlane):
+            return None
+        self._is_watched = True
+        return self.plane.watch(_SEAL_AT)
 
     def attend(self) -> None:
-        """Seal what the data plane's own threads wrote, and add to their leases before they are used up."""
+        """Take over what the data plane's own threads wrote, and add to their leases before they are used up."""
         assert not isinstance(self.plane, DataPlane)
-        low = self.plane.attend()
+        try:
+            low = self.plane.attend()
+        except BackingError as error:
+            return self.fail(error)
         if self.failure is None:
+            self._take_committed(self.plane.take_committed())
             self.seal_if_large()
             for table in low:
                 self.space.top_up(table)
+        return None
+
+    def lend_journal(self) -> None:
+        """Let the data plane's own threads commit by themselves, while nothing else waits to be committed."""
+        is_at_rest = not (self._pending or self._touched or self._commit or self._is_turning)
+        if self._is_watched and is_at_rest and self.failure is None:
+            assert not isinstance(self.plane, DataPlane)
+            most_blocks = self.options.small_commit_bytes // self.block_bytes
+            self.journal.lend(self.plane, sequence=self.sequence, folded=self._folded_sequence, most_blocks=most_blocks)
 
     def seal_if_large(self) -> None:
         """Seal when many mappings wait for it."""

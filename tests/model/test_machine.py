@@ -29,6 +29,7 @@ from incfs import space as space_module
 from incfs import store as store_module
 from incfs import volume as volumes
 from incfs.checkpoint import Checkpoint, Commit
+from incfs.dataplane import DataPlane
 from incfs.errors import AlreadyExists, Busy, NoData, NoSpace
 from incfs.model import HOLE, NO_ORIGIN, MapId, StorageId, Volume, VolumeId, split_map_id
 from incfs.pool import PunchPlan
@@ -145,6 +146,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.checkpoint_phase = ""
         self.punching: PunchPlan | None = None
         self.store: Store = pools.open_tiny(self.pool, self.setup.options)
+        self.store.watch()
         self._watch_commits(self.store)
 
     def _watch_commits(self, store: Store) -> None:
@@ -472,6 +474,19 @@ class CoreMachine(RuleBasedStateMachine):
             return column if left >= 0 else None
 
         pools.relocate(self.store, wish)
+
+    @precondition(lambda self: self.state and not isinstance(self.store.plane, DataPlane))
+    @rule(choice=st.integers(0, 9))
+    def sync_past_python(self, choice: int) -> None:
+        """Do what a hot thread does at an fsync."""
+        volume_id, _ = self.pick(choice)
+        self.store.serve(self.table(volume_id))
+        self.store.lend_journal()
+        plane = self.store.plane
+        assert not isinstance(plane, DataPlane)
+        if plane._sync(self.table(volume_id)):
+            self.committed = copy.deepcopy(self.state)
+            self.given_out |= set(self.committed)
 
     # Looking
 

@@ -7,8 +7,11 @@
  * is whole, in its place and no older than what was acknowledged before the read began.  One control
  * thread does what the store does: grants, seals, frees and reuses blocks, evicts and loads pages,
  * rewrites parts of blocks.  It keeps a model of what was sealed and compares it with every seal.
+ * Syncers make what was written durable through the journal's fast lane, all at once; the control
+ * thread takes what they committed, and now and then takes the journal back.
  */
 #define _GNU_SOURCE
+#include "lane.h"
 #include "plane.h"
 
 #include <pthread.h>
@@ -29,16 +32,20 @@ enum {
     STRIPES = BLOCKS / STRIPE,
     WRITERS = 3, /* and the control thread, which owns every fourth stripe */
     READERS = 2,
+    SYNCERS = 2,
+    THREADS = WRITERS + READERS + SYNCERS,
     IMAGE_BLOCKS = 3 * BLOCKS,
 };
 static const uint64_t TABLE = 1ull << 32, STORAGE = 1ull << 48;
 
 static struct plane *plane;
+static struct lane *lane;
+static int journal;
 static atomic_bool is_over;
 static _Atomic uint64_t acknowledged[BLOCKS];
 /* Twice the number of discards begun, plus 1 while zeros may be read. */
 static _Atomic uint64_t zero_state[BLOCKS];
-static atomic_ulong writes, reads, refusals, seals;
+static atomic_ulong writes, reads, refusals, seals, syncs;
 
 static void fail(const char *what, uint64_t block, uint64_t found, uint64_t expected)
 {
@@ -139,6 +146,43 @@ static void *run_reader(void *argument)
     return NULL;
 }
 
+struct syncer {
+    struct hot_waiter waiter; /* first */
+    atomic_int state;         /* 1: done, 2: refused */
+    int error;
+};
+
+static void sync_done(struct hot_waiter *waiter, int error)
+{
+    struct syncer *syncer = (struct syncer *)waiter;
+    syncer->error = error;
+    atomic_store(&syncer->state, 1);
+}
+
+static void sync_refused(struct hot_waiter *waiter)
+{
+    atomic_store(&((struct syncer *)waiter)->state, 2);
+}
+
+static void *run_syncer(void *argument)
+{
+    static const struct hot_answers answers = {sync_done, sync_refused};
+    unsigned seed = (uintptr_t)argument;
+    while (!atomic_load(&is_over)) {
+        struct syncer syncer = {.waiter.inode = TABLE};
+        if (lane_sync(lane, &syncer.waiter, rand_r(&seed) % 4, &answers)) {
+            while (!atomic_load(&syncer.state))
+                usleep(10);
+            if (syncer.error)
+                fail("sync", 0, syncer.error, 0);
+            if (atomic_load(&syncer.state) == 1)
+                atomic_fetch_add(&syncs, 1);
+        }
+        usleep(rand_r(&seed) % 200);
+    }
+    return NULL;
+}
+
 /* ---- The control plane --------------------------------------------------------------------------------- */
 
 static struct plane_mapping sealed[BLOCKS];
@@ -175,18 +219,12 @@ static void note_freed(uint64_t address)
     freed[freed_count++] = address & 0xFFFFFFFF;
 }
 
-static void seal(void)
+static void take(const struct plane_batch *batch)
 {
-    /* What the last seal freed may be written again now, while readers still hold its address. */
-    while (freed_count)
-        in_use[freed[--freed_count]] = 0;
-    struct plane_batch batch;
-    if (plane_seal(plane, &batch) != PLANE_OK)
-        fail("seal", 0, 1, 0);
-    for (size_t p = 0; p < batch.page_count; p++)
-        for (size_t i = 0; i < batch.pages[p].count; i++) {
-            const struct plane_appended *appended = &batch.appended[batch.pages[p].first + i];
-            uint64_t block = batch.pages[p].page_index * PLANE_PAGE_BLOCKS + appended->index;
+    for (size_t p = 0; p < batch->page_count; p++)
+        for (size_t i = 0; i < batch->pages[p].count; i++) {
+            const struct plane_appended *appended = &batch->appended[batch->pages[p].first + i];
+            uint64_t block = batch->pages[p].page_index * PLANE_PAGE_BLOCKS + appended->index;
             if (appended->old_address != sealed[block].address)
                 fail("replaced another mapping", block, appended->old_address, sealed[block].address);
             if (appended->address > PLANE_HOLE && !in_use[appended->address & 0xFFFFFFFF])
@@ -194,17 +232,51 @@ static void seal(void)
             note_freed(appended->old_address);
             sealed[block] = (struct plane_mapping){appended->address, appended->checksum};
         }
-    for (size_t i = 0; i < batch.dropped_count; i++)
-        note_freed(batch.dropped[i]);
-    plane_batch_free(&batch);
+    for (size_t i = 0; i < batch->dropped_count; i++)
+        note_freed(batch->dropped[i]);
+}
+
+static void take_committed(struct plane_batch *rest)
+{
+    static uint64_t sequence;
+    struct lane_batch *committed;
+    if (lane_take(lane, &committed, rest) != PLANE_OK)
+        fail("seal", 0, 1, 0);
+    for (struct lane_batch *batch = committed, *next; batch; batch = next) {
+        next = batch->next;
+        if (batch->sequence != sequence + (batch->batch.page_count || batch->batch.written_count))
+            fail("a commit is missing", 0, batch->sequence, sequence);
+        sequence = batch->sequence;
+        take(&batch->batch);
+        lane_batch_free(batch);
+    }
+    if (rest)
+        take(rest);
+}
+
+static void seal(void)
+{
+    struct plane_batch rest;
+    take_committed(&rest);
+    plane_batch_free(&rest);
+    /* Nobody reads a commit's blocks back any more: what was freed may be written again now, while readers
+     * still hold its address. */
+    uint64_t end_bytes;
+    if (lane_reclaim(lane, &end_bytes))
+        fail("commit", 0, 1, 0);
+    while (freed_count)
+        in_use[freed[--freed_count]] = 0;
+    lane_reopen(lane);
     atomic_fetch_add(&seals, 1);
 }
 
 static void load_missing(void)
 {
     for (uint64_t page = 0; page < PAGES; page++)
-        if (!plane_is_resident(plane, TABLE, page))
+        if (!plane_is_resident(plane, TABLE, page)) {
+            take_committed(NULL); /* it may have been sealed by a commit, and evicted then */
             plane_load(plane, TABLE, page, sealed + page * PLANE_PAGE_BLOCKS, PLANE_INHERIT);
+        }
 }
 
 static void shrink(unsigned *seed)
@@ -259,15 +331,20 @@ static void control(unsigned seed, time_t end)
         }
         case 6:
             plane_unserve(plane, TABLE);
-            plane_serve(plane, TABLE, (uint64_t)BLOCKS * BLOCK, true);
+            plane_serve(plane, TABLE, (uint64_t)BLOCKS * BLOCK, true, &(struct plane_facts){0});
+            break;
+        case 8: case 9:
+            take_committed(NULL);
             break;
         case 7: {
             uint64_t *list;
             size_t count;
             plane_attend(plane, &list, &count);
             free(list);
+            lane_close(lane);
             plane_written(plane, &list, &count);
             free(list);
+            lane_reopen(lane);
             break;
         }
         }
@@ -296,20 +373,31 @@ int main(int count, char **arguments)
     plane = plane_new(BLOCK);
     plane_attach(plane, 1, image, 0);
     plane_watch(plane, 64);
-    plane_serve(plane, TABLE, (uint64_t)BLOCKS * BLOCK, true);
+    lane = lane_new(plane);
+    journal = memfd_create("journal", MFD_CLOEXEC);
+    lane_lend(lane, &(struct lane_journal){.fd = journal,
+                                           .end_bytes = 512,
+                                           .limit_bytes = UINT64_MAX,
+                                           .most_blocks = 64,
+                                           .block_bytes = BLOCK});
+    plane_serve(plane, TABLE, (uint64_t)BLOCKS * BLOCK, true, &(struct plane_facts){0});
     for (size_t block = 0; block < BLOCKS; block++)
         atomic_store(&zero_state[block], 1);
-    pthread_t threads[WRITERS + READERS];
+    pthread_t threads[THREADS];
     for (uintptr_t i = 0; i < WRITERS; i++)
         pthread_create(&threads[i], NULL, run_writer, (void *)i);
     for (uintptr_t i = 0; i < READERS; i++)
         pthread_create(&threads[WRITERS + i], NULL, run_reader, (void *)(i + seed));
+    for (uintptr_t i = 0; i < SYNCERS; i++)
+        pthread_create(&threads[WRITERS + READERS + i], NULL, run_syncer, (void *)(i + seed));
     control(seed, time(NULL) + (count > 1 ? atoi(arguments[1]) : 5));
     atomic_store(&is_over, true);
-    for (unsigned i = 0; i < WRITERS + READERS; i++)
+    for (unsigned i = 0; i < THREADS; i++)
         pthread_join(threads[i], NULL);
     check_all();
+    lane_free(lane);
     plane_free(plane);
-    printf("ok: %lu writes, %lu reads, %lu refusals, %lu seals\n", writes, reads, refusals, seals);
+    close(journal);
+    printf("ok: %lu writes, %lu reads, %lu refusals, %lu seals, %lu syncs\n", writes, reads, refusals, seals, syncs);
     return 0;
 }

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [ROOT / "tests/native/stress.c", *(ROOT / "incfs" / name for name in ("plane.c", "plane_io.c", "crc32c.c"))]
+SOURCES = [
+    ROOT / "tests/native/stress.c",
+    *(ROOT / "incfs" / name for name in ("plane.c", "plane_io.c", "lane.c", "crc32c.c")),
+]
 SECONDS = "60" if os.environ.get("INCFS_TEST_PROFILE") == "long" else "4"
 
 

@@ -5,7 +5,18 @@ from itertools import count
 from pathlib import Path
 
 from incfs.errors import AlreadyExists, Busy, LimitExceeded, NoData, PoolReadOnly, SnapshotNotFound, VolumeNotFound
-from incfs.model import MAX_VOLUME_BYTES, Generation, Snapshot, Volume, VolumeId, map_id, split_map_id, validate_name
+from incfs.model import (
+    MAX_VOLUME_BYTES,
+    Generation,
+    Snapshot,
+    Volume,
+    VolumeId,
+    map_id,
+    snapshot_facts,
+    split_map_id,
+    validate_name,
+    volume_facts,
+)
 
 BLOCK_BYTES = 4096
 
@@ -28,8 +39,12 @@ class FakeService:
         self._ids = count(1)
         self.branches = FakeBranches()
 
-    def note_writes(self):
-        pass
+    def stat(self, table):
+        volume_id, generation = split_map_id(table)
+        volume = self.volume_by_id(volume_id)
+        snapshot = self.snapshot_by_generation(volume_id, generation) if generation else None
+        facts = snapshot_facts(volume, snapshot) if snapshot else volume_facts(volume)
+        return (snapshot or volume).size_bytes, facts._replace(mapped_blocks=self.mapped_bytes(table) // BLOCK_BYTES)
 
     # look-ups
 

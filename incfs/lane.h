@@ -1,0 +1,67 @@
+/* The journal's fast lane: small commits that need no decision, made where fsync arrives.
+ *
+ * The control plane lends it the journal's end while nothing else waits to be committed, so that what a
+ * lane's record says is always the next thing that happened.  A lane's commit is what incfs/checkpoint.py
+ * does for a small one: seal, put the mappings and their data into one record, flush the journal.  The
+ * sealed batches queue up for the control plane, which takes them before anything that came later.
+ *
+ * Invariants:
+ *   1. Batches are sealed and queued, or handed to the control plane, under the lane's lock: their order is
+ *      that of the seals.
+ *   2. Record n+1 is begun after record n is durable; waiters are answered only then (I5).
+ *   3. After a failed write or flush the plane is frozen before anybody is answered, and the lane never
+ *      opens again (I10).
+ *
+ * Locks: the lane's comes before the plane's gate, and is never held while the disk is waited for.
+ */
+#ifndef INCFS_LANE_H
+#define INCFS_LANE_H
+
+#include "hot.h"
+#include "plane.h"
+
+struct lane;
+
+/* The journal's end, as it is lent. */
+struct lane_journal {
+    int fd;
+    uint64_t end_bytes;   /* where the next record goes */
+    uint64_t limit_bytes; /* no record is begun at or behind it */
+    uint64_t nonce;       /* of the segment */
+    uint64_t sequence;    /* of the last record */
+    uint64_t folded;      /* the last commit that the tables contain */
+    size_t most_blocks;   /* in one record */
+    uint32_t block_bytes;
+};
+
+/* A committed batch, in the order of commits. */
+struct lane_batch {
+    struct lane_batch *next;
+    struct plane_batch batch;
+    uint64_t sequence;
+};
+
+struct lane *lane_new(struct plane *plane);
+void lane_free(struct lane *lane);
+
+void lane_lend(struct lane *lane, const struct lane_journal *journal);
+/* Goes on where it was closed; nobody else has appended since. */
+void lane_reopen(struct lane *lane);
+/* From now on no commit begins; one may still be under way. */
+void lane_close(struct lane *lane);
+/* Closes, waits for what is under way, and gives the journal's end back.  Returns an errno if a commit failed. */
+int lane_reclaim(struct lane *lane, uint64_t *end_bytes);
+uint64_t lane_end_bytes(struct lane *lane);
+/* Another checkpoint has ended; said before any block that it freed is used again. */
+void lane_set_folded(struct lane *lane, uint64_t folded);
+
+/* Takes the batches committed so far, and with `rest` also closes and seals what no commit has.  They are
+ * the caller's, each to be freed with lane_batch_free. */
+enum plane_status lane_take(struct lane *lane, struct lane_batch **committed, struct plane_batch *rest);
+void lane_batch_free(struct lane_batch *batch);
+
+/* Makes everything written so far durable.  False, with nothing changed, when only the control plane may;
+ * else the waiter belongs to the lane until it calls one of the two functions of `answers`. */
+bool lane_sync(struct lane *lane, struct hot_waiter *waiter, bool can_wait, const struct hot_answers *answers);
+
+#endif

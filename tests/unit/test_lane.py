@@ -1,0 +1,224 @@
+"""The journal's fast lane: what fsync commits past Python is what Python would have committed."""
+
+import os
+
+import pytest
+
+pytest.importorskip("incfs._dataplane")
+
+from dataclasses import replace
+
+from incfs import ranges, snapshot, volume
+from incfs.changes import decode_body, map_runs
+from incfs.dataplane import LeaseExhausted
+from incfs.errors import BackingError, PoolReadOnly
+from tests.support import pools
+
+BLOCK = pools.BLOCK
+LEASE_BLOCKS = 2000
+OPTIONS = replace(pools.tiny_options(small_commit_bytes=8192), data_plane="native")
+
+
+@pytest.fixture
+def pool(tmp_path):
+    return pools.make_pool(tmp_path)
+
+
+def opened(pool, plane="native"):
+    store = pools.open_tiny(pool, replace(OPTIONS, data_plane=plane))
+    store.watch()
+    return store
+
+
+def new_volumes(store, *names, size_bytes=1000 * BLOCK):
+    """Volumes that the data plane may serve, with leases, and nothing left to commit."""
+    tables = [pools.new_volume(store, name, size_bytes).map_id for name in names]
+    for table in tables:
+        fill(store, table, 0, bytes(BLOCK))
+        lease(store, table)
+    store.commit()
+    for table in tables:
+        store.serve(table)
+    store.lend_journal()
+    return tables
+
+
+def lease(store, table):
+    def need(_wait):
+        if store.plane.leased_blocks(table) < LEASE_BLOCKS:
+            raise LeaseExhausted(table, LEASE_BLOCKS)
+
+    ranges.drive(store, need)
+
+
+def fill(store, table, first_block, data):
+    """Write as a hot thread does: no record is touched."""
+    ranges.drive(store, lambda wait: store.plane.write(table, first_block * BLOCK, data, wait=wait))
+
+
+def crash(store, plane="native"):
+    store.abandon()
+    return opened(store.directory, plane)
+
+
+@pytest.mark.parametrize("plane", ["native", "python"])
+def test_what_was_synced_survives(pool, plane):
+    store = opened(pool)
+    first, second = new_volumes(store, "first", "second")
+    data = os.urandom(3 * BLOCK)
+    fill(store, first, 510, data)  # two pages
+    fill(store, second, 7, data[:BLOCK])
+    fill(store, second, 9, data[BLOCK:])
+    store.plane.discard(first, 511, 1)
+    assert store.plane._sync(second)
+    store = crash(store, plane)
+    expected = data[:BLOCK] + bytes(BLOCK) + data[2 * BLOCK :]
+    assert pools.read(store, first, 510 * BLOCK, 3 * BLOCK) == expected
+    assert pools.read(store, second, 7 * BLOCK, 4 * BLOCK) == data[:BLOCK] + bytes(BLOCK) + data[BLOCK:]
+    pools.check_clean(store)
+    store.abandon()
+
+
+def test_its_records_say_what_pythons_say(pool):
+    store = opened(pool)
+    (table,) = new_volumes(store, "v")
+    bodies = []
+    for commit in (lambda: store.plane._sync(table), store.commit):
+        fill(store, table, 5, b"x" * BLOCK * 4)
+        fill(store, table, 600, b"y" * BLOCK)
+        commit()
+        bodies.append(decode_body(list(store.journal.records())[-1].body))
+    for body in bodies:
+        (change,) = [change for change in body.changes if change[0] == "map"]
+        runs = [(run.first_block, run.block_count) for run in map_runs(change[2])]
+        assert change[1] == table >> 32
+        assert runs == [(5, 4), (600, 1)]
+        assert body.data == b"x" * BLOCK * 4 + b"y" * BLOCK
+    assert bodies[0].folded_sequence == bodies[1].folded_sequence
+    store.abandon()
+
+
+def test_commits_of_both_kinds_follow_one_another(pool):
+    store = opened(pool)
+    (table,) = new_volumes(store, "v")
+    for number in range(40):
+        fill(store, table, number, bytes([number + 1]) * BLOCK)
+        if number % 3:
+            store.lend_journal()
+            assert store.plane._sync(table)
+        elif number % 9:
+            store.commit()
+        else:
+            store.checkpoint()
+    assert [record.sequence for record in store.journal.records()] == [39, 40, 41]  # since the last checkpoint
+    store = crash(store)
+    expected = b"".join(bytes([number + 1]) * BLOCK for number in range(40))
+    assert pools.read(store, table, 0, 40 * BLOCK) == expected
+    pools.check_clean(store)
+    store.abandon()
+
+
+def test_nothing_overtakes_a_change_that_waits(pool):
+    store = opened(pool)
+    (table,) = new_volumes(store, "v")
+    fill(store, table, 0, b"1" * BLOCK)
+    snapshot.create(store, [(store.catalog.volume_named("v").id, "s")])
+    store.lend_journal()
+    fill(store, table, 0, b"2" * BLOCK)
+    assert not store.plane._sync(table), "the snapshot is not committed yet"
+    store.commit()
+    store.lend_journal()
+    fill(store, table, 0, b"3" * BLOCK)
+    assert store.plane._sync(table)
+    store = crash(store)
+    (taken,) = store.catalog.snapshots(store.catalog.volume_named("v").id)
+    assert pools.read(store, taken.map_id, 0, BLOCK) == b"1" * BLOCK
+    assert pools.read(store, table, 0, BLOCK) == b"3" * BLOCK
+    pools.check_clean(store)
+    store.abandon()
+
+
+def test_a_page_evicted_after_its_sync_is_loaded_as_it_was(pool):
+    """The log had not heard of the commit yet, so the page came back with the mappings before it."""
+    store = opened(pool)
+    (table,) = new_volumes(store, "v")
+    fill(store, table, 0, b"1" * BLOCK)
+    assert store.plane._sync(table)
+    store.plane.shrink(0)  # the first time round it only looks whether a page was used
+    assert store.plane.shrink(0)
+    assert pools.read(store, table, 0, BLOCK) == b"1" * BLOCK
+    store.abandon()
+
+
+def test_a_touched_volume_is_left_to_python(pool):
+    store = opened(pool)
+    (table,) = new_volumes(store, "v")
+    volume.set_attributes(store, store.catalog.volume_named("v").id, mode=0o640)
+    assert not store.plane._sync(table)
+    store.commit()
+    store.lend_journal()
+    assert store.plane._sync(table)
+    store.abandon()
+
+
+def test_large_commits_are_left_to_python(pool):
+    store = opened(pool)
+    (table,) = new_volumes(store, "v")
+    most = OPTIONS.small_commit_bytes // BLOCK
+    fill(store, table, 0, os.urandom((most + 1) * BLOCK))
+    assert not store.plane._sync(table)
+    assert store.plane.fresh_count == most + 1, "it was sealed in passing"
+    store.commit()
+    store.lend_journal()
+    fill(store, table, 0, os.urandom(BLOCK))
+    assert store.plane._sync(table)
+    store.abandon()
+
+
+def test_a_full_segment_is_left_to_python(pool):
+    store = opened(pool)
+    (table,) = new_volumes(store, "v")
+    synced = 0
+    while True:
+        fill(store, table, synced % 500, os.urandom(BLOCK))
+        if not store.plane._sync(table):
+            break
+        synced += 1
+    assert store.journal.used_bytes * 2 >= store.superblock.journal_bytes
+    store.commit()
+    assert store.wants_checkpoint
+    store.checkpoint()
+    store.lend_journal()
+    fill(store, table, 0, b"a" * BLOCK)
+    assert store.plane._sync(table)
+    store = crash(store)
+    assert pools.read(store, table, 0, BLOCK) == b"a" * BLOCK
+    store.abandon()
+
+
+def test_a_failed_flush_is_told_and_the_pool_becomes_read_only(pool):
+    """I10: nobody hears "durable", nothing is tried again."""
+    store = opened(pool)
+    (table,) = new_volumes(store, "v")
+    fill(store, table, 0, b"1" * BLOCK)
+    assert store.plane._sync(table)
+    full = os.open("/dev/full", os.O_RDWR)
+    lent = store.journal._file(store.journal.segment.number)
+    saved = os.dup(lent.fileno())
+    os.dup2(full, lent.fileno())
+    try:
+        fill(store, table, 0, b"2" * BLOCK)
+        with pytest.raises(BackingError, match="journal"):
+            store.plane._sync(table)
+        assert not store.plane._sync(table), "the next one is the control plane's to refuse"
+        store.attend()
+        assert store.failure is not None
+        with pytest.raises(PoolReadOnly):
+            store.commit()
+    finally:
+        os.dup2(saved, lent.fileno())
+        os.close(saved)
+        os.close(full)
+    store = crash(store)
+    assert pools.read(store, table, 0, BLOCK) == b"1" * BLOCK
+    store.abandon()
