@@ -13,6 +13,7 @@ from incfs.driver import Driver
 from incfs.model import MapId, Snapshot, Volume, VolumeId, map_id
 from incfs.reclaimer import Reclaimer
 from incfs.store import Store
+from incfs.transfers import require_ordinary
 
 
 class Branches:
@@ -26,7 +27,7 @@ class Branches:
         self._committer = committer
         self._driver = driver
         self._reclaimer = reclaimer
-        self._rolled_back: set[MapId] = set()
+        self._changed: set[MapId] = set()
 
     async def clone(self, origin: Snapshot, name: str) -> Volume:
         """Add a volume that reads as a snapshot until it is written."""
@@ -39,16 +40,21 @@ class Branches:
 
         The caller has seen to it that nobody has those open, nor, without ``force``, the volume.
         """
+        require_ordinary(self._store.catalog.volume(volume_id), "be rolled back")
         await self._driver.drive(lambda _: rollback.roll_back(self._store, volume_id, name, force=force))
-        self._rolled_back.add(map_id(volume_id))
+        self.note_changed(map_id(volume_id))
         self._reclaimer.reclaim_soon()
         await self._committer.commit()
 
-    def take_rolled_back(self, table: MapId) -> bool:
-        """Tell, once, that a table was rolled back: what the kernel has of it is of before."""
-        if table not in self._rolled_back:
+    def note_changed(self, table: MapId) -> None:
+        """Note that a table that nobody has open was changed: what the kernel has of it is of before."""
+        self._changed.add(table)
+
+    def take_changed(self, table: MapId) -> bool:
+        """Tell, once, whether a table was changed behind the kernel's back."""
+        if table not in self._changed:
             return False
-        self._rolled_back.remove(table)
+        self._changed.remove(table)
         return True
 
     def require_removable(self, snapshots: Sequence[Snapshot]) -> None:

@@ -7,7 +7,7 @@ Owns the encodings that ``docs/FORMAT.md`` documents.  Decoding any bytes gives 
 import struct
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 from functools import cache
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -157,7 +157,9 @@ def _decode_runs(flat: Any) -> Entries:
 
 def encode_record(record: Any) -> dict[str, Any]:
     """Turn a frozen record of ``model`` into a plain map for ``pack``."""
-    return {name: dict(v) if isinstance(v, Mapping) else v for name, v in asdict(record).items()}
+    # Not with asdict: its deep copies take 30 times as long, and a volume's record is in most commits.
+    values = ((name, getattr(record, name)) for name in record.__dataclass_fields__)
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values}
 
 
 def decode_record(kind: type[Record], value: Any) -> Record:

@@ -17,6 +17,7 @@ Owns the tree, the stable codes, and for each class its errno (FUSE), its exit c
     ├── Busy                       names who holds it
     │   └── PoolLocked
     ├── NotSupported
+    ├── ReplicaReadOnly            until it is promoted
     ├── NoSpace
     │   └── QuotaExceeded          of a volume's own limit
     ├── LimitExceeded
@@ -171,6 +172,14 @@ class QuotaExceeded(NoSpace):
 
     code = "volume.quota-exceeded"
     errno = _errno.EDQUOT
+
+
+class ReplicaReadOnly(IncfsError):
+    """A replica changes by streams only, until it is promoted."""
+
+    code = "volume.replica"
+    errno = _errno.EROFS
+    exit_code = 11
 
 
 class LimitExceeded(IncfsError):

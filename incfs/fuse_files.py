@@ -101,6 +101,8 @@ class FileHandlers(pyfuse3.Operations):
             self.service.snapshot_by_generation(volume_id, generation)
         elif kind is Kind.VOLUME:
             volume = self.service.volume_by_id(volume_of(inode))
+            if wants_write:
+                self.service.require_ordinary(volume.id)
             if flags & os.O_TRUNC and volume.size_bytes:
                 await self.service.resize_volume(volume.id, 0, shrink=True)
         else:
@@ -117,9 +119,9 @@ class FileHandlers(pyfuse3.Operations):
     def _open_table(self, table: MapId, pid: int, *, is_writable: bool, is_cached: bool = True) -> pyfuse3.FileInfo:
         self.service.open_handle(table, describe_process(pid))
         fh = self._register(Handle(table, table, is_writable=is_writable))
-        # What a table holds changes through the mount only, so the kernel may keep its pages; but for a rollback.
+        # But for rollbacks and streams, a table changes through the mount only: the kernel may keep its pages.
         is_cached = is_cached and self.cache != "none"
-        is_kept = is_cached and not self.service.branches.take_rolled_back(table)
+        is_kept = is_cached and not self.service.branches.take_changed(table)
         return pyfuse3.FileInfo(fh=fh, direct_io=not is_cached, keep_cache=is_kept)
 
     def _register(self, handle: Handle) -> int:

@@ -118,6 +118,14 @@ class Volume:
     """The snapshot whose contents are the current ones, until the last page is unrolled; 0 without a rollback."""
     rollback_mark: Generation = Generation(0)
     """Writes since that rollback displace into this generation and later ones."""
+    receive_lead: VolumeId = VolumeId(0)
+    """While the volume receives a stream: the volume whose record has the state of that, maybe itself."""
+    receive_state: str = ""
+    """What ``transfers`` keeps of an unfinished receive; at its lead only."""
+    is_replica: bool = False
+    """Changed by streams only, until it is promoted."""
+    replicas: Mapping[str, str] = field(default_factory=dict)
+    """Where this volume is replicated to: name -> what ``replicas`` keeps of it."""
 
     stripes: tuple[tuple[int, ...], ...] = ()
     """The stripe map: rows of (since_ns, unit_blocks, columns...), the newest last; none: not striped."""
@@ -131,6 +139,11 @@ class Volume:
     def stripe_row(self) -> StripeRow | None:
         """The row that rules new stripes."""
         return StripeRow(self.stripes[-1][0], self.stripes[-1][1], self.stripes[-1][2:]) if self.stripes else None
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether its first snapshot is still being received: nobody sees it, but its name is taken."""
+        return bool(self.receive_lead) and not self.last_generation
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,12 @@ Invariants:
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from incfs.backing import Backing, File
-from incfs.errors import BaseMismatch, FormatError, NotSupported
+from incfs.errors import BaseMismatch, FormatError, NotSupported, StreamCorrupt, StreamTruncated
 from incfs.stream.chain import count_present
 from incfs.stream.records import (
     Checkpoint,
@@ -49,6 +49,10 @@ class Note:
     """UUID of the snapshot that is being written."""
     offset_bytes: int = 0
     """Up to where that is done."""
+    digest: str = ""
+    """Of the ranges before that, in hexadecimal."""
+    is_spoiled: bool = False
+    """Ranges of a stream that turned out to be corrupt may be in the file: nothing goes on from here."""
 
 
 class RawFile:
@@ -95,14 +99,19 @@ class RawFile:
             BaseMismatch: The file does not hold the base.
             StreamCorrupt: As the reader of ``records``.
         """
-        for record in records:
-            match record:
-                case StreamBegin():
-                    self._begin(record)
-                case SnapBegin():
-                    self._begin_snapshot(record)
-                case _ if self._snap is not None:
-                    self._apply(record, self._snap)
+        try:
+            for record in records:
+                match record:
+                    case StreamBegin():
+                        self._begin(record)
+                    case SnapBegin():
+                        self._begin_snapshot(record)
+                    case _ if self._snap is not None:
+                        self._apply(record, self._snap)
+        except StreamCorrupt as error:
+            if self._snap is not None and not isinstance(error, StreamTruncated):
+                self._write_note(replace(self.note, is_spoiled=True))
+            raise
 
     def _begin(self, begin: StreamBegin) -> None:
         if len(begin.members) != 1:
@@ -114,6 +123,10 @@ class RawFile:
 
     def _require_base(self, link: Link) -> None:
         note = self.note
+        if note.is_spoiled:
+            raise BaseMismatch(
+                f"{self._file.path} was half written from a corrupt stream; start again from a full one in another file"
+            )
         if link.base != note.snapshot:
             raise BaseMismatch(
                 f"{self._file.path} holds snapshot {note.snapshot}, the stream starts from {link.base}",
@@ -131,12 +144,13 @@ class RawFile:
             self._skip_count -= 1
             return
         self._require_base(snap.link)
-        if snap.start_bytes > self.note.offset_bytes:
+        note = self.note
+        if snap.start_bytes and (snap.start_bytes, snap.digest.hex()) != (note.offset_bytes, note.digest):
             raise BaseMismatch(
-                f"{self._file.path} is complete up to {self.note.offset_bytes} of snapshot {snap.name}, "
+                f"{self._file.path} is complete up to {note.offset_bytes} of snapshot {snap.name}, "
                 f"the stream goes on at {snap.start_bytes}"
             )
-        self._write_note(Note(snap.link.base, writing=snap.link.uuid, offset_bytes=snap.start_bytes))
+        self._note_progress(snap, snap.start_bytes, snap.digest)
         self._snap = snap
 
     def _apply(self, record: Record, snap: SnapBegin) -> None:
@@ -147,11 +161,14 @@ class RawFile:
                 self._file.pwrite(offset, data)
             case Zero():
                 self._clear(record)
-            case Checkpoint(offset):
+            case Checkpoint(offset, digest):
                 self._file.sync()
-                self._write_note(Note(snap.link.base, writing=snap.link.uuid, offset_bytes=offset))
+                self._note_progress(snap, offset, digest)
             case SnapEnd():
                 self._end_snapshot(snap)
+
+    def _note_progress(self, snap: SnapBegin, offset_bytes: int, digest: bytes) -> None:
+        self._write_note(Note(snap.link.base, writing=snap.link.uuid, offset_bytes=offset_bytes, digest=digest.hex()))
 
     def _end_snapshot(self, snap: SnapBegin) -> None:
         self._file.sync()
@@ -211,8 +228,9 @@ def _decode_note(path: Path) -> Note:
             value: Any = json.loads(stream.read(_MAX_NOTE_BYTES))
         match value:
             case {"snapshot": str() | None as snapshot, "size_bytes": int(size), "modified_ns": int(modified),
-                  "writing": str() | None as writing, "offset_bytes": int(offset)}:  # fmt: skip
-                return Note(snapshot, size, modified, writing, offset)
+                  "writing": str() | None as writing, "offset_bytes": int(offset), "digest": str(digest),
+                  "is_spoiled": bool(is_spoiled)}:  # fmt: skip
+                return Note(snapshot, size, modified, writing, offset, digest, is_spoiled)
     except (OSError, ValueError) as error:
         raise FormatError(f"{path} cannot be read: {error}; it says which snapshot the file beside it holds") from error
     raise FormatError(f"{path} is not a note of incfs; it should say which snapshot the file beside it holds")

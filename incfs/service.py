@@ -19,7 +19,7 @@ from incfs.check import Checker, CheckReport, Progress
 from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
 from incfs.dataplane import DataPlane
 from incfs.driver import Driver
-from incfs.errors import Busy, IncfsError, NoData
+from incfs.errors import Busy, IncfsError, NoData, VolumeNotFound
 from incfs.events import KEPT_EVENTS
 from incfs.extents import Extent
 from incfs.keeper import Keeper
@@ -28,6 +28,8 @@ from incfs.policies import Policies
 from incfs.reclaimer import Reclaimer
 from incfs.settings import PoolSettings
 from incfs.store import Options, Store
+from incfs.transfers import require_not_receiving, require_ordinary
+from incfs.transport import Transfers
 from incfs.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,10 @@ class Service:
         self.branches = Branches(store, self._committer, self._driver, self._reclaimer)
         """Clones, holds, going back."""
         self.upkeep = Upkeep(store, self._committer, self._driver)
+        self.transfers = Transfers(
+            store, self._committer, self._driver, self, self._reclaimer, self.branches.note_changed
+        )
+        """Streams in and out."""
         self.mounted: MountHook | None = None
         self.policies = Policies(store, self._committer, self.apply_settings)
         """The policy and what it has done."""
@@ -110,11 +116,15 @@ class Service:
 
     def volumes(self) -> list[Volume]:
         """List the volumes by name."""
-        return sorted((v for v in self._store.catalog.volumes.values() if v.name), key=lambda v: v.name)
+        named = (v for v in self._store.catalog.volumes.values() if v.name and not v.is_hidden)
+        return sorted(named, key=lambda v: v.name)
 
     def volume(self, name: str) -> Volume:
         """Look up a volume by name or ``uuid:...``."""
-        return self._store.catalog.volume_named(name)
+        found = self._store.catalog.volume_named(name)
+        if found.is_hidden:
+            raise VolumeNotFound(f"volume {name} is still being received; its first snapshot is not complete")
+        return found
 
     def volume_by_id(self, volume_id: VolumeId) -> Volume:
         """Look up a volume, also one that was unlinked but is open."""
@@ -158,7 +168,14 @@ class Service:
     # Open files
 
     def open_handle(self, table: MapId, holder: str) -> None:
-        """Note that a file is open: it stays readable although its name goes."""
+        """Note that a file is open: it stays readable although its name goes.
+
+        Raises:
+            Busy: It is a volume that receives a stream.
+        """
+        volume_id, generation = split_map_id(table)
+        if not generation:
+            require_not_receiving(self.volume_by_id(volume_id), "be opened")
         self._handles.setdefault(table, []).append(holder)
         self._store.serve(table)
 
@@ -170,6 +187,14 @@ class Service:
             del self._handles[table]
             self._store.unserve(table)
             self._reclaimer.reclaim_soon()
+
+    def require_ordinary(self, volume_id: VolumeId) -> None:
+        """Refuse to have a volume changed that changes by streams only.
+
+        Raises:
+            Busy, ReplicaReadOnly: It receives one, or is a replica.
+        """
+        require_ordinary(self.volume_by_id(volume_id), "be written")
 
     def holders(self, volume_id: VolumeId) -> list[str]:
         """Name who has the volume or one of its snapshots open."""

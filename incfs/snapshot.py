@@ -7,10 +7,21 @@ from dataclasses import replace
 from incfs.errors import AlreadyExists, Busy, LimitExceeded, UsageError
 from incfs.extents import Extent, join_extents, page_entries
 from incfs.holds import require_not_held
-from incfs.model import HOLE, INHERIT, MAX_GENERATION, PAGE_BLOCKS, Generation, Snapshot, VolumeId, validate_name
+from incfs.model import (
+    HOLE,
+    INHERIT,
+    MAX_GENERATION,
+    PAGE_BLOCKS,
+    Generation,
+    Snapshot,
+    Volume,
+    VolumeId,
+    validate_name,
+)
 from incfs.overlay import TableKey
 from incfs.ranges import TrimPending
 from incfs.store import Store
+from incfs.transfers import require_not_receiving, require_ordinary
 
 _LISTED_PAGES = 512
 """Pages of each table that one step of a diff lists."""
@@ -24,6 +35,7 @@ def create(store: Store, wanted: Sequence[tuple[VolumeId, str]], *, tag: str = "
     Raises:
         UsageError: A volume is named twice, or none.
         InvalidName, AlreadyExists: Of a name; then no snapshot is taken.
+        Busy, ReplicaReadOnly: A volume changes by streams only.
         TrimPending: A shrink is not finished: what lies behind the end would come to light in a clone that grows.
     """
     store.begin_change()
@@ -32,10 +44,27 @@ def create(store: Store, wanted: Sequence[tuple[VolumeId, str]], *, tag: str = "
     for volume_id, name in wanted:
         validate_name(name, what="snapshot")
         _require_free_name(store, volume_id, name)
+        require_ordinary(store.catalog.volume(volume_id), "get a snapshot")
         if store.catalog.volume(volume_id).trim_from_bytes is not None:
             raise TrimPending(volume_id)
     now = store.clock()
-    taken = [_snapshot_of(store, volume_id, name, now, tag) for volume_id, name in wanted]
+    return adopt(store, [_snapshot_of(store, volume_id, name, now, tag) for volume_id, name in wanted])
+
+
+def next_generation(volume: Volume) -> Generation:
+    """Give the number of a volume's next snapshot.
+
+    Raises:
+        LimitExceeded: It has had all that there can be.
+    """
+    generation = Generation(volume.last_generation + 1)
+    if generation > MAX_GENERATION:
+        raise LimitExceeded(f"volume {volume.name} has had all of its 2^32 - 2 snapshots")
+    return generation
+
+
+def adopt(store: Store, taken: list[Snapshot]) -> list[Snapshot]:
+    """Let snapshots be those of their volumes as they are now: one change, after ``begin_change`` in the same step."""
     volumes = [
         replace(store.catalog.volume(s.volume_id), newest_generation=s.generation, last_generation=s.generation)
         for s in taken
@@ -46,9 +75,7 @@ def create(store: Store, wanted: Sequence[tuple[VolumeId, str]], *, tag: str = "
 
 def _snapshot_of(store: Store, volume_id: VolumeId, name: str, now: int, tag: str) -> Snapshot:
     volume = store.catalog.volume(volume_id)
-    generation = Generation(volume.last_generation + 1)
-    if generation > MAX_GENERATION:
-        raise LimitExceeded(f"volume {volume.name} has had all of its 2^32 - 2 snapshots")
+    generation = next_generation(volume)
     size, mapped = volume.size_bytes, volume.mapped_blocks
     return Snapshot(volume_id, generation, str(uuids.uuid4()), name, size, mapped, now, tag=tag)
 
@@ -82,6 +109,9 @@ def require_removable(store: Store, snapshots: Iterable[Snapshot]) -> None:
     """
     for snapshot in snapshots:
         require_not_held(store, snapshot)
+        volume = store.catalog.volume(snapshot.volume_id)
+        if volume.receive_lead and snapshot == store.catalog.snapshots(volume.id)[-1]:
+            require_not_receiving(volume, f"lose snapshot {snapshot.name}")
         clones = [volume.name for volume in store.catalog.clones(snapshot.map_id) if volume.name]
         if clones:
             whose = f"{store.catalog.volume(snapshot.volume_id).name}@{snapshot.name}"

@@ -23,6 +23,7 @@ from incfs.ranges import TrimPending
 from incfs.rollback import unroll
 from incfs.snapshot import require_removable
 from incfs.store import Store
+from incfs.transfers import require_not_receiving, require_ordinary
 
 
 def create(
@@ -65,15 +66,26 @@ def resize(store: Store, volume_id: VolumeId, size_bytes: int, *, shrink: bool) 
         LimitExceeded: Beyond the largest volume.
         TrimPending: An earlier shrink is not finished.
     """
-    store.begin_change()
-    _require_size(size_bytes)
     volume = store.catalog.volume(volume_id)
+    require_ordinary(volume, "be resized")
     if size_bytes < volume.size_bytes and not shrink:
         raise UsageError(
             f"volume {volume.name} has {volume.size_bytes} bytes; to cut it to {size_bytes} and lose the rest, "
             f"say --shrink",
             volume=volume.name,
         )
+    return set_size(store, volume_id, size_bytes)
+
+
+def set_size(store: Store, volume_id: VolumeId, size_bytes: int) -> Volume:
+    """Set the size, also of a volume that changes by streams only.
+
+    Raises:
+        LimitExceeded, TrimPending: As ``resize``.
+    """
+    store.begin_change()
+    _require_size(size_bytes)
+    volume = store.catalog.volume(volume_id)
     if volume.trim_from_bytes is not None:
         raise TrimPending(volume_id)
     now = store.clock()
@@ -104,6 +116,7 @@ def rename(store: Store, volume_id: VolumeId, new_name: str, *, over: bool = Fal
     renamed = replace(volume, name=new_name, changed_ns=store.clock())
     if over and store.catalog.has_name(new_name):
         doomed = store.catalog.volume_named(new_name)
+        require_not_receiving(doomed, "be replaced")
         _require_no_snapshots(store, doomed)
         store.change(replace(doomed, name=""), renamed)
     else:
@@ -138,6 +151,7 @@ def remove(store: Store, volume_id: VolumeId, *, snapshots: bool) -> None:
     """
     store.begin_change()
     volume = store.catalog.volume(volume_id)
+    require_not_receiving(volume, "be removed")
     if not snapshots:
         _require_no_snapshots(store, volume)
     kept = store.catalog.snapshots(volume_id)

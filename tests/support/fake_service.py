@@ -22,7 +22,7 @@ BLOCK_BYTES = 4096
 
 
 class FakeBranches:
-    def take_rolled_back(self, table):
+    def take_changed(self, table):
         return False
 
 
@@ -88,6 +88,9 @@ class FakeService:
     def mapped_bytes(self, table):
         data = self._data[table]
         return sum(BLOCK_BYTES for start in range(0, len(data), BLOCK_BYTES) if any(data[start : start + BLOCK_BYTES]))
+
+    def require_ordinary(self, volume_id) -> None:
+        """All of them are."""
 
     def holders(self, volume_id):
         return [h for table, held in self._opened.items() if split_map_id(table)[0] == volume_id for h in held]

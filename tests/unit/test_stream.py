@@ -210,7 +210,7 @@ def test_a_chain_too_long_for_one_stream_is_refused():
         StreamEncoder().begin(StreamBegin((Member(VOLUME, "v"),), tuple((link,) for link in links)))
 
 
-@pytest.mark.parametrize(("count", "is_measured"), [(3000, False), (200, True)])
+@pytest.mark.parametrize(("count", "is_measured"), [(17_000, False), (200, True)])
 def test_spoiled_streams_are_refused_with_a_typed_error_in_bounded_memory(count, is_measured):
     chance = random.Random(20_260)
     survived = 0

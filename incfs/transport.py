@@ -1,0 +1,256 @@
+"""Streams in and out of an open pool: tasks, pace, back pressure.
+
+The core is asked in steps of the trio thread; packing, hashing and unpacking run in worker
+threads, a batch at a time.  What the other end does not take is not made: a batch waits until
+the one before has gone.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from incfs import ranges, receiver, sender, snapshot
+from incfs.committer import Committer, offload
+from incfs.driver import Driver
+from incfs.errors import BaseMismatch, Busy, TokenStale, UsageError
+from incfs.model import MapId, Snapshot, Volume, VolumeId, map_id
+from incfs.receiver import Receiver
+from incfs.reclaimer import Reclaimer
+from incfs.sender import SendPlan, Stretch
+from incfs.store import Store
+from incfs.stream.encoder import StreamEncoder
+from incfs.stream.ranges import RangeJoiner
+from incfs.stream.reader import StreamReader
+from incfs.stream.records import Link, Range, Record, StreamBegin, Write, Zero
+from incfs.stream.token import decode_token, encode_token
+from incfs.transfers import receiving
+
+BATCH_BYTES = 1 << 20
+"""Ranges that are packed together in a worker thread; about so much is in memory, a few times."""
+_BATCH_RANGES = 512
+
+Output = Callable[[bytes], Awaitable[None]]
+Input = Callable[[], Awaitable[bytes]]
+"""Gives the next bytes; none at the end."""
+
+
+class Handles(Protocol):
+    """Who has what open."""
+
+    def open_handle(self, table: MapId, holder: str) -> None:
+        """Note that a table is in use."""
+
+    def close_handle(self, table: MapId) -> None:
+        """Note that it is not any more."""
+
+    def table_holders(self, table: MapId) -> list[str]:
+        """Name who uses it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What a send did."""
+
+    stream_bytes: int
+    snapshots: list[Snapshot]
+
+
+class Transfers:
+    """Sends and receives on one open pool."""
+
+    def __init__(
+        self,
+        store: Store,
+        committer: Committer,
+        driver: Driver,
+        handles: Handles,
+        reclaimer: Reclaimer,
+        note_changed: Callable[[MapId], None],
+    ) -> None:
+        self._reclaimer = reclaimer
+        self._store = store
+        self._note_changed = note_changed
+        self._committer = committer
+        self._driver = driver
+        self._handles = handles
+        self._busy: set[VolumeId] = set()
+        """Volumes that a stream is being received into now."""
+
+    # Send
+
+    def plan(self, wanted: Sequence[tuple[Volume, Snapshot]], *, base: str | None, every: bool) -> SendPlan:
+        """Plan a stream; see ``sender.plan_send``."""
+        return sender.plan_send(self._store, wanted, base=base, every=every)
+
+    def plan_resume(self, token: str) -> SendPlan:
+        """Plan the rest of a stream.
+
+        Raises:
+            TokenStale: The token is damaged, or what it needs is gone.
+        """
+        return sender.plan_resume(self._store, decode_token(token))
+
+    async def send(self, plan: SendPlan, output: Output, *, level: int, rate_bytes: int | None = None) -> Sent:
+        """Make the stream and hand it to ``output``, no faster than the rate (bytes a second).
+
+        The snapshots cannot be removed meanwhile.
+        """
+        encoder = StreamEncoder(level=level)
+        paced = _Pace(output, rate_bytes)
+        begin = plan.position.begin
+        links = [link for step in begin.steps for link in step][begin.done_count :]
+        with self._pinned(plan.snapshots.values(), "send"):
+            await paced.put(encoder.begin(begin))
+            for number, link in enumerate(links):
+                await self._send_snapshot(plan, link, encoder, paced, is_first=not number)
+            await paced.put(encoder.end())
+        return Sent(paced.sent_bytes, [plan.snapshots[link.uuid] for link in links])
+
+    async def _send_snapshot(
+        self, plan: SendPlan, link: Link, encoder: StreamEncoder, output: "_Pace", *, is_first: bool
+    ) -> None:
+        snap = plan.header(link, self._store.block_bytes, is_first=is_first)
+        older = plan.snapshots[link.base] if link.base else None
+        await output.put(encoder.begin_snapshot(snap))
+        async for batch in self._batches(older, plan.snapshots[link.uuid], snap.start_bytes):
+            packed = batch
+            await output.put(await offload(lambda: b"".join(encoder.add(found) for found in packed)))  # noqa: B023
+        await output.put(encoder.end_snapshot())
+
+    async def _batches(self, older: Snapshot | None, newer: Snapshot, start_bytes: int) -> AsyncIterator[list[Range]]:
+        """Read what changed, joined, in batches."""
+        joiner = RangeJoiner()
+        batch: list[Range] = []
+        size = 0
+        for page_index in snapshot.changed_pages(self._store, older, newer):
+            for stretch in sender.changed_stretches(self._store, older, newer, page_index, start_bytes):
+                for found in joiner.push(await self._read(newer.map_id, stretch)):
+                    batch.append(found)
+                    size += len(found.data) if isinstance(found, Write) else 0
+                if size >= BATCH_BYTES or len(batch) >= _BATCH_RANGES:
+                    yield batch
+                    batch, size = [], 0
+            await trio.lowlevel.checkpoint()
+        batch += joiner.flush()
+        if batch:
+            yield batch
+
+    async def _read(self, table: MapId, stretch: Stretch) -> Range:
+        start, length = stretch.offset_bytes, stretch.length_bytes
+        if not stretch.is_data:
+            return Zero(start, length)
+        data = await self._driver.drive(lambda wait: ranges.read(self._store, table, start, length, wait=wait))
+        return Write(start, data)
+
+    @contextmanager
+    def _pinned(self, snapshots: Iterable[Snapshot], holder: str) -> Iterator[None]:
+        pinned = [taken.map_id for taken in snapshots]
+        for table in pinned:
+            self._handles.open_handle(table, holder)
+        try:
+            yield
+        finally:
+            for table in pinned:
+                self._handles.close_handle(table)
+
+    # Receive
+
+    async def receive(self, names: Sequence[str], source: Input, *, is_replica: bool = False) -> Receiver:
+        """Take a stream into volumes.
+
+        Durability: each snapshot is durable once it is published; before that, what came before a CHECKPOINT.
+
+        Raises:
+            StreamCorrupt, StreamTruncated: The stream is no good; what it brought so far can be gone on from.
+            BaseMismatch: A target does not hold exactly the base, or is in use.
+        """
+        work = Receiver(self._store, names, is_replica=is_replica, holders=self._handles.table_holders)
+        reader = StreamReader()
+        locked: tuple[VolumeId, ...] = ()
+        try:
+            while data := await source():
+                for record in await offload(lambda: list(reader.feed(data))):
+                    if isinstance(record, StreamBegin):
+                        self._require_unlocked(names, record)
+                    await self._accept(work, record)
+                    if isinstance(record, StreamBegin):
+                        locked = work.targets
+                        self._busy.update(locked)
+                        for target in locked:
+                            self._note_changed(map_id(target))
+            reader.close()
+        finally:
+            self._busy.difference_update(locked)
+        return work
+
+    def _require_unlocked(self, names: Sequence[str], begin: StreamBegin) -> None:
+        for name in names or [member.name for member in begin.members]:
+            for target in self._store.catalog.volumes.values():
+                if target.name == name and target.id in self._busy:
+                    raise BaseMismatch(f"another stream is being received into volume {name} now")
+
+    async def _accept(self, work: Receiver, record: Record) -> None:
+        steps = work.accept(record)
+        result = None
+        try:
+            while True:
+                request = steps.send(result)
+                result = None
+                if request is None:
+                    await self._committer.commit()
+                else:
+                    result = await self._driver.drive(request)
+        except StopIteration:
+            return
+
+    async def abort(self, name: str) -> list[VolumeId]:
+        """End an unfinished receive: targets are as they were before it.
+
+        Raises:
+            UsageError: There is none.
+            Busy: A stream is being received right now.
+        """
+        target = self._store.catalog.volume_named(name)
+        if target.id in self._busy:
+            raise Busy(f"volume {name} receives a stream now; end that one first")
+        ended = await self._driver.drive(lambda _: receiver.abort(self._store, name))
+        for volume_id in ended:
+            self._note_changed(map_id(volume_id))
+        self._reclaimer.reclaim_soon()
+        await self._committer.commit()
+        return ended
+
+    def token(self, name: str) -> str:
+        """Give the token with which a sender goes on with an unfinished receive.
+
+        Raises:
+            UsageError: There is none.
+        """
+        state = receiving(self._store, self._store.catalog.volume_named(name))
+        if state is None:
+            raise UsageError(f"volume {name} has no unfinished receive", volume=name)
+        if state.position.link is None:
+            raise TokenStale(f"nothing is left to send to volume {name}")
+        return encode_token(state.position)
+
+
+class _Pace:
+    """Hands bytes on, no faster than a rate, and counts them."""
+
+    def __init__(self, output: Output, rate_bytes: int | None) -> None:
+        self._output = output
+        self._rate_bytes = rate_bytes
+        self._free_at = trio.current_time()
+        self.sent_bytes = 0
+
+    async def put(self, data: bytes) -> None:
+        """Hand bytes on when their time has come."""
+        if self._rate_bytes:
+            now = trio.current_time()
+            self._free_at = max(self._free_at, now) + len(data) / self._rate_bytes
+            await trio.sleep_until(self._free_at)
+        self.sent_bytes += len(data)
+        await self._output(data)
