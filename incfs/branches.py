@@ -3,13 +3,14 @@
 Owns nothing but references to the parts of an open pool; the trio thread.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
 from incfs import clone, holds, rollback, snapshot
-from incfs.committer import Committer
+from incfs.committer import COMMIT_AT_MAPPINGS, Committer
 from incfs.driver import Driver
+from incfs.errors import Busy
 from incfs.model import MapId, Snapshot, Volume, VolumeId, map_id
 from incfs.reclaimer import Reclaimer
 from incfs.store import Store
@@ -28,6 +29,7 @@ class Branches:
         self._driver = driver
         self._reclaimer = reclaimer
         self._changed: set[MapId] = set()
+        self._flattening: set[VolumeId] = set()
 
     async def clone(self, origin: Snapshot, name: str) -> Volume:
         """Add a volume that reads as a snapshot until it is written."""
@@ -35,12 +37,46 @@ class Branches:
         await self._committer.commit()
         return made
 
+    async def flatten(self, volume_id: VolumeId, progress: Callable[[int, int], None]) -> Volume:
+        """Copy what a clone inherits, and cut its origin.  May be cancelled, and done again: it goes on.
+
+        Raises:
+            Busy: It is being flattened.
+            NoSpace: The pool is full.
+        """
+        if volume_id in self._flattening:
+            raise Busy(f"volume {self._store.catalog.volume(volume_id).name} is being flattened already")
+        self._flattening.add(volume_id)
+        try:
+            await self._copy_inherited(volume_id, progress)
+        finally:
+            self._flattening.remove(volume_id)
+        clone.cut_origin(self._store, volume_id)
+        self._reclaimer.reclaim_soon()
+        await self._committer.commit()
+        return self._store.catalog.volume(volume_id)
+
+    async def _copy_inherited(self, volume_id: VolumeId, progress: Callable[[int, int], None]) -> None:
+        block: int | None = 0
+        while block is not None:
+            start = block
+            block = await self._driver.drive(
+                lambda wait, start=start: clone.flatten_step(self._store, volume_id, start, wait=wait)  # type: ignore[misc]
+            )
+            size = self._store.catalog.volume(volume_id).size_bytes
+            progress(size if block is None else min(size, block * self._store.block_bytes), size)
+            if self._store.pending_mappings >= COMMIT_AT_MAPPINGS:
+                await self._committer.commit()
+            await trio.lowlevel.checkpoint()
+
     async def roll_back(self, volume_id: VolumeId, name: str, *, force: bool = False) -> None:
         """Let a volume be what it was at a snapshot; newer snapshots go, if ``force`` says so.
 
         The caller has seen to it that nobody has those open, nor, without ``force``, the volume.
         """
         require_ordinary(self._store.catalog.volume(volume_id), "be rolled back")
+        if volume_id in self._flattening:
+            raise Busy(f"volume {self._store.catalog.volume(volume_id).name} is being flattened; try later")
         await self._driver.drive(lambda _: rollback.roll_back(self._store, volume_id, name, force=force))
         self.note_changed(map_id(volume_id))
         self._reclaimer.reclaim_soon()

@@ -42,6 +42,7 @@ def volume_document(service: "Service", volume: Volume) -> Document:
         "held_bytes": sum(snapshot.held_blocks for snapshot in snapshots) * block_bytes,
         "snapshot_count": len(snapshots),
         "origin": origin_name(service, volume),
+        "flattened": not volume.origin or volume.flat_generation is not None,
         "stripe_columns": list(volume.stripe_row.columns) if volume.stripe_row else [],
         "stripe_unit_bytes": volume.stripe_row.unit_blocks * block_bytes if volume.stripe_row else None,
         "mode": f"{volume.mode:04o}",

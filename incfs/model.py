@@ -114,6 +114,8 @@ class Volume:
     xattrs: Mapping[str, bytes] = field(default_factory=dict)
     origin: MapId = NO_ORIGIN
     """The snapshot's table that unmapped blocks read from."""
+    flat_generation: int | None = None
+    """Only snapshots up to this generation still inherit from the origin; None: the current contents do, too."""
     rollback_to: Generation = Generation(0)
     """The snapshot whose contents are the current ones, until the last page is unrolled; 0 without a rollback."""
     rollback_mark: Generation = Generation(0)

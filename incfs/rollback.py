@@ -58,6 +58,7 @@ def _records(store: Store, target: Snapshot) -> tuple[Snapshot, Volume]:
     if volume.last_generation >= MAX_GENERATION:
         raise LimitExceeded(f"volume {volume.name} has had all of its 2^32 - 2 snapshots")
     generation = Generation(volume.last_generation + 1)
+    inherits = volume.flat_generation is not None and target.generation <= volume.flat_generation
     mark = replace(target, generation=generation, uuid=str(uuids.uuid4()), name="", held_blocks=0, tag="", holds={})
     return mark, replace(
         volume,
@@ -68,6 +69,7 @@ def _records(store: Store, target: Snapshot) -> tuple[Snapshot, Volume]:
         changed_ns=now,
         newest_generation=generation,
         last_generation=generation,
+        flat_generation=None if inherits else volume.flat_generation,
         rollback_to=target.generation,
         rollback_mark=generation,
     )

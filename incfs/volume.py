@@ -222,4 +222,14 @@ def _fold_some(store: Store, volume: Volume, generation: Generation, page_count:
     store.evict(snapshot.map_id)
     store.drop(("snapshot", (volume.id, generation)))
     newest = max((s.generation for s in store.catalog.snapshots(volume.id, removed=True)), default=Generation(0))
-    store.change(replace(store.catalog.volume(volume.id), newest_generation=newest))
+    store.change(without_origin(store, replace(store.catalog.volume(volume.id), newest_generation=newest)))
+
+
+def without_origin(store: Store, volume: Volume) -> Volume:
+    """Cut the origin of a flattened clone, unless a snapshot still inherits from it."""
+    if volume.flat_generation is None:
+        return volume
+    kept = store.catalog.snapshots(volume.id, removed=True)
+    if any(snapshot.generation <= volume.flat_generation for snapshot in kept):
+        return volume
+    return replace(volume, origin=NO_ORIGIN, flat_generation=None)

@@ -88,6 +88,13 @@ async def volume_clone(service: "Service", *, target: str, name: str) -> Documen
     return {"volume": volume_document(service, await service.branches.clone(origin, name))}
 
 
+async def volume_flatten(service: "Service", *, volume: str, progress: Progress) -> Document:
+    """Copy what a clone inherits into blocks of its own, so that it needs its origin no more."""
+    found = find_volume(service, volume)
+    flat = await service.branches.flatten(found.id, lambda done, total: progress(done, total, "bytes"))
+    return {"volume": volume_document(service, flat)}
+
+
 async def volume_rollback(service: "Service", *, target: str, force: bool = False, dry_run: bool = False) -> Document:
     """Let a volume be again what it was at a snapshot; ``force`` gives up newer snapshots and open files."""
     found, taken = find_snapshot(service, target)
@@ -193,6 +200,7 @@ VERBS: Final = {
     "volume.resize": Verb(volume_resize, is_read_only=False),
     "volume.rename": Verb(volume_rename, is_read_only=False),
     "volume.clone": Verb(volume_clone, is_read_only=False),
+    "volume.flatten": Verb(volume_flatten, is_read_only=False, can_stop=True),
     "volume.rollback": Verb(volume_rollback, is_read_only=False),
     "volume.remove": Verb(volume_remove, is_read_only=False),
     "volume.map": Verb(volume_map, is_read_only=True),

@@ -119,6 +119,15 @@ def clone(
     _report(call(context, "volume.clone", target=target, name=name), as_json)
 
 
+@verb(app, "flatten")
+def flatten(context: typer.Context, volume: Volume, as_json: Json = False) -> None:
+    """Copy what a clone inherits, so that it needs its origin no more; interrupted, it goes on when called again.
+
+    Snapshots of the clone may need the origin still: then it goes with the last of them.
+    """
+    _report(call(context, "volume.flatten", volume=volume), as_json)
+
+
 @verb(app, "rollback")
 def rollback(
     context: typer.Context,

@@ -13,8 +13,10 @@ def test_clone_life(cli: Cli) -> None:
     assert "origin of try" in cli.fails(11, "volume", "remove", "db", "--snapshots")
     cli.fails(1, "volume", "clone", "db@a", "try")
     cli.fails(10, "volume", "clone", "db@b", "other")
-    cli.ok("volume", "remove", "try")
+    flat = cli.json("volume", "flatten", "try")["volume"]
+    assert (flat["origin"], flat["flattened"]) == (None, True)
     cli.ok("volume", "remove", "db", "--snapshots")
+    cli.ok("volume", "remove", "try")
     assert cli.ok("pool", "check").startswith("clean")
 
 

@@ -178,6 +178,8 @@ def test_every_cut_of_clone_and_rollback_gives_a_commit_point(pool_home: Path, s
         recorder.checkpoint(lambda: write_and_commit(store, made.id, 64, pattern(len(recorder.points), 300)))
         pools.roll_back(store, made.id, "u")
         store.commit()
+        pools.flatten(store, made.id)
+        store.commit()
         pools.reclaim(store, page_count=1)
         store.checkpoint()
         volumes.remove(store, made.id, snapshots=True)

@@ -362,7 +362,10 @@ class CoreMachine(RuleBasedStateMachine):
         self.attempt(len(wanted), work)  # to finish a trim may take a block
 
     def has_clones(self, model: SnapshotModel) -> bool:
-        return any(other.origin == model.table for other in self.state.values())
+        """Whether somebody reads from it: a flattened clone does not, once its old snapshots are gone."""
+        return any(
+            other.origin == model.table and self.store.catalog.volume(i).origin for i, other in self.state.items()
+        )
 
     @precondition(lambda self: any(m.snapshots for m in self.state.values()))
     @rule(choice=st.integers(0, 9), which=st.integers(0, 9), name=st.sampled_from(NAMES))
@@ -402,6 +405,20 @@ class CoreMachine(RuleBasedStateMachine):
             return
         snapshots.rename(self.store, volume_id, renamed.name, name)
         renamed.name = name
+
+    @precondition(lambda self: any(m.origin for m in self.state.values()))
+    @rule(choice=st.integers(0, 9), steps=st.integers(0, 3), whole=st.booleans())
+    def flatten(self, choice: int, steps: int | None, whole: bool) -> None:
+        ids = sorted(i for i, m in self.state.items() if m.origin)
+        volume_id = ids[choice % len(ids)]
+        before = pools.read(self.store, self.table(volume_id))
+
+        steps = None if whole else steps
+        done = self.attempt(64, lambda: pools.flatten(self.store, volume_id, steps=steps))
+        if done and whole:
+            origin = self.store.catalog.volume(volume_id).origin
+            assert not origin or self.store.catalog.snapshots(volume_id, removed=True)
+        assert pools.read(self.store, self.table(volume_id)) == before
 
     @precondition(lambda self: any(m.snapshots for m in self.state.values()))
     @rule(choice=st.integers(0, 9), which=st.integers(0, 9), force=st.booleans())

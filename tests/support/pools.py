@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from incfs import clone as clones
 from incfs import extents, ranges, relocation, removal, rollback
 from incfs import pool as pool_module
 from incfs import snapshot as snapshots
@@ -120,6 +121,22 @@ def resize(store: Store, volume_id: VolumeId, size_bytes: int) -> None:
 def take_snapshots(store: Store, wanted: Sequence[tuple[VolumeId, str]]) -> list[Snapshot]:
     """Take snapshots of several volumes, finishing trims first."""
     return ranges.drive(store, lambda _: snapshots.create(store, wanted))
+
+
+def flatten(store: Store, volume_id: VolumeId, *, steps: int | None = None) -> None:
+    """Let a clone have everything of its own, or take a few steps towards it."""
+    block: int | None = 0
+    for step in itertools.count():
+        if step == steps:
+            return
+        if block is None:
+            break
+        start = block
+        block = ranges.drive(
+            store,
+            lambda wait, start=start: clones.flatten_step(store, volume_id, start, wait=wait),  # type: ignore[misc]
+        )
+    clones.cut_origin(store, volume_id)
 
 
 def remove_snapshot(store: Store, volume_id: VolumeId, name: str) -> None:
