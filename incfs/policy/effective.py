@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 from incfs.policy.document import PolicyDocument, Section
 from incfs.policy.rules import POOL_KEYS, VOLUME_KEYS, Key, PoolRules, VolumeRules, pool_rules, volume_rules
@@ -37,16 +37,20 @@ def _built_in(keys: Mapping[str, Key]) -> dict[str, Effective]:
     return {name: Effective(key.read(key.default), key.default, BUILT_IN) for name, key in keys.items()}
 
 
+_BUILT_IN_POOL: Final = _built_in(POOL_KEYS)
+_BUILT_IN_VOLUME: Final = _built_in(VOLUME_KEYS)
+
+
 def effective_pool(policy: PolicyDocument) -> dict[str, Effective]:
     """Give the value of each key of the pool."""
-    found = _built_in(POOL_KEYS)
+    found = dict(_BUILT_IN_POOL)
     _apply(found, policy.pool, "[pool]")
     return found
 
 
 def effective_volume(policy: PolicyDocument, name: str) -> dict[str, Effective]:
     """Give the value of each key for a volume of that name."""
-    found = _built_in(VOLUME_KEYS)
+    found = dict(_BUILT_IN_VOLUME)
     for section, label in _sections_for(policy, name):
         _apply(found, section, label)
     return found

@@ -15,18 +15,18 @@ from incfs import relocation
 from incfs import volume as volumes
 from incfs.checkpoint import Commit
 from incfs.errors import Busy, NoSpace
-from incfs.model import Snapshot, StorageId, VolumeId
+from incfs.model import Snapshot, StorageId, StoredPolicy, VolumeId
 from incfs.pool import PUNCH_BYTES
 from incfs.store import Options, Store, new_nonce
 from tests.support import pools
 from tests.support.recording import CHOICES, Choice, PowerCut, RecordingBacking
 
 Picture = dict[str, bytes]
-"""Everything a user can see: the bytes of each volume and snapshot by name."""
+"""Everything a user can see: the bytes of each volume and snapshot by name, and the policy."""
 
 
 def picture(store: Store) -> Picture:
-    seen: Picture = {}
+    seen: Picture = {"[policy]": repr(store.catalog.policy).encode()}
     for volume in store.catalog.volumes.values():
         if volume.name:
             seen[volume.name] = pools.read(store, volume.map_id)
@@ -42,7 +42,7 @@ class Recorder:
         self.backing = RecordingBacking()
         self.pool = pools.make_pool(home, storages=storages, capacity_bytes=capacity_bytes)
         self.cut = PowerCut(home)
-        self.points: list[Picture] = [{}]
+        self.points: list[Picture] = [{"[policy]": b"None"}]
         self._recording = self.backing.recording_tables()
         self._recording.__enter__()
         self.store = pools.open_tiny(self.pool, options, self.backing)
@@ -139,12 +139,14 @@ def test_every_cut_of_a_small_workload_gives_a_commit_point(pool_home: Path, sma
         store.commit()
         pools.write(store, volume.map_id, 130, pattern(2, 300))
         pools.take_snapshots(store, [(volume.id, "s")])
+        set_policy(store, StoredPolicy("", 1))
         pools.write(store, volume.map_id, 0, pattern(3, 200))
         store.commit()
         pools.write(store, volume.map_id, 32_700, pattern(4, 200))
         recorder.checkpoint(lambda: write_and_commit(store, volume.id, 64, pattern(len(recorder.points), 640)))
         pools.discard(store, volume.map_id, 0, 32_768)
         volumes.rename(store, volume.id, "b")
+        set_policy(store, StoredPolicy("# later", 2, {"clock": 3}))
         store.commit()
         pools.remove_snapshot(store, volume.id, "s")
         store.commit()
@@ -229,6 +231,11 @@ def test_every_cut_of_a_full_pool_gives_a_commit_point(pool_home: Path, small_co
             write_and_commit(recorder.store, volume.id, step % 3 * 64, pattern(step, 15 * 64))
     tried = cut_everywhere(recorder, pool_home / "cut", seeds=2)
     print(f"{len(recorder.backing.events)} events, {tried} states")
+
+
+def set_policy(store: Store, policy: StoredPolicy) -> None:
+    store.begin_change()
+    store.change(policy)
 
 
 def write_and_commit(store: Store, volume_id: VolumeId, offset_bytes: int, data: bytes) -> None:
