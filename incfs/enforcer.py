@@ -14,8 +14,9 @@ from incfs.errors import HookFailed, IncfsError, NotFound
 from incfs.hooks import run_hook
 from incfs.model import Snapshot, Volume
 from incfs.policy.facts import POLICY_TAG, PoolFacts, SnapshotFacts, VolumeFacts
-from incfs.policy.plan import Action, Plan, Prune, Scrub, TakeSnapshots
+from incfs.policy.plan import Action, Plan, Prune, TakeSnapshots, Work
 from incfs.policy.planner import NO_PRUNE_UNTIL, plan
+from incfs.upkeep import MoveReport
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -93,10 +94,11 @@ class Executor:
                 return await self._take(action, item)
             case Prune():
                 return await self._prune(action)
-            case Scrub():
-                report = await self._service.check(True)
-                item["is_clean"] = report.is_clean
-                self._note("policy-scrub", action, action.reason, is_clean=report.is_clean)
+            case Work():
+                async with self._service.policies.work_lock:
+                    found = await self._work(action)
+                item |= found
+                self._note(f"policy-{action.kind}", action, action.reason, **found)
                 return "done"
 
     async def _take(self, action: TakeSnapshots, item: Item) -> str:
@@ -165,21 +167,45 @@ class Executor:
         self._note("policy-prune", action, action.reason, freed_bytes=action.freed_bytes)
         return "done"
 
+    async def _work(self, action: Work) -> Item:
+        """Do one of the things that take long; give what came of it."""
+        service = self._service
+        if action.kind == "scrub":
+            return {"is_clean": (await service.check(True)).is_clean}
+        if action.kind == "balance":
+            report = await service.upkeep.balance(rate_bytes=action.rate_bytes, progress=_no_progress)
+            return report.to_dict(service.block_bytes)
+        total = MoveReport()
+        for name in action.volumes:
+            try:
+                volume_id = service.volume(name).id
+            except NotFound:
+                continue  # removed since the plan was made
+            moved = await service.upkeep.migrate(volume_id, rate_bytes=action.rate_bytes, progress=_no_progress)
+            total.moved_blocks += moved.moved_blocks
+            total.unreadable_blocks += moved.unreadable_blocks
+            total.first_error = total.first_error or moved.first_error
+        return total.to_dict(service.block_bytes)
+
     def _note(self, kind: str, action: Action, reason: str, **facts: Any) -> None:
         self._service.record_event(kind, subject_of(action), reason, **facts)
+
+
+def _no_progress(done: int, total: int) -> None:
+    """Nobody watches."""
 
 
 def subject_of(action: Action) -> str:
     """Name what an action is about."""
     match action:
-        case TakeSnapshots(volumes=(volume,)):
-            return f"volume {volume}"
-        case TakeSnapshots(volumes=volumes):
-            return f"volumes {', '.join(volumes[:5])}{' ...' if len(volumes) > 5 else ''}"
         case Prune(volume=volume, name=name):
             return f"snapshot {volume}@{name}"
-        case Scrub():
+        case Work(volumes=()):
             return "pool"
+        case TakeSnapshots(volumes=(volume,)) | Work(volumes=(volume,)):
+            return f"volume {volume}"
+        case TakeSnapshots(volumes=volumes) | Work(volumes=volumes):
+            return f"volumes {', '.join(volumes[:5])}{' ...' if len(volumes) > 5 else ''}"
 
 
 def describe(action: Action) -> Item:
@@ -191,8 +217,8 @@ def describe(action: Action) -> Item:
         case Prune():
             names = {"volumes": [action.volume], "name": action.name}
             return {**item, "action": "prune", **names, "freed_bytes": action.freed_bytes}
-        case Scrub():
-            return {**item, "action": "scrub", "volumes": [], "name": None}
+        case Work():
+            return {**item, "action": action.kind, "volumes": list(action.volumes), "name": None}
 
 
 # -------------------------------------------------------------------------------- engine
@@ -207,9 +233,9 @@ async def make_plan(service: "Service") -> Plan:
 
 
 async def run_policy(service: "Service", executor: Executor) -> Plan:
-    """Do what the policy wants done now, but for scrubs: they take hours, and the caller sees to them.
+    """Do what the policy wants done now, but for works: they take hours, and the caller sees to them.
 
-    That a scrub is due no more is on disk on return, so a crash does not begin it again and again.
+    That a work is due no more is on disk on return, so a crash does not begin it again and again.
 
     Raises:
         PoolReadOnly: The pool has failed.
@@ -220,7 +246,7 @@ async def run_policy(service: "Service", executor: Executor) -> Plan:
             for note in made.notes:
                 service.record_event("policy-waits", "pool", note)
         for action in made.actions:
-            if not isinstance(action, Scrub):
+            if not isinstance(action, Work):
                 await executor.run(action)
         await service.policies.note_runs(made.runs)
         return made
@@ -247,7 +273,7 @@ async def _enforce_once(service: "Service", nursery: trio.Nursery) -> float:
         service.record_event("policy-failed", "pool", str(error))
         return MAX_WAIT_S
     for action in made.actions:
-        if isinstance(action, Scrub):
+        if isinstance(action, Work):
             nursery.start_soon(executor.run, action)
     return _seconds_until(made.next_due_ns, service.policies.now_ns())
 

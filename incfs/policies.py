@@ -41,6 +41,8 @@ class Policies:
         """This host agrees to run the programs that the policy names."""
         self.lock = trio.Lock()
         """Held while a plan is made and carried out."""
+        self.work_lock = trio.Lock()
+        """Held while one of the things that take long is done."""
         self.changed = trio.Event()
         """Set when another policy has come; then there is a new event."""
         self.document = PolicyDocument()

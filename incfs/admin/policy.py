@@ -7,7 +7,7 @@ from incfs.documents import Document
 from incfs.enforcer import Executor, describe, make_plan, run_policy, volume_facts
 from incfs.policy.effective import effective_volume, rules_for, rules_for_pool
 from incfs.policy.periods import moment, nanoseconds
-from incfs.policy.plan import Scrub
+from incfs.policy.plan import Work
 from incfs.policy.planner import decisions_for
 from incfs.targets import find_volume
 from incfs.units import format_time
@@ -45,7 +45,7 @@ async def policy_run(service: "Service", *, dry_run: bool = False, hooks: bool =
         executor = Executor(service, may_hook=hooks or service.policies.may_hook)
         made = await run_policy(service, executor)
         for action in made.actions:
-            if isinstance(action, Scrub):
+            if isinstance(action, Work):
                 await executor.run(action)
         items = executor.items
     due = None if made.next_due_ns is None else format_time(made.next_due_ns)

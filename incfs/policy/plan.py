@@ -31,13 +31,20 @@ class Prune:
 
 
 @dataclass(frozen=True, slots=True)
-class Scrub:
-    """Every stored block is to be read and compared with its checksum."""
+class Work:
+    """Something that takes long and runs beside everything else."""
 
+    kind: str
+    """``scrub``: read every stored block and compare its checksum; ``balance``: even out the storage
+    volumes; ``migrate``: move what the volumes store to where ``place`` says."""
+    volumes: tuple[str, ...]
+    """Only for ``migrate``."""
+    rate_bytes: int | None
+    """Bytes a second that are moved at the most."""
     reason: str
 
 
-Action = TakeSnapshots | Prune | Scrub
+Action = TakeSnapshots | Prune | Work
 
 
 @dataclass(frozen=True, slots=True)

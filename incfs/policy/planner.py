@@ -17,7 +17,7 @@ from incfs.policy.document import PolicyDocument
 from incfs.policy.effective import rules_for, rules_for_pool
 from incfs.policy.facts import PoolFacts, SnapshotFacts, VolumeFacts
 from incfs.policy.periods import moment, nanoseconds
-from incfs.policy.plan import Action, Plan, Prune, Scrub, TakeSnapshots
+from incfs.policy.plan import Action, Plan, Prune, TakeSnapshots, Work
 from incfs.policy.retention import Decision, decide, spare
 from incfs.policy.rules import Hooks, PoolRules, VolumeRules
 from incfs.policy.schedule import Schedule
@@ -26,7 +26,6 @@ from incfs.units import format_size
 CLOCK: Final = "clock"
 """The run of the last plan."""
 NO_PRUNE_UNTIL: Final = "no prune until"
-_SCRUB: Final = "scrub"
 _DAY_NS: Final = 86400 * 1_000_000_000
 _JUMP_NS: Final = 8 * _DAY_NS
 
@@ -70,9 +69,7 @@ def plan(policy: PolicyDocument, facts: PoolFacts, now_ns: int) -> Plan:
     taken = list(_snapshots(rules, facts, runs, now_ns))
     notes, may_prune = _guard_clock(runs, now_ns)
     pruned = list(_prunes(pool, rules, _with_taken(facts, taken, now_ns), now_ns)) if may_prune else []
-    actions: list[Action] = [*taken, *pruned]
-    if pool.scrub is not None and (reason := runs.why_due(_SCRUB, pool.scrub)):
-        actions.append(Scrub(reason))
+    actions: list[Action] = [*taken, *pruned, *_works(pool, rules, runs)]
     next_due = min(runs.following, default=None)
     return Plan(tuple(actions), runs.after, None if next_due is None else nanoseconds(next_due), notes)
 
@@ -87,6 +84,19 @@ def _snapshots(rules: Mapping[str, VolumeRules], facts: PoolFacts, runs: _Runs, 
         reason = runs.why_due(_task_of(schedule, hooks), schedule)
         if reason is not None:
             yield TakeSnapshots(tuple(v.name for v in members), _free_name(members, now_ns), hooks, reason)
+
+
+def _works(pool: PoolRules, rules: Mapping[str, VolumeRules], runs: _Runs) -> Iterator[Work]:
+    for kind, schedule in (("scrub", pool.scrub), ("balance", pool.balance)):
+        if schedule is not None and (reason := runs.why_due(kind, schedule)):
+            yield Work(kind, (), pool.move_rate_bytes, reason)
+    groups: dict[Schedule, list[str]] = {}
+    for name, rule in rules.items():
+        if rule.migrate is not None:
+            groups.setdefault(rule.migrate, []).append(name)
+    for schedule, names in groups.items():
+        if reason := runs.why_due(f"migrate {schedule.text}", schedule):
+            yield Work("migrate", tuple(names), pool.move_rate_bytes, reason)
 
 
 def _task_of(schedule: Schedule, hooks: Hooks) -> str:

@@ -45,6 +45,14 @@ def size(value: Any) -> int:
     return found
 
 
+def rate(value: Any) -> int:
+    """Read bytes a second, above 0."""
+    found = size(value)
+    if found == 0:
+        raise UsageError("a rate of 0 moves nothing; write never as the schedule instead")
+    return found
+
+
 def amount(value: Any) -> Amount:
     """Read a size or a share such as "15%"."""
     if isinstance(value, str) and value.strip().endswith("%"):

@@ -88,6 +88,9 @@ class PoolRules:
     timezone: tzinfo = UTC
     """Of the natural periods and cron forms."""
     scrub: Schedule | None = None
+    balance: Schedule | None = None
+    move_rate_bytes: int | None = None
+    """Bytes a second that migration and balancing move at the most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,8 @@ class VolumeRules:
     """Which stay; None: all."""
     prune_all: bool = False
     """Prune also snapshots that the policy has not made."""
+    migrate: Schedule | None = None
+    """When what lies where ``place`` does not want it is moved."""
     prune_when_low: bool = False
     """Prune more than ``keep`` says when the pool has little space."""
     hooks: Hooks = field(default_factory=Hooks)
@@ -128,6 +133,8 @@ POOL_KEYS: Final[Mapping[str, Key]] = {
     "directories": Key(readers.directories, [], "directories"),
     "timezone": Key(readers.timezone, "UTC", "timezone"),
     "scrub": Key(readers.schedule, "never", "scrub"),
+    "balance": Key(readers.schedule, "never", "balance"),
+    "move_rate": Key(readers.or_none(readers.rate), "none", "move_rate_bytes"),
 }
 VOLUME_KEYS: Final[Mapping[str, Key]] = {
     "place": Key(readers.placement_rules, [], "place"),
@@ -138,6 +145,7 @@ VOLUME_KEYS: Final[Mapping[str, Key]] = {
     "snapshot_max": Key(readers.or_none(readers.count(1)), "none", "snapshot_max"),
     "snapshot_max_size": Key(readers.or_none(readers.size), "none", "snapshot_max_bytes"),
     "verify": Key(readers.one_of("always"), "always", "verify"),
+    "migrate": Key(readers.schedule, "never", "migrate"),
     "schedule": Key(readers.schedule, "never", "schedule"),
     "keep": Key(read_keep, "all", "keep"),
     "prune": Key(readers.one_of("policy", "all"), "policy", "prune"),
@@ -152,8 +160,8 @@ VOLUME_KEYS: Final[Mapping[str, Key]] = {
 def pool_rules(values: Mapping[str, Any]) -> PoolRules:
     """Make rules of the values of all keys of the pool."""
     by_field = {key.field: values[name] for name, key in POOL_KEYS.items()}
-    zone, scrub = by_field.pop("timezone"), by_field.pop("scrub")
-    return PoolRules(PoolSettings(**by_field), zone, scrub)
+    own = {name: by_field.pop(name) for name in PoolRules.__slots__ if name != "settings"}
+    return PoolRules(PoolSettings(**by_field), **own)
 
 
 def volume_rules(values: Mapping[str, Any]) -> VolumeRules:
@@ -163,6 +171,7 @@ def volume_rules(values: Mapping[str, Any]) -> VolumeRules:
     return VolumeRules(
         schedule=by_field.pop("schedule"),
         keep=by_field.pop("keep"),
+        migrate=by_field.pop("migrate"),
         prune_all=by_field.pop("prune") == "all",
         prune_when_low=by_field.pop("prune_when_low"),
         hooks=hooks,

@@ -14,7 +14,7 @@ from incfs.errors import HookFailed, InvalidPolicy
 from incfs.hooks import run_hook
 from incfs.model import StoredPolicy
 from incfs.policy.facts import POLICY_TAG
-from incfs.policy.plan import Scrub
+from incfs.policy.plan import Work
 from incfs.recovery import create_pool, open_store
 from incfs.repair import repair
 from incfs.service import Service, open_service
@@ -45,7 +45,7 @@ async def run(service: Service, *, may_hook: bool = False) -> list[tuple[str, st
     executor = Executor(service, may_hook=may_hook)
     made = await run_policy(service, executor)
     for action in made.actions:
-        if isinstance(action, Scrub):
+        if isinstance(action, Work):
             await executor.run(action)
     return [(item["action"], item["result"]) for item in executor.items]
 
@@ -121,6 +121,21 @@ async def test_scrub_reads_everything(service: Service) -> None:
     assert await run(service) == [("scrub", "done")]
     assert await run(service) == []
     assert [e["facts"] for e in service.events() if e["kind"] == "policy-scrub"] == [{"is_clean": True}]
+
+
+async def test_data_moves_to_where_the_rules_want_it(tmp_path: Path, service: Service) -> None:
+    volume = service.volume("db1")
+    await service.write(volume.map_id, 0, b"x" * 65536)
+    await service.commit()
+    await service.add_storage(str(tmp_path / "fast.img"), storage_class="ssd")
+    await service.policies.set(
+        '[pool]\nbalance = "yearly"\nmove_rate = "1G"\n[volume."db*"]\nplace = ["class=ssd"]\nmigrate = "weekly"\n'
+    )
+    assert await run(service) == [("balance", "done"), ("migrate", "done")]
+    moved = [e["facts"]["moved_bytes"] for e in service.events() if e["kind"] == "policy-migrate"]
+    assert moved == [65536]
+    assert {e["storage"] for e in await service.extents(volume.map_id, 0, 9)} == {2, None}
+    assert await service.read(volume.map_id, 0, 65536) == b"x" * 65536
 
 
 def hooked(before: list[str], after: list[str], more: str = "") -> str:

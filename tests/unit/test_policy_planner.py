@@ -10,7 +10,7 @@ import pytest
 from incfs.policy.document import parse_policy
 from incfs.policy.facts import PoolFacts, ReplicaFacts, SnapshotFacts, VolumeFacts
 from incfs.policy.periods import moment, nanoseconds
-from incfs.policy.plan import Plan, Prune, Scrub, TakeSnapshots
+from incfs.policy.plan import Plan, Prune, TakeSnapshots, Work
 from incfs.policy.planner import plan
 from incfs.policy.rules import Keep
 
@@ -234,5 +234,5 @@ def test_space_that_is_short_takes_the_oldest_of_those_who_agree() -> None:
 
 def test_scrub_is_due_by_its_schedule() -> None:
     pool = Simulated('[pool]\nscrub = "monthly"\n', "db")
-    scrubs = [n for n in range(90) if any(isinstance(a, Scrub) for a in pool.run(START + n * DAY).actions)]
+    scrubs = [n for n in range(90) if any(isinstance(a, Work) for a in pool.run(START + n * DAY).actions)]
     assert scrubs == [0, 31, 59]
