@@ -144,6 +144,7 @@ VOLUME_KEYS: Final[Mapping[str, Key]] = {
     "reservation": Key(readers.size, 0, "reservation_bytes"),
     "snapshot_max": Key(readers.or_none(readers.count(1)), "none", "snapshot_max"),
     "snapshot_max_size": Key(readers.or_none(readers.size), "none", "snapshot_max_bytes"),
+    "zero_elision": Key(readers.always_true, True, "zero_elision"),
     "verify": Key(readers.one_of("always"), "always", "verify"),
     "migrate": Key(readers.schedule, "never", "migrate"),
     "schedule": Key(readers.schedule, "never", "schedule"),

@@ -101,6 +101,7 @@ def test_an_empty_policy_changes_nothing() -> None:
         ("[template.a]\nstripe_columns = 65", 2, "from 1 to 64"),
         ("[template.a]\nstripe_columns = true", 2, "from 1 to 64"),
         ('[template.a]\nverify = "never"', 2, "not one of always"),
+        ("[template.a]\nzero_elision = false", 2, "cannot be switched off"),
         ("[template.a]\nprune_when_low = 0", 2, "neither true nor false"),
         ('[template.a]\nstripe_unit = "96K"', 2, "power of two"),
         ('[template.a]\nschedule = "sometimes"', 2, "no schedule"),
