@@ -50,6 +50,7 @@ EXPORTED struct fuse_session *fuse_session_new_versioned(struct fuse_args *args,
                                                          size_t ops_size, struct libfuse_version *version,
                                                          void *userdata);
 EXPORTED void fuse_session_destroy(struct fuse_session *session);
+EXPORTED int fuse_session_mount(struct fuse_session *session, const char *mountpoint);
 EXPORTED int fuse_session_fd(struct fuse_session *session);
 EXPORTED int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buffer);
 
@@ -63,6 +64,7 @@ static struct {
     session_new_fn *session_new;
     session_new_versioned_fn *session_new_versioned; /* NULL before libfuse 3.17 */
     void (*session_destroy)(struct fuse_session *);
+    int (*session_mount)(struct fuse_session *, const char *);
     int (*reply_err)(fuse_req_t, int);
     int (*reply_lseek)(fuse_req_t, off_t);
     int (*reply_write)(fuse_req_t, size_t);
@@ -116,6 +118,7 @@ static int find_libfuse(void)
     session_new_fn *session_new;
     int complete = look_up(handle, "fuse_session_new", &session_new) &
                    look_up(handle, "fuse_session_destroy", &libfuse.session_destroy) &
+                   look_up(handle, "fuse_session_mount", &libfuse.session_mount) &
                    look_up(handle, "fuse_reply_err", &libfuse.reply_err) &
                    look_up(handle, "fuse_reply_lseek", &libfuse.reply_lseek) &
                    look_up(handle, "fuse_reply_write", &libfuse.reply_write) &
@@ -124,6 +127,9 @@ static int find_libfuse(void)
                    look_up(handle, "fuse_session_fd", &libfuse.hot.session_fd) &
                    look_up(handle, "fuse_session_receive_buf", &libfuse.hot.session_receive_buf);
     look_up(handle, "fuse_session_new_versioned", &libfuse.session_new_versioned);
+    /* libfuse 3.17 has another function of this name, with more arguments. */
+    if (complete && libfuse.version() < 317)
+        look_up(handle, "fuse_session_custom_io", &libfuse.hot.session_custom_io);
     if (!complete) {
         fprintf(stderr, "incfs: this libfuse3 lacks a function that incfs needs\n");
         return 0;
@@ -495,6 +501,14 @@ void fuse_session_destroy(struct fuse_session *ended)
     }
     PyGILState_Release(gil);
     libfuse.session_destroy(ended);
+}
+
+int fuse_session_mount(struct fuse_session *mounted, const char *mountpoint)
+{
+    int result = find_libfuse() ? libfuse.session_mount(mounted, mountpoint) : -1;
+    if (!result && hot_is_open() && mounted == session)
+        hot_mounted();
+    return result;
 }
 
 /* pyfuse3 waits for this descriptor to be readable, and then receives one request. */

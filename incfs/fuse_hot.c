@@ -56,6 +56,7 @@ static int event_fd = -1, device_fd = -1;
 static struct worker workers[HOT_MAX_THREADS];
 static unsigned worker_count;
 static atomic_bool is_stopping;
+static _Atomic uint64_t init_unique; /* of the first request, until it is answered */
 static atomic_uint waiting_count; /* threads that may be waiting for a disk */
 
 static pthread_mutex_t queue_lock = PTHREAD_MUTEX_INITIALIZER; /* guards all below */
@@ -140,6 +141,47 @@ int hot_receive(struct fuse_buf *buffer)
     pthread_mutex_unlock(&queue_lock);
     free(item);
     return result;
+}
+
+/* ---- What is agreed with the kernel ---------------------------------------------------------------------- */
+
+/* Before each write the kernel asks whether the file has capabilities that writing takes away, unless the
+ * filesystem says that it takes them away itself.  libfuse 3.14 cannot say so; we say it in its name.  There
+ * is nothing to do for it: no file of ours can have setuid bits or capabilities. */
+static ssize_t write_reply(int fd, struct iovec *vector, int part_count, void *unused)
+{
+    (void)unused;
+    const struct fuse_out_header *header = vector[0].iov_base;
+    uint64_t asked = atomic_load(&init_unique);
+    if (asked && header->unique == asked && !header->error && part_count > 1) {
+        struct fuse_init_out *out = vector[1].iov_base;
+        out->flags |= FUSE_HANDLE_KILLPRIV_V2;
+        atomic_store(&init_unique, 0);
+    }
+    return writev(fd, vector, part_count);
+}
+
+static ssize_t read_request(int fd, void *buffer, size_t length, void *unused)
+{
+    (void)unused;
+    return read(fd, buffer, length);
+}
+
+/* Notes the request whose answer is to be changed, if the kernel knows what it would be told. */
+static void note_init(const struct fuse_in_header *header, size_t length)
+{
+    const struct fuse_init_in *in = (const void *)(header + 1);
+    bool can_kill = length >= sizeof *header + offsetof(struct fuse_init_in, flags) + sizeof in->flags &&
+                    in->flags & FUSE_HANDLE_KILLPRIV_V2;
+    if (can_kill)
+        atomic_store(&init_unique, header->unique);
+}
+
+void hot_mounted(void)
+{
+    static const struct fuse_custom_io io = {.writev = write_reply, .read = read_request};
+    if (libfuse.session_custom_io)
+        libfuse.session_custom_io(session, &io, libfuse.session_fd(session));
 }
 
 /* ---- Serving ----------------------------------------------------------------------------------------- */
@@ -228,9 +270,9 @@ static bool serve_read(struct worker *worker, const struct fuse_in_header *heade
 static bool serve_write(struct worker *worker, const struct fuse_in_header *header, size_t length)
 {
     const struct fuse_write_in *in = (const void *)(header + 1);
-    /* Other flags ask for more than to write: to take setuid bits away. */
+    /* FUSE_WRITE_KILL_SUIDGID asks for nothing more: see write_reply. */
     bool is_served = length >= sizeof *header + sizeof *in && length - sizeof *header - sizeof *in >= in->size &&
-                     !(in->write_flags & ~(FUSE_WRITE_CACHE | FUSE_WRITE_LOCKOWNER)) &&
+                     !(in->write_flags & ~(FUSE_WRITE_CACHE | FUSE_WRITE_LOCKOWNER | FUSE_WRITE_KILL_SUIDGID)) &&
                      server.write(server.owner, header->nodeid, in->offset, in + 1, in->size);
     count(is_served ? &worker->writes : &worker->handed_writes, 1);
     if (!is_served)
@@ -307,9 +349,7 @@ static void serve_sync(struct worker *worker, struct item *item, size_t length)
         hand_over(item);
 }
 
-/* Before each write the kernel asks whether the file has capabilities that writing takes away
- * (libfuse 3.14 cannot say FUSE_HANDLE_KILLPRIV_V2, which would end that).  No inode of ours can have
- * any: only user attributes can be set. */
+/* With a libfuse that write_reply cannot speak for, the kernel asks this before each write. */
 static bool serve_getxattr(struct worker *worker, const struct fuse_in_header *header, size_t length)
 {
     static const char name[] = "security.capability";
@@ -340,6 +380,9 @@ static bool serve(struct worker *worker, struct item **item, size_t length)
         serve_sync(worker, *item, length);
         *item = NULL;
         return true;
+    case FUSE_INIT:
+        note_init(header, length);
+        break;
     case FUSE_GETXATTR:
         is_served = serve_getxattr(worker, header, length);
         break;

@@ -244,9 +244,12 @@ class Facts(NamedTuple):
 
 
 def volume_facts(volume: Volume) -> Facts:
-    """Tell what ``stat`` shows of a live volume; one without a name has no links."""
+    """Tell what ``stat`` shows of a live volume; one without a name has no links.
+
+    Never setuid bits, wherever the record came from: the kernel was told that none need to be taken away.
+    """
     links = 1 if volume.name else 0
-    owner = volume.mode, volume.uid, volume.gid
+    owner = volume.mode & 0o777, volume.uid, volume.gid
     return Facts(*owner, links, volume.mapped_blocks, volume.accessed_ns, volume.modified_ns, volume.changed_ns)
 
 

@@ -42,7 +42,7 @@ def create(
     if volume_id >= 1 << 32:
         raise LimitExceeded("the pool has given out all 2^32 volume ids")
     now = store.clock()
-    volume = Volume(volume_id, str(uuids.uuid4()), name, size_bytes, 0, mode & 0o7777, uid, gid, now, now, now, now)
+    volume = Volume(volume_id, str(uuids.uuid4()), name, size_bytes, 0, mode & 0o777, uid, gid, now, now, now, now)
     volume = replace(volume, origin=origin)
     store.change(volume)
     return volume

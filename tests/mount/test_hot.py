@@ -145,6 +145,62 @@ def test_a_killed_daemon_has_what_fsync_acknowledged(hot):
         assert found in possible or (not synced[index] and found == bytes(BLOCK)), f"block {index}"
 
 
+def test_synced_writes_go_past_python_and_survive_a_kill(hot):
+    """Of several writers at once; and the kernel asks nothing else around a write."""
+    path = make_volume(hot)
+    fds = [os.open(path, os.O_RDWR | os.O_DIRECT) for _ in range(WORKERS)]
+    acknowledged = [0] * WORKERS
+    stopping = threading.Event()
+
+    def run(worker: int) -> None:
+        with contextlib.suppress(OSError):
+            while not stopping.is_set():
+                number = acknowledged[worker] + 1
+                os.pwritev(fds[worker], [aligned(block_of(worker, number))], worker * BLOCK)
+                os.fdatasync(fds[worker])
+                acknowledged[worker] = number
+
+    threads = [threading.Thread(target=run, args=(worker,)) for worker in range(WORKERS)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: sum(acknowledged) > 400)
+    found = counts(hot)
+    synced = list(acknowledged)
+    hot.kill()
+    stopping.set()
+    for thread in threads:
+        thread.join()
+    for fd in fds:
+        with contextlib.suppress(OSError):  # there is nobody left to answer
+            os.close(fd)
+    assert found["syncs"] > 300, found
+    assert found["lookups"] < 200, found
+    hot.take_down()
+    hot.start("data_plane=native")
+    live = (hot / "vol").read_bytes()
+    for worker in range(WORKERS):
+        number = int(live[worker * BLOCK + 9 : worker * BLOCK + 21])
+        assert synced[worker] <= acknowledged[worker] <= number <= acknowledged[worker] + 1
+
+
+def test_times_and_sizes_are_what_fsync_promised(hot):
+    """Attributes that native threads answered are in the pool, too."""
+    path = make_volume(hot)
+    with path.open("r+b") as file:
+        for number in range(50):
+            file.seek(number * 5 * BLOCK)
+            file.write(block_of(number, 1))
+            file.flush()
+            os.fsync(file.fileno())
+    before = path.stat()
+    assert before.st_blocks * 512 == 50 * BLOCK
+    hot.kill()
+    hot.take_down()
+    hot.start("data_plane=native")
+    after = path.stat()
+    assert (after.st_size, after.st_blocks, after.st_mtime_ns) == (before.st_size, before.st_blocks, before.st_mtime_ns)
+
+
 def test_a_signal_under_load_answers_or_refuses_every_request(hot):
     hot.expected_log = ["Device or resource busy", "busy", "the mount stays in place"]
     with Load(make_volume(hot)) as load:

@@ -83,3 +83,30 @@ def test_an_owner_by_chown_owns(shared):
     assert as_nobody(os.open, shared / ".snapshots/db/s", os.O_CREAT | os.O_WRONLY) == 0
     assert as_nobody(os.chmod, shared / "db", 0o400) == 0
     assert (shared / ".snapshots/db/s").exists()
+
+
+def test_no_file_is_ever_setuid(shared):
+    """The kernel was told that writing need not take such bits away."""
+    volume = shared / "db"
+    os.close(os.open(volume, os.O_CREAT | os.O_RDWR, 0o6777))
+    assert volume.stat().st_mode & 0o7000 == 0
+    os.chmod(volume, 0o6755)
+    assert volume.stat().st_mode & 0o7777 == 0o755
+    os.chmod(volume, 0o666)
+    os.truncate(volume, 8192)
+
+    def write() -> None:
+        with volume.open("r+b", buffering=0) as file:
+            assert file.write(b"theirs") == 6
+
+    assert as_nobody(write) == 0
+    assert volume.read_bytes()[:6] == b"theirs"
+    assert errno_of_capability(volume) == errno.EOPNOTSUPP
+
+
+def errno_of_capability(path):
+    try:
+        os.setxattr(path, "security.capability", b"\x01\0\0\2" + bytes(16))
+    except OSError as error:
+        return error.errno
+    return 0
