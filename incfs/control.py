@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from incfs.admin import VERBS, run_verb
-from incfs.admin.verb import Progress
+from incfs.admin.verb import NO_CHANNEL, Channel, Progress
 from incfs.documents import Document
 from incfs.errors import DaemonError, IncfsError, PermissionRefused, UsageError
 from incfs.protocol import (
     MAX_REPLY_BYTES,
     MAX_REQUEST_BYTES,
     PROTOCOL_VERSION,
+    data_of,
     encode_frame,
     error_document,
     rebuild_error,
@@ -118,6 +119,8 @@ async def _serve_client(service: "Service", stream: trio.SocketStream) -> None:
                     request = await receive_frame(stream, limit_bytes=MAX_REQUEST_BYTES)
                     if request is None:
                         return
+                    if "data" in request:
+                        continue  # was on its way to a request that has failed
                     await _answer(service, stream, request)
             except DaemonError as error:
                 logger.warning("admin client refused: %s", error)
@@ -141,21 +144,36 @@ async def _answer(service: "Service", stream: trio.SocketStream, request: Docume
     finished = trio.Event()
     working = trio.CancelScope()
     watching = trio.CancelScope()
+    sending = trio.Lock()
+    channel = _data_channel(stream, sending)
     verb = VERBS.get(str(request.get("verb")))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_send_progress, stream, newest, finished)
+        nursery.start_soon(_send_progress, stream, sending, newest, finished)
         if verb is not None and (verb.is_read_only or verb.can_stop):
             nursery.start_soon(_cancel_on_hangup, stream, working, watching)
         reply = b""
         with working:
-            reply = await _carry_out(service, request, newest.set)
+            reply = await _carry_out(service, request, newest.set, channel)
         finished.set()
         watching.cancel()
     if reply:
         await stream.send_all(reply)
 
 
-async def _carry_out(service: "Service", request: Document, progress: Progress) -> bytes:
+def _data_channel(stream: trio.SocketStream, sending: trio.Lock) -> Channel:
+    """Carry bulk data as messages of their own, between the request and its result."""
+
+    async def put(data: bytes) -> None:
+        async with sending:
+            await stream.send_all(encode_frame({"data": data}, limit_bytes=MAX_REPLY_BYTES))
+
+    async def take() -> bytes:
+        return data_of(await receive_frame(stream, limit_bytes=MAX_REQUEST_BYTES))
+
+    return Channel(put, take)
+
+
+async def _carry_out(service: "Service", request: Document, progress: Progress, channel: Channel) -> bytes:
     """Run the request's verb and return the frame of its result or error."""
     verb = request.get("verb")
     arguments = request.get("arguments")
@@ -164,7 +182,7 @@ async def _carry_out(service: "Service", request: Document, progress: Progress) 
             raise UsageError("the command and the daemon are of different versions; remount")
         if not isinstance(verb, str) or not isinstance(arguments, dict):
             raise UsageError("the request names no verb or has no arguments")
-        result = await run_verb(service, verb, arguments, progress)
+        result = await run_verb(service, verb, arguments, progress, channel)
         return encode_frame({"result": result}, limit_bytes=MAX_REPLY_BYTES)
     except IncfsError as error:
         return _error_frame(error)
@@ -188,7 +206,9 @@ class _NewestProgress:
         self.value = {"done": done, "total": total, "unit": unit}
 
 
-async def _send_progress(stream: trio.SocketStream, newest: _NewestProgress, finished: trio.Event) -> None:
+async def _send_progress(
+    stream: trio.SocketStream, sending: trio.Lock, newest: _NewestProgress, finished: trio.Event
+) -> None:
     """Send progress now and then; ends only between frames, never inside one."""
     sent = None
     while not finished.is_set():
@@ -197,7 +217,8 @@ async def _send_progress(stream: trio.SocketStream, newest: _NewestProgress, fin
         if newest.value is not None and newest.value is not sent:
             sent = newest.value
             try:
-                await stream.send_all(encode_frame({"progress": sent}, limit_bytes=MAX_REPLY_BYTES))
+                async with sending:
+                    await stream.send_all(encode_frame({"progress": sent}, limit_bytes=MAX_REPLY_BYTES))
             except trio.BrokenResourceError:
                 return
 
@@ -230,10 +251,45 @@ class ControlClient:
             IncfsError: What the verb raised.
             DaemonError: The daemon went away or broke the protocol.
         """
+        await self._ask(verb, arguments)
+        return await self._result(NO_CHANNEL)
+
+    async def transfer(self, verb: str, channel: Channel, arguments: Document) -> Document:
+        """Do as ``call``, for a verb that has bulk data.
+
+        Args:
+            verb: Its name.
+            channel: Takes and gives the data.
+            arguments: Of the verb.
+        """
+        await self._ask(verb, arguments)
+        outcome: Document | IncfsError
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._pump, channel)
+            try:
+                outcome = await self._result(channel)
+            except IncfsError as error:
+                outcome = error  # raised outside: a nursery would wrap it
+            nursery.cancel_scope.cancel()
+        if isinstance(outcome, IncfsError):
+            raise outcome
+        return outcome
+
+    async def _ask(self, verb: str, arguments: Document) -> None:
         request = {"version": PROTOCOL_VERSION, "verb": verb, "arguments": arguments}
         with contextlib.suppress(trio.BrokenResourceError):
             # A daemon that refuses this user answers and closes without reading.
             await self._stream.send_all(encode_frame(request, limit_bytes=MAX_REQUEST_BYTES))
+
+    async def _pump(self, channel: Channel) -> None:
+        """Send what the channel gives; the daemon says in its result what it thinks of it."""
+        data = b"first"
+        with contextlib.suppress(trio.BrokenResourceError):
+            while data:
+                data = await channel.take()
+                await self._stream.send_all(encode_frame({"data": data}, limit_bytes=MAX_REQUEST_BYTES))
+
+    async def _result(self, channel: Channel) -> Document:
         while True:
             reply = await self._receive()
             if "result" in reply:
@@ -241,7 +297,10 @@ class ControlClient:
                 return result
             if isinstance(reply.get("error"), dict):
                 raise rebuild_error(reply["error"])
-            self._report(reply.get("progress"))
+            if isinstance(reply.get("data"), bytes):
+                await channel.put(reply["data"])
+            else:
+                self._report(reply.get("progress"))
 
     async def _receive(self) -> Document:
         try:

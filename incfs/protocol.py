@@ -2,7 +2,8 @@
 
 A frame is a little-endian 32-bit length and a msgpack map.  A request is ``{version, verb,
 arguments}``.  The replies to it are any number of ``{progress: {done, total, unit}}``, then one
-``{result: ...}`` or ``{error: {code, message, facts, exit_code}}``.
+``{result: ...}`` or ``{error: {code, message, facts, exit_code}}``.  Bulk data goes between them, as any
+number of ``{data: bytes}`` in either direction; the client's ends with an empty one.
 """
 
 import struct
@@ -54,6 +55,20 @@ async def receive_frame(stream: trio.abc.ReceiveStream, *, limit_bytes: int) -> 
     if not isinstance(message, dict):
         raise DaemonError("a message on the admin socket is not a map")
     return message
+
+
+def data_of(message: Document | None) -> bytes:
+    """Take the bytes out of a data message; none when the peer has gone.
+
+    Raises:
+        DaemonError: It is another message.
+    """
+    if message is None:
+        return b""
+    data = message.get("data")
+    if not isinstance(data, bytes):
+        raise DaemonError("a message on the admin socket holds no data where data should follow")
+    return data
 
 
 async def _receive_bytes(stream: trio.abc.ReceiveStream, count: int) -> bytes:

@@ -11,8 +11,8 @@ import types
 import typing
 from typing import TYPE_CHECKING, Any, Final
 
-from incfs.admin import debug, events, policy, pool, snapshot, storage, volume
-from incfs.admin.verb import Progress, Verb
+from incfs.admin import debug, events, policy, pool, snapshot, storage, transfer, volume
+from incfs.admin.verb import NO_CHANNEL, Channel, Progress, Verb
 from incfs.documents import Document
 from incfs.errors import UsageError
 
@@ -24,13 +24,16 @@ VERBS: Final[dict[str, Verb]] = {
     **storage.VERBS,
     **volume.VERBS,
     **snapshot.VERBS,
+    **transfer.VERBS,
     **events.VERBS,
     **policy.VERBS,
     **debug.VERBS,
 }
 
 
-async def run_verb(service: "Service", name: str, arguments: Document, progress: Progress) -> Document:
+async def run_verb(
+    service: "Service", name: str, arguments: Document, progress: Progress, channel: Channel = NO_CHANNEL
+) -> Document:
     """Run the verb ``name`` after checking its arguments against its signature.
 
     Raises:
@@ -41,14 +44,14 @@ async def run_verb(service: "Service", name: str, arguments: Document, progress:
     if verb is None:
         raise UsageError(f"no such request: {name!r}; is the daemon older than this command?")
     parameters = inspect.signature(verb.run).parameters
-    supplied: Document = {"service": service, "progress": progress}
+    supplied: Document = {"service": service, "progress": progress, "channel": channel}
     own = {key: supplied[key] for key in parameters if key in supplied}
     _check_arguments(name, parameters, arguments)
     return await verb.run(**own, **arguments)
 
 
 def _check_arguments(verb: str, parameters: typing.Mapping[str, inspect.Parameter], arguments: Document) -> None:
-    wanted = {key: p for key, p in parameters.items() if key not in ("service", "progress")}
+    wanted = {key: p for key, p in parameters.items() if key not in ("service", "progress", "channel")}
     for key, value in arguments.items():
         if key not in wanted or not _fits(value, wanted[key].annotation):
             raise UsageError(f"{verb} does not take {key} = {value!r}")

@@ -7,14 +7,14 @@ code; a traceback here is a bug of ours.
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
 import incfs
-from incfs.cli import debug, events, mount, policy, pool, snapshot, storage, stream, volume
+from incfs.cli import debug, events, mount, policy, pool, snapshot, storage, stream, transfer, volume
 from incfs.cli.options import POOL_VARIABLE
 from incfs.errors import IncfsError
 
@@ -27,13 +27,18 @@ app = typer.Typer(
 )
 for _noun in (pool, storage, volume, snapshot, policy, stream, debug):
     app.add_typer(_noun.app)
-app.command("events")(events.events_command)
-app.command("mount")(mount.mount_command)
-app.command("umount")(mount.umount_command)
 
-NOUNS: Final = frozenset(
-    {"pool", "storage", "volume", "snapshot", "policy", "stream", "debug", "events", "mount", "umount"}
-)
+_COMMANDS: Final[dict[str, Callable[..., None]]] = {
+    "events": events.events_command,
+    "send": transfer.send_command,
+    "receive": transfer.receive_command,
+    "mount": mount.mount_command,
+    "umount": mount.umount_command,
+}
+for _name, _command in _COMMANDS.items():
+    app.command(_name)(_command)
+
+NOUNS: Final = frozenset({"pool", "storage", "volume", "snapshot", "policy", "replica", "stream", "debug", *_COMMANDS})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,24 +1,26 @@
 """Streams in and out of a command: files, stdin, stdout; never a terminal."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, Final
+
+import trio
 
 from incfs.errors import BackingError, UsageError
 
 READ_BYTES: Final = 1 << 18
 
 
-def require_stream_output() -> BinaryIO:
-    """Give stdout for a stream.
+def require_stream_output() -> None:
+    """Make sure that stdout can take a stream.
 
     Raises:
         UsageError: It is a terminal.
     """
     if sys.stdout.isatty():
         raise UsageError("a stream is not written to a terminal; redirect it: > FILE, or | ...")
-    return sys.stdout.buffer
 
 
 def write_stream(data: bytes) -> None:
@@ -27,11 +29,41 @@ def write_stream(data: bytes) -> None:
     Raises:
         BackingError: Nobody reads it, or the file's disk is full.
     """
+    # Not through sys.stdout: it would try again at exit what a closed pipe refused.
+    view = memoryview(data)
     try:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        while view:
+            view = view[os.write(sys.stdout.fileno(), view) :]
     except OSError as error:
         raise BackingError(f"the stream cannot be written: {error.strerror}") from error
+
+
+def require_stream_input() -> None:
+    """Make sure that stdin can bring a stream.
+
+    Raises:
+        UsageError: It is a terminal.
+    """
+    if sys.stdin.isatty():
+        raise UsageError("no stream: stdin is a terminal; redirect it: < FILE, or ... |")
+
+
+async def put_stdout(data: bytes) -> None:
+    """Write a part of a stream to stdout from a worker thread."""
+    await trio.to_thread.run_sync(write_stream, data)
+
+
+async def take_stdin() -> bytes:
+    """Read the next part of a stream from stdin in a worker thread, which is left behind when this is cancelled."""
+    return await trio.to_thread.run_sync(_read_stdin, abandon_on_cancel=True)
+
+
+def _read_stdin() -> bytes:
+    # Not through sys.stdin: a thread that was left behind would hold its lock when the interpreter ends.
+    try:
+        return os.read(sys.stdin.fileno(), READ_BYTES)
+    except OSError as error:
+        raise BackingError(f"cannot read stdin: {error.strerror}") from error
 
 
 @contextmanager
@@ -42,8 +74,7 @@ def open_input(name: str) -> Iterator[Callable[[], bytes]]:
         UsageError: It cannot be opened, or stdin is a terminal.
     """
     if name == "-":
-        if sys.stdin.isatty():
-            raise UsageError("no stream: stdin is a terminal; redirect it: < FILE, or ... |")
+        require_stream_input()
         yield _reader(sys.stdin.buffer, "stdin")
         return
     try:

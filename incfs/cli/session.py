@@ -16,6 +16,7 @@ import trio
 import typer
 
 from incfs.admin import VERBS, run_verb
+from incfs.admin.verb import NO_CHANNEL, Channel
 from incfs.cli.options import pool_directory
 from incfs.cli.progress import ProgressDisplay
 from incfs.control import connect_control
@@ -38,6 +39,9 @@ class Admin(Protocol):
     async def call(self, verb: str, **arguments: Any) -> Document:
         """Run one verb and return its document."""
 
+    async def transfer(self, verb: str, channel: Channel, arguments: Document) -> Document:
+        """Run one verb that has bulk data, and return its document."""
+
 
 class _OfflineAdmin:
     """Runs verbs in this process on a pool that it has opened."""
@@ -47,7 +51,10 @@ class _OfflineAdmin:
         self._progress = progress
 
     async def call(self, verb: str, **arguments: Any) -> Document:
-        document = await run_verb(self._service, verb, arguments, self._progress)
+        return await self.transfer(verb, NO_CHANNEL, arguments)
+
+    async def transfer(self, verb: str, channel: Channel, arguments: Document) -> Document:
+        document = await run_verb(self._service, verb, arguments, self._progress, channel)
         if not VERBS[verb].is_read_only:
             # No daemon will do it later: the next opener should not find the work of a removal.
             await self._service.wait_reclaimed()
@@ -61,6 +68,11 @@ def call(context: typer.Context, verb: str, **arguments: Any) -> Document:
         IncfsError: What the verb raised, or why the pool could not be reached.
     """
     return run(context, lambda admin: admin.call(verb, **arguments), degraded=VERBS[verb].is_read_only)
+
+
+def transfer(context: typer.Context, verb: str, channel: Channel, **arguments: Any) -> Document:
+    """Do as ``call``, for a verb that has bulk data."""
+    return run(context, lambda admin: admin.transfer(verb, channel, arguments), degraded=VERBS[verb].is_read_only)
 
 
 def run(context: typer.Context, work: Callable[[Admin], Awaitable[T]], *, degraded: bool = False) -> T:

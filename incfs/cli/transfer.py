@@ -1,0 +1,111 @@
+"""``incfs send`` and ``incfs receive``: snapshots as streams on stdout and stdin."""
+
+from typing import Annotated
+
+import typer
+
+from incfs.admin.verb import Channel
+from incfs.cli import output
+from incfs.cli.options import DryRun, Json
+from incfs.cli.pipes import put_stdout, require_stream_input, require_stream_output, take_stdin
+from incfs.cli.session import call, transfer
+from incfs.errors import UsageError
+from incfs.stream.encoder import DEFAULT_LEVEL
+from incfs.units import format_size, parse_size
+
+
+async def _take_nothing() -> bytes:
+    return b""
+
+
+async def _put_nothing(data: bytes) -> None:
+    del data
+
+
+def send_command(
+    context: typer.Context,
+    targets: Annotated[
+        list[str] | None, typer.Argument(metavar="VOL@SNAP...", help="Snapshots, each of another volume.")
+    ] = None,
+    *,
+    base: Annotated[
+        str | None, typer.Option("-i", metavar="BASE", help="Send what changed since this snapshot, in one step.")
+    ] = None,
+    chain_base: Annotated[
+        str | None, typer.Option("-I", metavar="BASE", help="The same, with every snapshot between.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Send every snapshot up to this one.")] = False,
+    token: Annotated[
+        str | None, typer.Option("--token", metavar="TOKEN", help="Go on where a receiver, or a cut-off stream, ends.")
+    ] = None,
+    rate: Annotated[
+        int | None, typer.Option("--rate", parser=parse_size, metavar="SIZE", help="At most so much in a second.")
+    ] = None,
+    level: Annotated[int, typer.Option("--level", min=0, max=19, help="Of zstd; 0: none.")] = DEFAULT_LEVEL,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write a stream of snapshots to stdout."""
+    if base is not None and chain_base is not None:
+        raise UsageError("-i sends one step and -I every snapshot between: say one of them")
+    if not dry_run:
+        require_stream_output()
+        if as_json:
+            raise UsageError("stdout is for the stream; --json goes with -n")
+    document = transfer(
+        context,
+        "transfer.send",
+        Channel(put_stdout, _take_nothing),
+        targets=targets or [],
+        base=base or chain_base,
+        every=every or chain_base is not None,
+        token=token,
+        level=level,
+        rate_bytes=rate,
+        dry_run=dry_run,
+    )
+    if dry_run and as_json:
+        output.print_json(document)
+    elif dry_run:
+        stream = document["stream"]
+        names = [f"would send {snapshot['name']}" for snapshot in stream["snapshots"]]
+        output.write_lines(
+            [*names, f"would send {format_size(stream['stream_bytes'])} ({stream['stream_bytes']} bytes)"]
+        )
+
+
+def receive_command(
+    context: typer.Context,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[VOL...]", help="Targets, in the order of the stream; named as at the sender without."),
+    ] = None,
+    *,
+    replica: Annotated[bool, typer.Option("--replica", help="Keep them read-only until they are promoted.")] = False,
+    token: Annotated[
+        bool, typer.Option("--token", help="Print the token with which `incfs send` goes on; read nothing.")
+    ] = False,
+    abort: Annotated[
+        bool, typer.Option("--abort", help="End an unfinished receive; VOL is as it was before. Read nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Take a stream from stdin; each snapshot appears once it is complete and proved."""
+    chosen = names or []
+    if token or abort:
+        if len(chosen) != 1 or (token and abort):
+            raise UsageError("name one volume, and --token or --abort")
+        document = call(context, "transfer.token" if token else "transfer.abort", volume=chosen[0])
+        if token and not as_json:
+            output.write_lines([document["token"]])
+    else:
+        require_stream_input()
+        document = transfer(
+            context,
+            "transfer.receive",
+            Channel(_put_nothing, take_stdin),
+            names=chosen,
+            replica=replica,
+        )
+    if as_json:
+        output.print_json(document)
