@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol
 import pyfuse3
 
 from incfs import statusfiles
-from incfs.boundary import Histogram, handler
+from incfs.boundary import handler
+from incfs.histogram import Histogram
 from incfs.inodes import Kind, kind_of, status_file_name, volume_of
 from incfs.model import MapId, split_map_id
 
@@ -112,7 +113,7 @@ class FileHandlers(pyfuse3.Operations):
     def _open_status_file(self, inode: int, *, wants_write: bool) -> pyfuse3.FileInfo:
         if wants_write:
             raise pyfuse3.FUSEError(errno.EACCES)
-        content = statusfiles.render(status_file_name(inode), self.service, self.durations)
+        content = statusfiles.render(status_file_name(inode), self.service)
         fh = self._register(Handle(inode, MapId(0), is_writable=False, content=content))
         return pyfuse3.FileInfo(fh=fh, direct_io=True, keep_cache=False)
 

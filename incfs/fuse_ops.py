@@ -20,9 +20,10 @@ import pyfuse3
 
 from incfs import fuse_attributes as attributes
 from incfs import inodes
-from incfs.boundary import Histogram, handler
+from incfs.boundary import handler
 from incfs.errors import InvalidName, LimitExceeded, NotFound
 from incfs.fuse_files import CacheMode, FileHandlers
+from incfs.histogram import Histogram
 from incfs.inodes import Kind, kind_of, volume_of
 from incfs.model import MAX_NAME_BYTES, MapId
 

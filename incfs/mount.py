@@ -25,12 +25,13 @@ from urllib.parse import quote
 import pyfuse3
 import trio
 
-from incfs import fusext
+from incfs import fusext, metrics
 from incfs.backing import Backing
 from incfs.control import serve_control
 from incfs.daemon import Parent, fork_daemon, log_to_stderr, notify_systemd
 from incfs.enforcer import enforce
 from incfs.errors import Busy, IncfsError, UsageError
+from incfs.exporter import serve_metrics
 from incfs.fuse_ops import Operations
 from incfs.kernel_hook import KernelHook
 from incfs.mount_options import MountOptions, parse_options
@@ -132,6 +133,7 @@ async def _run(pool: Path, mountpoint: Path, options: MountOptions, parent: Pare
             # Degraded: the kernel must not take writes that nobody could carry out.
             options = replace(options, read_only=True)
         operations = Operations(service, options.cache)
+        service.durations = operations.durations
         with _fuse_session(operations, pool, mountpoint, options) as session:
             async with trio.open_nursery() as nursery:
                 fusext.start(nursery, operations, service.server)
@@ -139,6 +141,8 @@ async def _run(pool: Path, mountpoint: Path, options: MountOptions, parent: Pare
                     stopping = _Stopping(service, hook, mountpoint, outside)
                     await nursery.start(serve_control, service)
                     await nursery.start(stopping.watch_signals)
+                    if options.metrics is not None:
+                        await nursery.start(serve_metrics, options.metrics, lambda: metrics.render(service))
                     if not options.read_only:
                         service.policies.may_hook = options.hooks
                         nursery.start_soon(enforce, service)

@@ -43,6 +43,8 @@ class MountOptions:
     """Mount also without all images: read-only, what is on the others can be read."""
     hooks: bool = False
     """Run the programs that the pool's policy names."""
+    metrics: str | None = None
+    """Where metrics are served over HTTP: a unix socket's path, or a port of 127.0.0.1."""
     dump_s: float | None = 86400.0
     """Copy the metadata beside the images at the first checkpoint after so many seconds; None: never."""
     source: str | None = None
@@ -109,6 +111,13 @@ def _parse_dump(option: str, value: str) -> float | None:
     return float(value)
 
 
+def _parse_metrics(option: str, value: str) -> str:
+    is_port = value.isascii() and value.isdigit() and 0 < int(value[:6]) < 65536
+    if not (is_port or (value.startswith("/") and len(value.encode()) < 108)):
+        raise UsageError(f"mount option {option!r}: metrics is a port, or the absolute path of a socket", option=option)
+    return value
+
+
 def _parse_flag(option: str, value: str) -> bool:
     if value:
         raise UsageError(f"mount option {option!r} takes no value", option=option)
@@ -130,5 +139,6 @@ _PARSERS: Final = {
     "degraded": ("degraded", _parse_flag),
     "allow_other": ("allow_other", _parse_flag),
     "hooks": ("hooks", _parse_flag),
+    "metrics": ("metrics", _parse_metrics),
     "fsname": ("source", _parse_text),
 }

@@ -5,7 +5,7 @@ thread; only what may block on a disk runs in worker threads.
 """
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from incfs.driver import Driver
 from incfs.errors import Busy, IncfsError, NoData, VolumeNotFound
 from incfs.events import KEPT_EVENTS
 from incfs.extents import Extent
+from incfs.histogram import Histogram
 from incfs.keeper import Keeper
 from incfs.model import PAGE_BLOCKS, Facts, Generation, MapId, Snapshot, Volume, VolumeId, split_map_id
 from incfs.policies import Policies
@@ -84,6 +85,8 @@ class Service:
         )
         """Streams in and out."""
         self.mounted: MountHook | None = None
+        self.durations: Mapping[str, Histogram] = {}
+        """How long requests of the kernel took, by operation; the mount fills it."""
         self.policies = Policies(store, self._committer, self.apply_settings)
         """The policy and what it has done."""
 

@@ -9,7 +9,8 @@ import pytest
 import trio
 
 from incfs import errors
-from incfs.boundary import Histogram, handler
+from incfs.boundary import handler
+from incfs.histogram import Histogram
 
 
 class Handlers:
