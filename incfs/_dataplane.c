@@ -27,7 +27,7 @@ typedef struct {
 
 /* What the control plane is told with; see incfs/nativeplane.py for `errors`. */
 static struct {
-    PyObject *not_resident, *lease_exhausted, *read_would_wait; /* incfs.dataplane */
+    PyObject *not_resident, *lease_exhausted, *read_would_wait, *leg_failed; /* incfs.dataplane */
     PyObject *batch;
     PyTypeObject *appended, *sealed_page; /* incfs.model; named tuples */
 } python;
@@ -96,6 +96,8 @@ static PyObject *raise_status(DataPlane *self, enum plane_status status, uint64_
         return raise_made(self, "_host_error", Py_BuildValue("(sKi)", "read", address, why->host_errno));
     case PLANE_WRITE_ERROR:
         return raise_made(self, "_host_error", Py_BuildValue("(sKi)", "write", address, why->host_errno));
+    case PLANE_LEG_ERROR:
+        return raise(python.leg_failed, Py_BuildValue("(KIi)", address >> 48, why->leg, why->host_errno));
     default:
         return PyErr_NoMemory();
     }
@@ -154,27 +156,44 @@ static void plane_type_dealloc(DataPlane *self)
     Py_DECREF(type);
 }
 
-/* Makes the image that an address lies in known to the plane. */
-static int need_file(DataPlane *self, uint64_t address)
+/* Reads the descriptors of a file, one or a tuple of them; gives how many, 0 with an error set. */
+static unsigned parse_descriptors(PyObject *descriptors, int *fds)
 {
-    if (plane_is_attached(self->plane, address))
-        return 0;
+    PyObject *tuple = PyTuple_Check(descriptors) ? Py_NewRef(descriptors) : PyTuple_Pack(1, descriptors);
+    Py_ssize_t count = tuple ? PyTuple_GET_SIZE(tuple) : 0;
+    if (tuple && (count < 1 || count > PLANE_MAX_LEGS))
+        PyErr_Format(PyExc_ValueError, "a file of %zd descriptors", count);
+    for (Py_ssize_t i = 0; i < count && !PyErr_Occurred(); i++)
+        fds[i] = (int)PyLong_AsLong(PyTuple_GET_ITEM(tuple, i));
+    Py_XDECREF(tuple);
+    return PyErr_Occurred() ? 0 : (unsigned)count;
+}
+
+/* Makes the image that an address lies in known to the plane, as it is now. */
+static int attach_file(DataPlane *self, uint64_t address)
+{
     PyObject *file = file_of(self, address);
     PyObject *place = file ? PyObject_CallMethod(file, "descriptor", NULL) : NULL;
     Py_XDECREF(file);
     if (!place)
         return -1;
-    int fd;
+    PyObject *descriptors;
     unsigned long long offset;
-    int parsed = PyArg_ParseTuple(place, "iK", &fd, &offset);
+    int fds[PLANE_MAX_LEGS];
+    unsigned count = PyArg_ParseTuple(place, "OK", &descriptors, &offset) ? parse_descriptors(descriptors, fds) : 0;
     Py_DECREF(place);
-    if (!parsed)
+    if (!count)
         return -1;
-    if (plane_attach(self->plane, address >> 48, fd, offset) != PLANE_OK) {
+    if (plane_attach(self->plane, address >> 48, fds, count, offset) != PLANE_OK) {
         PyErr_NoMemory();
         return -1;
     }
     return 0;
+}
+
+static int need_file(DataPlane *self, uint64_t address)
+{
+    return plane_is_attached(self->plane, address) ? 0 : attach_file(self, address);
 }
 
 /* Appends what was made, unless that failed; the error stays set. */
@@ -304,6 +323,14 @@ static PyObject *method_leased_blocks(DataPlane *self, PyObject *arg)
     if (PyErr_Occurred())
         return NULL;
     return PyLong_FromUnsignedLongLong(plane_leased_blocks(self->plane, map_id));
+}
+
+static PyObject *method_attach(DataPlane *self, PyObject *arg)
+{
+    unsigned long long storage_id = PyLong_AsUnsignedLongLong(arg);
+    if (PyErr_Occurred() || attach_file(self, storage_id << 48) < 0)
+        return NULL;
+    Py_RETURN_NONE;
 }
 
 static PyObject *method_stripe(DataPlane *self, PyObject *args)
@@ -893,6 +920,7 @@ static PyMethodDef plane_methods[] = {
     {"grant", (PyCFunction)method_grant, METH_VARARGS, "Give a table free blocks to write into."},
     {"revoke", (PyCFunction)method_revoke, METH_VARARGS, "Take back unused leased blocks of one table, or of all."},
     {"leased_blocks", (PyCFunction)method_leased_blocks, METH_O, "Unused leased blocks of a table."},
+    {"attach", (PyCFunction)method_attach, METH_O, "Take over the descriptors of a storage volume as they are now."},
     {"stripe", (PyCFunction)method_stripe, METH_VARARGS, "Let new blocks of a table come from several leases."},
     {"move", (PyCFunction)method_move, METH_VARARGS, "Let mappings of resident pages name other blocks."},
     {"serve", KEYWORDS(method_serve), "Let other threads read a table up to a size, and write it."},
@@ -971,12 +999,13 @@ static int import_names(const char *module_name, int count, const char *const *n
 
 static int import_python(void)
 {
-    static const char *const of_dataplane[] = {"NotResident", "LeaseExhausted", "ReadWouldWait", "Batch"};
+    static const char *const of_dataplane[] = {"NotResident", "LeaseExhausted", "ReadWouldWait", "Batch",
+                                              "LegFailed"};
     PyObject **dataplane_slots[] = {&python.not_resident, &python.lease_exhausted, &python.read_would_wait,
-                                    &python.batch};
+                                    &python.batch, &python.leg_failed};
     static const char *const of_model[] = {"Appended", "SealedPage"};
     PyObject **model_slots[] = {(PyObject **)&python.appended, (PyObject **)&python.sealed_page};
-    if (import_names("incfs.dataplane", 4, of_dataplane, dataplane_slots) < 0)
+    if (import_names("incfs.dataplane", 5, of_dataplane, dataplane_slots) < 0)
         return -1;
     return import_names("incfs.model", 2, of_model, model_slots);
 }

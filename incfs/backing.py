@@ -132,6 +132,10 @@ class File:
         """Tell how much host space the file occupies."""
         return int(self._call("examine", os.fstat, self._fd).st_blocks) * 512
 
+    def drop_cache(self, offset_bytes: int, length_bytes: int) -> None:
+        """Let the next read of a range come from the disk, as far as it is not dirty."""
+        self._call("advise on", os.posix_fadvise, self._fd, offset_bytes, length_bytes, os.POSIX_FADV_DONTNEED)
+
     def host_free_bytes(self) -> int:
         """Tell how much space the file's filesystem has left for us."""
         status = self._call("examine", os.fstatvfs, self._fd)

@@ -73,11 +73,16 @@ class Commit:
         volume = self.pool.volumes[storage_id]
         data = volume.read_blocks(block_index, run.block_count)
         for i, crc in enumerate(run.checksums):
-            if checksum(data[i * self.block_bytes : (i + 1) * self.block_bytes]) != crc:
+            if self._is_wrong(data, i, crc) and volume.heal(block_index + i, crc):
+                data = volume.read_blocks(block_index, run.block_count)
+            if self._is_wrong(data, i, crc):
                 raise ChecksumMismatch(
                     f"{volume.file.path}: block {block_index + i} differs from what was written to it a moment ago"
                 )
         return data
+
+    def _is_wrong(self, data: bytes, number: int, crc: int) -> bool:
+        return checksum(data[number * self.block_bytes : (number + 1) * self.block_bytes]) != crc
 
 
 @dataclass(frozen=True, slots=True)

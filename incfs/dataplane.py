@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 from incfs.blocks import split_address, split_pages
 from incfs.codec import Entries, checksum
-from incfs.errors import ChecksumMismatch, IncfsError
+from incfs.errors import BackingError, ChecksumMismatch, IncfsError
 from incfs.model import HOLE, INHERIT, PAGE_BLOCKS, Appended, Facts, MapId, SealedPage, StorageId
 
 
@@ -68,6 +68,16 @@ class ReadWouldWait(Refused):
     def warm(self) -> None:
         """Bring the blocks into the page cache."""
         self._file.read_blocks(*self._extent)
+
+
+class LegFailed(Refused):
+    """A leg of a mirror could not be written: leave it behind, and ask again."""
+
+    def __init__(self, storage_id: StorageId, position: int, host_errno: int) -> None:
+        self.storage_id = storage_id
+        self.position = position
+        """Which of the descriptors that the plane was given."""
+        self.host_errno = host_errno
 
 
 @dataclass(slots=True)
@@ -186,6 +196,9 @@ class DataPlane:
         return page
 
     # Leases
+
+    def attach(self, storage_id: StorageId) -> None:
+        """Take over what a storage volume's file has become; here it is asked each time."""
 
     def stripe(self, map_id: MapId, unit_blocks: int, columns: int) -> None:
         """Let new blocks of a table come from several leases in turn.
@@ -311,9 +324,11 @@ class DataPlane:
     def _read_run(self, address: int, count: int, *, wait: bool) -> bytes:
         storage_id, block_index = split_address(address)
         file = self._files[storage_id]
-        if wait:
-            return file.read_blocks(block_index, count)
-        data = file.read_blocks_cached(block_index, count)
+        try:
+            data = file.read_blocks(block_index, count) if wait else file.read_blocks_cached(block_index, count)
+        except BackingError as error:
+            error.facts.update(storage=storage_id, block=block_index)
+            raise
         if data is None:
             raise ReadWouldWait(file, block_index, count)
         return data
@@ -493,6 +508,7 @@ def mismatch(map_id: MapId, virtual_block: int, address: int, *, found: int, exp
         virtual_block=virtual_block,
         storage=storage_id,
         block=block_index,
+        expected=expected,
     )
 
 

@@ -10,10 +10,10 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from incfs import ranges
+from incfs import legs, ranges
 from incfs.committer import Committer, offload
-from incfs.dataplane import LeaseExhausted, NotResident, ReadWouldWait
-from incfs.errors import NoSpace, QuotaExceeded
+from incfs.dataplane import LeaseExhausted, LegFailed, NotResident, ReadWouldWait
+from incfs.errors import BackingError, ChecksumMismatch, IncfsError, NoSpace, QuotaExceeded
 from incfs.model import MapId, VolumeId
 from incfs.ranges import StepsPending, TrimPending
 from incfs.space import Growth, Step
@@ -68,9 +68,16 @@ class Driver:
             NoSpace: The pool is full, also after everything removed was reclaimed.
             IncfsError: Whatever the request raises.
         """
+        healed: set[object] = set()
         for attempt in count():
             try:
-                return request(attempt > _CACHED_READ_TRIES)
+                return request(attempt - len(healed) > _CACHED_READ_TRIES)
+            except LegFailed as refusal:
+                legs.leave(self._store, refusal)
+            except (ChecksumMismatch, BackingError) as error:
+                if not ranges.is_news(healed, error) or not await self._heal(error):
+                    self._store.checksum_errors += isinstance(error, ChecksumMismatch)
+                    raise
             except NotResident as refusal:
                 await self._load(refusal.map_id, refusal.page_index)
             except LeaseExhausted as refusal:
@@ -83,6 +90,9 @@ class Driver:
                 while not await self.drive(refusal.step):
                     await trio.lowlevel.checkpoint()
         raise AssertionError("unreachable")
+
+    async def _heal(self, error: IncfsError) -> bool:
+        return await offload(lambda: legs.heal(self._store, error))
 
     async def trim(self, volume_id: VolumeId) -> None:
         """Drop what lies behind the end of a shrunk volume."""

@@ -40,6 +40,8 @@ class Keeper:
         self._wake = trio.Event()
         self._refused: set[str] = set()
         """Directories in which no image could be made; told once."""
+        self._healed: dict[StorageId, int] = {}
+        """Healed blocks that were told of."""
         self.monitor = Monitor()
 
     def look_soon(self) -> None:
@@ -59,12 +61,23 @@ class Keeper:
         await offload(store.pool.measure_hosts)
         store.space.review()
         rooms = store.space.rooms()
+        if store.failure is None:
+            store.note_failed_legs()
+        self._tell_healed()
         for notice in self.monitor.observe(trio.current_time(), rooms, self.hosts()):
             store.events.record(notice.kind, notice.subject, notice.reason, **notice.facts)
         if store.failure is None and any(room.is_usable for room in rooms):
             await self._add_image_if_low()
             self._leave_low_columns()
         await offload(store.events.flush)
+
+    def _tell_healed(self) -> None:
+        for storage_id, volume in self._store.pool.volumes.items():
+            healed = volume.healed_blocks - self._healed.get(storage_id, 0)
+            self._healed[storage_id] = volume.healed_blocks
+            if healed:
+                reason = f"{healed} blocks of a leg were wrong and were rewritten from another"
+                self._store.events.record("healed", f"storage {storage_id}", reason, blocks=healed)
 
     def _leave_low_columns(self) -> None:
         """Let stripes leave storage volumes at low water for others."""

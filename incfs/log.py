@@ -26,7 +26,7 @@ import lmdb
 from incfs.backing import Backing
 from incfs.codec import Entries, decode_entries, encode_entries, open_value, pack, seal_value, unpack
 from incfs.errors import BackingError, FormatError, NoSpace
-from incfs.model import HOLE, INHERIT, Appended, SealedPage, VolumeId, map_id
+from incfs.model import HOLE, INHERIT, STALE_GROUPS, Appended, SealedPage, VolumeId, map_id
 from incfs.overlay import Chain, Layer, Overlay, TableKey
 from incfs.tablesfile import MARK_MODULUS, TablesFile, damaged_values, key_mark, value_mark
 
@@ -301,10 +301,18 @@ class Reader:
 
     def space(self) -> Iterator[tuple[int, int, int]]:
         """Yield (storage volume id, group index, bits) of every bitmap of live blocks."""
+        yield from (found for found in self._bitmaps() if found[1] < STALE_GROUPS)
+
+    def stale(self) -> Iterator[tuple[int, int, int]]:
+        """Yield the same of the bitmaps of blocks that stale legs of mirrors lack."""
+        yield from ((i, group - STALE_GROUPS, bits) for i, group, bits in self._bitmaps() if group >= STALE_GROUPS)
+
+    def _bitmaps(self) -> Iterator[tuple[int, int, int]]:
         for key, value in self.items("space"):
             if len(key) != _SPACE_KEY.size:
                 raise FormatError(f"bitmap under a bad key {key.hex()}")
-            yield *_SPACE_KEY.unpack(key), int.from_bytes(open_value(key, value), "little")
+            storage_id, group_index = _SPACE_KEY.unpack(key)
+            yield storage_id, group_index, int.from_bytes(open_value(key, value), "little")
 
     def checkpoint(self) -> tuple[int, int, int]:
         """Read (sequence of the last commit contained, journal segment that follows, last volume id given out)."""

@@ -32,6 +32,8 @@ _STORAGE_GAUGES: Final = {
     "host_free_bytes": "Bytes that the host filesystem of a storage volume has left.",
     "low_water_bytes": "A storage volume with fewer free bytes is at low water.",
     "is_low": "1 at low water.",
+    "healed_blocks": "Blocks of a mirror's legs that were wrong and were rewritten, since the pool was opened.",
+    "changed_bytes": "Bytes that stale legs of a mirror lack.",
     "full_in_seconds": "When a storage volume is full if it goes on as in the last hour.",
 }
 
@@ -46,7 +48,7 @@ _METADATA_GAUGES: Final = {
 
 def render(service: "Service") -> str:
     """Return everything in Prometheus' text format."""
-    parts = (_pool, _volumes, _storages, _events, _policy, _operations, _hot)
+    parts = (_pool, _volumes, _storages, _copies, _events, _policy, _operations, _hot)
     return "\n".join(line for part in parts for line in part(service)) + "\n"
 
 
@@ -90,8 +92,19 @@ def _storages(service: "Service") -> Iterator[str]:
     for key, text in _STORAGE_GAUGES.items():
         samples = [(_label("storage", str(s["id"])), int(s[key])) for s in storages if s[key] is not None]
         yield from _family(f"incfs_storage_{key}", "gauge", text, samples)
-    online = [(_label("storage", str(s["id"])), int(s["state"] == "online")) for s in storages]
+    online = [
+        (_label("storage", str(s["id"])), int(s["state"] in ("online", "degraded", "evacuating"))) for s in storages
+    ]
     yield from _family("incfs_storage_is_online", "gauge", "1 for a storage volume whose image is there.", online)
+
+
+def _copies(service: "Service") -> Iterator[str]:
+    text = "Copies of blocks that did not match their checksum, since the pool was opened."
+    yield from _family("incfs_checksum_errors_total", "counter", text, [("", service.checksum_errors())])
+    ended = service.scrub_ended()
+    if ended is not None:
+        text = "When the last whole scrub ended."
+        yield from _family("incfs_scrub_last_end_timestamp_seconds", "gauge", text, [("", ended)])
 
 
 def _events(service: "Service") -> Iterator[str]:

@@ -42,6 +42,9 @@ MAX_GENERATION: Final = 0xFFFFFFFE
 MAX_STORAGE_ID: Final = 65535
 REDUNDANCIES: Final = ("none", "raid1", "raid5", "raid6", "raid10")
 """What may lie below an image."""
+STALE_GROUPS: Final = 1 << 62
+"""Added to the index of a group, in the key of the bitmap of blocks that stale legs lack."""
+MAX_LEGS: Final = 4
 MAX_STRIPE_COLUMNS: Final = 64
 MAX_STRIPE_ROWS: Final = 32
 """Rows of a stripe map that are kept; the oldest is forgotten, its data stays where it is."""
@@ -193,6 +196,15 @@ class Storage:
     """What lies below the image: none, raid1, raid5, raid6, raid10."""
     is_evacuating: bool = False
     """Its blocks move elsewhere: it gets no new ones."""
+    mirrors: tuple[str, ...] = ()
+    """Paths of further images with the same contents: with ``path`` they are the legs of a mirror."""
+    stale_legs: tuple[int, ...] = ()
+    """Legs that lack something (0 is ``path``): not used until they are resilvered."""
+
+    @property
+    def leg_paths(self) -> tuple[str, ...]:
+        """Where the legs are; one without mirrors."""
+        return (self.path, *self.mirrors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,8 @@ class DescribedFile(BlockFile, Protocol):
     def path(self) -> Path:
         """Where the file is, for messages."""
 
-    def descriptor(self) -> tuple[int, int]:
-        """Give the file descriptor, and the offset of the first block's data."""
+    def descriptor(self) -> tuple[int | tuple[int, ...], int]:
+        """Give the file descriptor, or those of a mirror's legs, and the offset of the first block's data."""
 
 
 class NativePlane(_DataPlane):
@@ -50,9 +50,16 @@ class NativePlane(_DataPlane):
         path = self._files[storage_id].path
         if not host_errno:
             return BackingError(
-                f"{path} ends before block {block_index}, expected it there", path=str(path), action="read"
+                f"{path} ends before block {block_index}, expected it there",
+                path=str(path),
+                action="read",
+                storage=storage_id,
+                block=block_index,
             )
-        return translate(OSError(host_errno, os.strerror(host_errno)), path, action)
+        error = translate(OSError(host_errno, os.strerror(host_errno)), path, action)
+        if action == "read":
+            error.facts.update(storage=storage_id, block=block_index)
+        return error
 
     def inspect(self) -> PlaneState:
         """Copy everything inside, for tests."""

@@ -34,7 +34,7 @@ def _property(storage: Storage, key: str) -> str:
             return storage.redundancy
         case "id":
             return str(storage.id)
-    return "no"
+    return "yes" if storage.mirrors else "no"
 
 
 def parse_rule(text: str) -> Rule:

@@ -64,7 +64,10 @@ void plane_free(struct plane *plane)
             table_free(table);
         }
     for (size_t id = 0; id <= MAX_STORAGE_ID; id++)
-        free(plane->files[id]);
+        for (struct file *file = plane->files[id], *superseded; file; file = superseded) {
+            superseded = file->superseded;
+            free(file);
+        }
     if (plane->attention_fd >= 0)
         close(plane->attention_fd);
     pthread_rwlock_destroy(&plane->gate);
@@ -75,16 +78,20 @@ void plane_free(struct plane *plane)
     free(plane);
 }
 
-enum plane_status plane_attach(struct plane *plane, uint16_t storage_id, int fd, uint64_t data_offset)
+enum plane_status plane_attach(struct plane *plane, uint16_t storage_id, const int *fds, unsigned fd_count,
+                               uint64_t data_offset)
 {
-    struct file *file = malloc(sizeof *file), *nothing = NULL;
+    struct file *file = malloc(sizeof *file);
     if (!file)
         return PLANE_NO_MEMORY;
-    file->fd = fd;
+    memcpy(file->fds, fds, fd_count * sizeof *fds);
+    file->fd_count = fd_count;
     file->data_offset = data_offset;
     atomic_init(&file->can_nowait, true);
-    if (!atomic_compare_exchange_strong(&plane->files[storage_id], &nothing, file))
-        free(file);
+    pthread_rwlock_wrlock(&plane->gate);
+    file->superseded = atomic_load(&plane->files[storage_id]);
+    atomic_store(&plane->files[storage_id], file);
+    pthread_rwlock_unlock(&plane->gate);
     return PLANE_OK;
 }
 

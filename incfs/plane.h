@@ -24,7 +24,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { PLANE_INHERIT = 0, PLANE_HOLE = 1, PLANE_PAGE_BLOCKS = 512, PLANE_MAX_COLUMNS = 64 };
+enum { PLANE_INHERIT = 0, PLANE_HOLE = 1, PLANE_PAGE_BLOCKS = 512, PLANE_MAX_COLUMNS = 64, PLANE_MAX_LEGS = 4 };
 
 struct plane;
 
@@ -36,6 +36,7 @@ enum plane_status {
     PLANE_MISMATCH,     /* virtual_block at address has checksum found, not expected */
     PLANE_READ_ERROR,   /* host_errno at address; 0: the image ends too early */
     PLANE_WRITE_ERROR,  /* host_errno at address */
+    PLANE_LEG_ERROR,    /* a write to number leg of the mirror at address failed, with host_errno; others may be right */
     PLANE_NO_MEMORY,    /* nothing was changed */
     PLANE_NOT_SERVED,   /* only the control plane may answer this */
 };
@@ -49,6 +50,7 @@ struct plane_refusal {
     uint64_t column;
     uint32_t found, expected;
     int host_errno;
+    unsigned leg;
 };
 
 struct plane_mapping {
@@ -90,9 +92,11 @@ struct plane_batch {
 struct plane *plane_new(uint32_t block_bytes);
 void plane_free(struct plane *plane);
 
-/* Lets addresses of a storage volume be used: block n lies at data_offset + n * block_bytes of fd.
- * The descriptor stays the caller's and must outlive the plane's use. */
-enum plane_status plane_attach(struct plane *plane, uint16_t storage_id, int fd, uint64_t data_offset);
+/* Lets addresses of a storage volume be used: block n lies at data_offset + n * block_bytes of each fd, the legs of a
+ * mirror.  Reads use the first.  No write that only the descriptors before know is under way on return.
+ * The descriptors stay the caller's and must outlive the plane. */
+enum plane_status plane_attach(struct plane *plane, uint16_t storage_id, const int *fds, unsigned fd_count,
+                               uint64_t data_offset);
 bool plane_is_attached(struct plane *plane, uint64_t address);
 
 /* Pages: the storage volumes of all addresses must be attached. */

@@ -10,7 +10,9 @@
 enum { MAX_STORAGE_ID = 65535, ADDRESS_BLOCK_BITS = 48, FRESH_WORDS = PLANE_PAGE_BLOCKS / 64 };
 
 struct file {
-    int fd;
+    struct file *superseded; /* what was attached before: somebody may still read through it */
+    int fds[PLANE_MAX_LEGS]; /* the first is read, all are written */
+    unsigned fd_count;
     uint64_t data_offset;
     atomic_bool can_nowait; /* RWF_NOWAIT works; not on tmpfs of older kernels */
 };

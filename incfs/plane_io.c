@@ -32,7 +32,7 @@ static off_t file_offset(const struct plane *plane, const struct file *file, uin
 static enum plane_status read_waiting(const struct file *file, off_t offset, char *buffer, size_t length, int *error)
 {
     while (length) {
-        ssize_t count = pread(file->fd, buffer, length, offset);
+        ssize_t count = pread(file->fds[0], buffer, length, offset);
         if (count < 0 && errno == EINTR)
             continue;
         if (count <= 0) {
@@ -58,7 +58,7 @@ static enum plane_status read_extent(struct plane *plane, uint64_t address, size
     if (can_wait || !atomic_load_explicit(&file->can_nowait, memory_order_relaxed))
         return read_waiting(file, offset, buffer, length, &why->host_errno);
     struct iovec vector = {buffer, length};
-    ssize_t count = preadv2(file->fd, &vector, 1, offset, RWF_NOWAIT);
+    ssize_t count = preadv2(file->fds[0], &vector, 1, offset, RWF_NOWAIT);
     if (count == (ssize_t)length)
         return PLANE_OK;
     if (count >= 0 || errno == EAGAIN || errno == EINTR)
@@ -72,24 +72,36 @@ static enum plane_status read_extent(struct plane *plane, uint64_t address, size
     return read_waiting(file, offset, buffer, length, &why->host_errno);
 }
 
+/* Gives the host's error, 0 for none. */
+static int write_leg(int fd, off_t offset, const char *data, size_t length)
+{
+    while (length) {
+        ssize_t count = pwrite(fd, data, length, offset);
+        if (count < 0 && errno == EINTR)
+            continue;
+        if (count <= 0)
+            return count < 0 ? errno : EIO;
+        data += count;
+        offset += count;
+        length -= count;
+    }
+    return 0;
+}
+
 static enum plane_status write_extent(struct plane *plane, uint64_t address, size_t block_count, const char *data,
                                       struct plane_refusal *why)
 {
     struct file *file = file_of(plane, address);
     off_t offset = file_offset(plane, file, address);
-    size_t length = block_count * plane->block_bytes;
-    while (length) {
-        ssize_t count = pwrite(file->fd, data, length, offset);
-        if (count < 0 && errno == EINTR)
+    for (unsigned leg = 0; leg < file->fd_count; leg++) {
+        int error = write_leg(file->fds[leg], offset, data, block_count * plane->block_bytes);
+        if (!error)
             continue;
-        if (count <= 0) {
-            why->address = address;
-            why->host_errno = count < 0 ? errno : EIO;
-            return PLANE_WRITE_ERROR;
-        }
-        data += count;
-        offset += count;
-        length -= count;
+        why->address = address;
+        why->host_errno = error;
+        why->leg = leg;
+        bool is_full = error == ENOSPC || error == EDQUOT;
+        return file->fd_count > 1 && !is_full ? PLANE_LEG_ERROR : PLANE_WRITE_ERROR;
     }
     return PLANE_OK;
 }

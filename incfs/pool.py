@@ -24,9 +24,11 @@ from uuid import UUID
 
 from incfs.backing import Backing, File
 from incfs.blocks import address_runs, bit_mask, bit_set, find_clear_run, pack_address, split_address
-from incfs.errors import FormatError, ImageMismatch, IncfsError, NoSpace, StorageNotFound
+from incfs.codec import checksum
+from incfs.errors import BackingError, FormatError, ImageMismatch, IncfsError, NoSpace, StorageNotFound
 from incfs.image import DATA_OFFSET_BYTES, AbsentImage, ImageHeader, read_header, write_header
-from incfs.model import Address, Storage, StorageId
+from incfs.mirror import MirroredFile
+from incfs.model import STALE_GROUPS, Address, Storage, StorageId
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,11 @@ class StorageVolume:
         self.live_blocks = 0
         self.busy_blocks = 0
         self.needs_sync = False
+        self.changed: dict[int, int] = {}
+        """Group -> blocks that became live while a leg was away: what it lacks."""
+        self.recent: list[dict[int, int]] = [{}, {}]
+        """The same, of blocks that the last checkpoint but one did not have: a leg that fails may lack them."""
+        self.healed_blocks = 0
         self.host_device = self.host_free_bytes = self.host_total_bytes = 0
         self.state = "online"
         """online; or what is wrong with the image: missing, mismatch, truncated."""
@@ -95,9 +102,46 @@ class StorageVolume:
         """Where the image is."""
         return self.file.path
 
-    def descriptor(self) -> tuple[int, int]:
-        """Give the image's file descriptor, and the offset of the first block's data."""
-        return self.file.fileno(), DATA_OFFSET_BYTES
+    @property
+    def mirror(self) -> MirroredFile | None:
+        """Its legs, if it is mirrored."""
+        return self.file if isinstance(self.file, MirroredFile) else None
+
+    def descriptor(self) -> tuple[int | tuple[int, ...], int]:
+        """Give the file descriptors of the image or its legs, and the offset of the first block's data."""
+        mirror = self.mirror
+        if mirror is None:
+            return self.file.fileno(), DATA_OFFSET_BYTES
+        return tuple(leg.fileno() for _, leg in mirror.written_legs()), DATA_OFFSET_BYTES
+
+    def note_live(self, group_index: int, bits: int) -> None:
+        """Remember new blocks for legs that are, or turn out to be, away."""
+        if self.mirror is not None:
+            self.recent[0][group_index] = self.recent[0].get(group_index, 0) | bits
+            if self.mirror.stale:
+                self.changed[group_index] = self.changed.get(group_index, 0) | bits
+
+    def lack_recent(self) -> set[int]:
+        """A leg failed: it may lack all that is recent.  Give the groups."""
+        for recent in self.recent:
+            for group_index, bits in recent.items():
+                self.changed[group_index] = self.changed.get(group_index, 0) | bits
+        return set(self.changed)
+
+    def heal(self, block_index: int, expected: int | None) -> int:
+        """Rewrite a block on legs that have it wrong; give how many were.  Any thread.
+
+        Args:
+            block_index: The block.
+            expected: Its checksum; None when it is not known: then any leg that can be read is right.
+        """
+        if self.mirror is None:
+            return 0
+        healed = self.mirror.heal(
+            self._offset(block_index), self._block_bytes, lambda data: expected is None or checksum(data) == expected
+        )
+        self.healed_blocks += healed
+        return healed
 
     def read_blocks(self, block_index: int, block_count: int) -> bytes:
         """Read whole blocks, waiting for the disk."""
@@ -237,6 +281,8 @@ class Pool:
         self._cursors: dict[int, tuple[StorageId, int]] = {}
         self._freed: list[int] = []
         self._dirty_groups: set[tuple[StorageId, int]] = set()
+        self._dirty_stale: set[tuple[StorageId, int]] = set()
+        self._has_mirrors = False
         self.image_paths: Mapping[StorageId, Path] = {}
         """Images that are not where their records say."""
         self.frees_held = 0
@@ -247,26 +293,74 @@ class Pool:
         """Resolve a storage volume's path."""
         return self.image_paths.get(record.id, self._directory / record.path)
 
-    def create_image(self, record: Storage) -> None:
-        """Make an image file with its header.
+    def leg_paths(self, record: Storage) -> list[Path]:
+        """Resolve the paths of a storage volume's legs."""
+        return [self.image_path(record), *(self._directory / path for path in record.mirrors)]
 
-        Durability: file, header and name are durable on return.
+    def create_image(self, record: Storage) -> None:
+        """Make the image files of a storage volume, with their headers.
+
+        Durability: files, headers and names are durable on return.
         """
-        path = self.image_path(record)
+        for path in self.leg_paths(record):
+            self.create_leg(record, path)
+
+    def create_leg(self, record: Storage, path: Path) -> None:
+        """Make one image file with its header.
+
+        Durability: as ``create_image``.
+        """
         file = self._backing.create(path)
         try:
-            write_header(file, ImageHeader(self._uuid, UUID(record.uuid), record.id, self._block_bytes))
+            write_header(file, self._header(record))
         finally:
             file.close()
         self._backing.sync_directory(path.parent)
 
+    def _header(self, record: Storage) -> ImageHeader:
+        return ImageHeader(self._uuid, UUID(record.uuid), record.id, self._block_bytes)
+
     def attach(self, record: Storage) -> None:
-        """Open an image and prove that it is the one.
+        """Open the image, or the legs of a mirror, and prove that it is the one.
+
+        A leg that is missing or another's is left behind, as long as a sound one is there.
 
         Raises:
             ImageMismatch: Missing, truncated, damaged, or of another storage volume.
         """
-        path = self.image_path(record)
+        paths = self.leg_paths(record)
+        if len(paths) == 1:
+            self.volumes[record.id] = StorageVolume(record, self.open_leg(record, paths[0]), self._block_bytes)
+            return
+        legs, reasons = self._open_legs(record, paths)
+        if all(leg is None or number in record.stale_legs for number, leg in enumerate(legs)):
+            for leg in legs:
+                if leg is not None:
+                    leg.close()
+            why = "; ".join(str(reason) for reason in reasons.values()) or "all are stale"
+            raise ImageMismatch(f"storage volume {record.id}: no sound leg is there: {why}", storage=record.id)
+        mirror = MirroredFile(paths[0], legs, record.stale_legs)
+        mirror.failed.update({number: str(why) for number, why in reasons.items() if number in mirror.failed})
+        self.volumes[record.id] = StorageVolume(record, mirror, self._block_bytes)
+        self._has_mirrors = True
+
+    def _open_legs(self, record: Storage, paths: Sequence[Path]) -> tuple[list[File | None], dict[int, IncfsError]]:
+        legs: list[File | None] = []
+        reasons: dict[int, IncfsError] = {}
+        for number, path in enumerate(paths):
+            try:
+                legs.append(self.open_leg(record, path))
+            except (ImageMismatch, BackingError) as error:
+                legs.append(None)
+                reasons[number] = error
+        return legs, reasons
+
+    def open_leg(self, record: Storage, path: Path) -> File:
+        """Open an image file and prove that it is of a storage volume.
+
+        Raises:
+            ImageMismatch: Missing, truncated, damaged, or of another storage volume.
+        """
         if not path.exists():
             raise ImageMismatch(
                 f"storage volume {record.id}: image {path} is missing; mount its disk or restore it; "
@@ -275,18 +369,17 @@ class Pool:
             )
         file = self._backing.open(path)
         try:
-            header = read_header(file)
-            expected = ImageHeader(self._uuid, UUID(record.uuid), record.id, self._block_bytes)
+            header, expected = read_header(file), self._header(record)
             if header != expected:
                 raise ImageMismatch(
                     f"storage volume {record.id}: {path} is the image of {header}, expected {expected}",
                     storage=record.id,
                 )
             file.lock()  # a pool restored elsewhere over the same images would write into them, too
-            self.volumes[record.id] = StorageVolume(record, file, self._block_bytes)
         except BaseException:
             file.close()
             raise
+        return file
 
     def attach_unproved(self, record: Storage) -> None:
         """Open an image whatever its header says: checksums tell what in it is sound.
@@ -333,8 +426,9 @@ class Pool:
         Durability: its name is gone on return.
         """
         volume = self.retired[storage_id]
-        self._backing.remove(volume.path)
-        self._backing.sync_directory(volume.path.parent)
+        for path in self.leg_paths(volume.record):
+            self._backing.remove(path)
+            self._backing.sync_directory(path.parent)
         volume.file.truncate(0)  # its space comes back although it stays open
 
     def volume(self, storage_id: StorageId) -> StorageVolume:
@@ -386,8 +480,13 @@ class Pool:
 
         Their images need a sync from now on, whoever wrote them.
         """
+        addresses = list(addresses)
         for storage_id in self._set_live(addresses, live=True):
             self.volumes[storage_id].needs_sync = True
+        for storage_id, group_index, members in _by_group(addresses) if self._has_mirrors else ():
+            self.volumes[storage_id].note_live(group_index, bit_set(members, GROUP_BLOCKS))
+            if self.volumes[storage_id].record.stale_legs:
+                self._dirty_stale.add((storage_id, group_index))
 
     def free(self, addresses: Iterable[int]) -> None:
         """Mark live blocks as freed; the next checkpoint makes them free."""
@@ -425,8 +524,35 @@ class Pool:
     def freeze(self) -> tuple[dict[tuple[StorageId, int], int], list[int]]:
         """Start a checkpoint: the changed bitmaps to store, and the blocks it will make free."""
         groups = {key: self.volumes[key[0]].live[key[1]] if key[0] in self.volumes else 0 for key in self._dirty_groups}
-        freed, self._freed, self._dirty_groups = self._freed, [], set()
+        for storage_id, group_index in self._dirty_stale:
+            volume = self.volumes.get(storage_id)
+            groups[storage_id, STALE_GROUPS + group_index] = (
+                volume.changed.get(group_index, 0) if volume is not None else 0
+            )
+        for volume in self.volumes.values():
+            volume.recent = [{}, volume.recent[0]]
+        freed, self._freed, self._dirty_groups, self._dirty_stale = self._freed, [], set(), set()
         return groups, freed
+
+    def load_stale(self, storage_id: StorageId, group_index: int, bits: int) -> None:
+        """Take over what was stored of the blocks that a leg lacks."""
+        self.volumes[storage_id].changed[group_index] = bits
+
+    def renew(self, record: Storage) -> None:
+        """Let a storage volume's record be this; when no leg is stale any more, nothing is lacking."""
+        volume = self.volumes[record.id]
+        had_stale, volume.record = bool(volume.record.stale_legs), record
+        if record.stale_legs and not had_stale:
+            self._dirty_stale |= {(record.id, group_index) for group_index in volume.lack_recent()}
+        if had_stale and not record.stale_legs:
+            self._dirty_stale |= {(record.id, group_index) for group_index in volume.changed}
+            volume.changed = {}
+
+    def lack_everything(self, storage_id: StorageId) -> None:
+        """A leg is new and empty: it lacks every live block."""
+        volume = self.volumes[storage_id]
+        volume.changed = {group_index: bits for group_index, bits in enumerate(volume.live) if bits}
+        self._dirty_stale |= {(storage_id, group_index) for group_index in volume.changed}
 
     def plan_reuse(self, freed: list[int]) -> PunchPlan:
         """End a checkpoint: make its freed blocks free, but for whole chunks to punch first.

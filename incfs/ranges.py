@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
+from incfs import legs
 from incfs.blocks import split_pages
-from incfs.dataplane import LeaseExhausted, NotResident, ReadWouldWait, Refused
-from incfs.errors import BackingError, LimitExceeded, NoSpace, NotSupported
+from incfs.dataplane import LeaseExhausted, LegFailed, NotResident, ReadWouldWait, Refused
+from incfs.errors import BackingError, ChecksumMismatch, IncfsError, LimitExceeded, NoSpace, NotSupported
 from incfs.extents import next_page, page_entries
 from incfs.model import HOLE, INHERIT, MAX_VOLUME_BYTES, PAGE_BLOCKS, MapId, Volume, VolumeId, split_map_id
 from incfs.overlay import TableKey
@@ -48,9 +49,15 @@ def drive(store: Store, request: Callable[[bool], Result]) -> Result:
         request: Called with whether it may wait for the disk.
     """
     wait = False
+    healed: set[object] = set()
     while True:
         try:
             return request(wait)
+        except LegFailed as refusal:
+            legs.leave(store, refusal)
+        except (ChecksumMismatch, BackingError) as error:
+            if not is_news(healed, error) or not legs.heal(store, error):
+                raise
         except NotResident as refusal:
             store.load(refusal.map_id, refusal.page_index)
         except LeaseExhausted as refusal:
@@ -62,6 +69,14 @@ def drive(store: Store, request: Callable[[bool], Result]) -> Result:
         except StepsPending as refusal:
             while not drive(store, refusal.step):
                 pass
+
+
+def is_news(healed: set[object], error: IncfsError) -> bool:
+    """Note the block that an error is about; False when it was noted before: healing does not help."""
+    place = error.facts.get("storage"), error.facts.get("block")
+    known = place in healed
+    healed.add(place)
+    return not known
 
 
 def make_space(store: Store, refusal: LeaseExhausted) -> None:

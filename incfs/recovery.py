@@ -31,6 +31,7 @@ from incfs.log import LMDB_LIB_VERSION, Puts, Tables
 from incfs.model import (
     DEFAULT_BLOCK_BYTES,
     HOLE,
+    MAX_LEGS,
     MAX_STORAGE_ID,
     PAGE_BLOCKS,
     REDUNDANCIES,
@@ -122,6 +123,7 @@ def new_storage(
     capacity_bytes: int | None = None,
     storage_class: str = "",
     redundancy: str = "none",
+    mirrors: Sequence[Path] = (),
 ) -> Storage:
     """Describe a new storage volume.
 
@@ -133,18 +135,41 @@ def new_storage(
         capacity_bytes: Most that the image may grow to; None for no limit.
         storage_class: What placement rules call it.
         redundancy: What lies below it.
+        mirrors: Further image files, or directories for them: legs of a mirror.
+    """
+    name = f"incfs-{superblock.uuid[:8]}-{storage_id}"
+    stored = stored_path(directory, path, f"{name}.img")
+    legs = tuple(stored_path(directory, leg, f"{name}.leg{i}.img") for i, leg in enumerate(mirrors, 1))
+    blocks = UNLIMITED_BLOCKS if capacity_bytes is None else capacity_bytes // superblock.block_bytes
+    return Storage(
+        storage_id, str(uuids.uuid4()), stored, blocks, time.time_ns(), storage_class, redundancy, mirrors=legs
+    )
+
+
+def stored_path(directory: Path, path: Path, name: str) -> str:
+    """Give an image's path as a record has it: relative when inside the pool's directory.
+
+    Args:
+        directory: The pool's.
+        path: The file, or a directory to make it in.
+        name: What it is called there.
     """
     path = path.resolve()
     if path.is_dir():
-        path = path / f"incfs-{superblock.uuid[:8]}-{storage_id}.img"
+        path = path / name
     home = directory.resolve()
-    stored = path.relative_to(home) if path.is_relative_to(home) else path
-    blocks = UNLIMITED_BLOCKS if capacity_bytes is None else capacity_bytes // superblock.block_bytes
-    return Storage(storage_id, str(uuids.uuid4()), str(stored), blocks, time.time_ns(), storage_class, redundancy)
+    return str(path.relative_to(home) if path.is_relative_to(home) else path)
 
 
 def make_storage(
-    store: Store, path: Path, *, capacity_bytes: int | None, storage_class: str, redundancy: str
+    store: Store,
+    path: Path,
+    *,
+    capacity_bytes: int | None,
+    storage_class: str,
+    redundancy: str,
+    mirrors: Sequence[Path] = (),
+    force: bool = False,
 ) -> Storage:
     """Create the image of another storage volume; the caller puts its record.  Any thread.
 
@@ -169,9 +194,25 @@ def make_storage(
         capacity_bytes=capacity_bytes,
         storage_class=storage_class,
         redundancy=redundancy,
+        mirrors=mirrors,
     )
+    if mirrors:
+        _require_separate_legs(store, record, force=force)
     store.pool.create_image(record)
     return record
+
+
+def _require_separate_legs(store: Store, record: Storage, *, force: bool) -> None:
+    """Refuse legs that one failure would take away together."""
+    paths = store.pool.leg_paths(record)
+    if len(paths) > MAX_LEGS:
+        raise UsageError(f"a mirror has at most {MAX_LEGS} legs, not {len(paths)}")
+    devices = [store.backing.measure_directory(path.parent)[2] for path in paths]
+    if len(set(paths)) < len(paths) or (len(set(devices)) < len(devices) and not force):
+        raise UsageError(
+            f"the legs {', '.join(map(str, paths))} lie on one filesystem, whose failure would take all of them; "
+            f"choose directories on different disks, or say --force"
+        )
 
 
 def open_store(directory: Path, options: Options | None = None, backing: Backing | None = None) -> Store:
@@ -211,6 +252,8 @@ def _load(store: Store) -> tuple[int, int]:
             _attach(store, record)
         for storage_id, group_index, bits in reader.space():
             store.pool.volume(StorageId(storage_id)).load(group_index, bits)
+        for storage_id, group_index, bits in reader.stale():
+            store.pool.load_stale(StorageId(storage_id), group_index, bits)
         sequence, segment, last_volume = reader.checkpoint()
     store.catalog.last_volume_id = max(store.catalog.last_volume_id, VolumeId(last_volume))
     return sequence, segment
@@ -230,7 +273,7 @@ def _attach(store: Store, record: Storage) -> None:
 
 def _attach_or_renew(store: Store, record: Storage) -> None:
     if record.id in store.pool.volumes:
-        store.pool.volumes[record.id].record = record
+        store.pool.renew(record)
     else:
         _attach(store, record)
 

@@ -62,12 +62,16 @@ class Relocation:
         size = store.block_bytes
         storage_id, block_index = split_address(self.entries[slots[0]][0])
         try:
-            data = store.pool.volumes[storage_id].read_blocks(block_index, len(slots))
+            volume = store.pool.volumes[storage_id]
+            data = volume.read_blocks(block_index, len(slots))
         except IncfsError as error:
             self.unreadable.update(dict.fromkeys(slots, error))
             return bytes(size * len(slots))
         for i, slot in enumerate(slots):
-            if checksum(data[i * size : (i + 1) * size]) != self.entries[slot][1]:
+            crc = self.entries[slot][1]
+            if checksum(data[i * size : (i + 1) * size]) != crc and volume.heal(block_index + i, crc):
+                data = volume.read_blocks(block_index, len(slots))
+            if checksum(data[i * size : (i + 1) * size]) != crc:
                 where = f"block {block_index + i} of storage volume {storage_id}"
                 self.unreadable[slot] = IncfsError(f"{where} is damaged, or was replaced meanwhile")
         return data

@@ -27,6 +27,7 @@ from incfs.keeper import Keeper
 from incfs.model import PAGE_BLOCKS, Facts, Generation, MapId, Snapshot, Volume, VolumeId, split_map_id
 from incfs.policies import Policies
 from incfs.reclaimer import Reclaimer
+from incfs.scrubstate import last_end_ns
 from incfs.settings import PoolSettings
 from incfs.store import Options, Store
 from incfs.transfers import require_not_receiving, require_ordinary
@@ -112,6 +113,15 @@ class Service:
             {**status.storage_facts(self._store, s), **self._keeper.storage_outlook(s.id)}
             for s in self._store.catalog.storages.values()
         ]
+
+    def checksum_errors(self) -> int:
+        """Count the copies of blocks that were found wrong since the pool was opened."""
+        return self._store.checksum_errors + sum(v.healed_blocks for v in self._store.pool.volumes.values())
+
+    def scrub_ended(self) -> float | None:
+        """Tell when the last whole scrub ended, in seconds since 1970."""
+        ended_ns = last_end_ns(self._store.directory)
+        return None if ended_ns is None else ended_ns / 1e9
 
     def event_counts(self) -> dict[str, int]:
         """Count the events of each kind since the pool was opened."""
@@ -461,8 +471,10 @@ class Service:
         capacity_bytes: int | None = None,
         storage_class: str = "",
         redundancy: str = "none",
+        mirrors: Sequence[str] = (),
+        force: bool = False,
     ) -> dict[str, Any]:
-        """Make an image and let the pool allocate from it.
+        """Make an image, or the legs of a mirror, and let the pool allocate from it.
 
         Raises:
             UsageError: The capacity is too small, or the redundancy is unknown.
@@ -470,11 +482,23 @@ class Service:
         """
         async with self._driver.space_lock:
             return await self._add_storage(
-                path, capacity_bytes=capacity_bytes, storage_class=storage_class, redundancy=redundancy
+                path,
+                capacity_bytes=capacity_bytes,
+                storage_class=storage_class,
+                redundancy=redundancy,
+                mirrors=mirrors,
+                force=force,
             )
 
     async def _add_storage(
-        self, path: str, *, capacity_bytes: int | None = None, storage_class: str = "", redundancy: str = "none"
+        self,
+        path: str,
+        *,
+        capacity_bytes: int | None = None,
+        storage_class: str = "",
+        redundancy: str = "none",
+        mirrors: Sequence[str] = (),
+        force: bool = False,
     ) -> dict[str, Any]:
         record = await offload(
             lambda: recovery.make_storage(
@@ -483,6 +507,8 @@ class Service:
                 capacity_bytes=capacity_bytes,
                 storage_class=storage_class,
                 redundancy=redundancy,
+                mirrors=[Path(leg) for leg in mirrors],
+                force=force,
             )
         )
         self._store.begin_change()

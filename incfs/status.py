@@ -11,6 +11,7 @@ from incfs.extents import Extent, page_entries
 from incfs.journal import Journal
 from incfs.log import DATABASES, Tables
 from incfs.model import HOLE, PAGE_BLOCKS, MapId, Storage
+from incfs.pool import StorageVolume
 from incfs.recovery import UNLIMITED_BLOCKS
 from incfs.store import Store
 from incfs.superblock import FORMAT_VERSION
@@ -78,8 +79,34 @@ def storage_facts(store: Store, storage: Storage) -> dict[str, Any]:
         "host_free_bytes": host_free,
         "class": storage.storage_class,
         "redundancy": storage.redundancy,
-        "state": "evacuating" if storage.is_evacuating and volume.state == "online" else volume.state,
+        "legs": _leg_facts(store, storage),
+        "changed_bytes": sum(bits.bit_count() for bits in volume.changed.values()) * block,
+        "healed_blocks": volume.healed_blocks,
+        "state": _state(storage, volume),
     }
+
+
+def _state(storage: Storage, volume: StorageVolume) -> str:
+    if volume.state != "online":
+        return volume.state
+    if storage.is_evacuating:
+        return "evacuating"
+    return "degraded" if volume.mirror is not None and volume.mirror.stale else "online"
+
+
+def _leg_facts(store: Store, storage: Storage) -> list[dict[str, Any]]:
+    """Report the legs of a mirror; none for a single image."""
+    mirror = store.pool.volume(storage.id).mirror
+    if mirror is None:
+        return []
+    return [
+        {
+            "leg": number,
+            "path": str(path),
+            "state": "rebuilding" if number in mirror.rebuilding else "stale" if number in mirror.stale else "online",
+        }
+        for number, path in enumerate(store.pool.leg_paths(storage))
+    ]
 
 
 def extent_document(extent: Extent) -> dict[str, Any]:

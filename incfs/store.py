@@ -121,6 +121,8 @@ class Store:
         """Nanoseconds since 1970, for the records' times."""
         self.pending_mappings = 0
         """Mappings appended since the last commit was begun."""
+        self.checksum_errors = 0
+        """Reads that found no right copy."""
         self.sequence = 0
         """Of the last commit begun."""
         self.durable_sequence = 0
@@ -227,7 +229,7 @@ class Store:
         before = self.catalog.volumes.get(record.id) if isinstance(record, Volume) else None
         self.catalog.put(record)
         if isinstance(record, Storage) and record.id in self.pool.volumes:
-            self.pool.volumes[record.id].record = record
+            self.pool.renew(record)
         if isinstance(record, Volume) and record.stripes != (before.stripes if before is not None else ()):
             self._stripe(record)
         if isinstance(record, Volume | Snapshot) and self._served:
@@ -329,6 +331,17 @@ class Store:
         flat = [(slot, old, new) for slot, (old, new) in moves.items()]
         self.plane.move(self.catalog.readers(VolumeId(table.volume_id)), page_index, flat)
 
+    def note_failed_legs(self) -> None:
+        """Record legs of mirrors that were left behind; durable with the next commit."""
+        for storage_id, volume in self.pool.volumes.items():
+            if volume.mirror is None or not volume.mirror.failed:
+                continue
+            failed, volume.mirror.failed = volume.mirror.failed, {}
+            self.touch(replace(volume.record, stale_legs=tuple(sorted({*volume.record.stale_legs, *failed}))))
+            self.plane.attach(storage_id)
+            for number, reason in failed.items():
+                self.events.record("leg-failed", f"storage {storage_id}", f"leg {number}: {reason}", leg=number)
+
     def _pend_move(self, change: Change, page_count: int) -> None:
         self._pend(change)
         self.pending_mappings += page_count * _PAGE_WEIGHT
@@ -420,6 +433,7 @@ class Store:
         assert self._commit is None, "one commit at a time"
         self.require_writable()
         self.absorb()
+        self.note_failed_legs()
         for identity in self._touched:
             record = self.catalog.get(identity)
             assert record is not None
@@ -485,6 +499,7 @@ class Store:
         and begins again (I5).
         """
         self.sequence = self.durable_sequence = sequence
+        self.note_failed_legs()
         self._touched.clear()
         self._stripe_all()
         checkpoint = self._freeze(None, self.journal.segment.number, 0)

@@ -16,16 +16,13 @@ from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
 from incfs.dataplane import LeaseExhausted
 from incfs.driver import Driver
 from incfs.errors import BackingError, Busy, IncfsError, UsageError
+from incfs.mirrors import Mirrors, Progress, throttle, walk_pages
 from incfs.model import StorageId, Volume, VolumeId
 from incfs.overlay import TableKey
 from incfs.placement import Room
 from incfs.relocation import Relocation, Wish
 from incfs.store import Store
 
-Progress = Callable[[int, int], None]
-
-_STEP_PAGES = 64
-"""Pages listed at once."""
 _EVEN_PERCENT = 5
 """Storage volumes whose shares in use differ by less are balanced."""
 
@@ -62,6 +59,7 @@ class Upkeep:
         self._committer = committer
         self._driver = driver
         self._moving = trio.Lock()
+        self.mirrors = Mirrors(store, committer, self._moving)
 
     # Stripes
 
@@ -201,18 +199,14 @@ class Upkeep:
     async def _move_table(
         self, table: TableKey, wish: Wish, report: MoveReport, rate_bytes: int | None, tell: Callable[[], None]
     ) -> None:
-        start = 0
-        while pages := self._store.log.page_indexes(table, start, _STEP_PAGES):
-            for page_index in pages:
-                await trio.lowlevel.checkpoint()
-                self._store.absorb()
-                planned = relocation.plan(self._store, table, page_index, wish)
-                if planned is not None:
-                    report.note(await self._carry_out(planned), planned)
-                    tell()
-                    if rate_bytes:
-                        await trio.sleep(planned.block_count * self._store.block_bytes / rate_bytes)
-            start = pages[-1] + 1
+        for page_index in walk_pages(self._store, table):
+            await trio.lowlevel.checkpoint()
+            self._store.absorb()
+            planned = relocation.plan(self._store, table, page_index, wish)
+            if planned is not None:
+                report.note(await self._carry_out(planned), planned)
+                tell()
+                await throttle(planned.block_count * self._store.block_bytes, rate_bytes)
 
     async def _carry_out(self, planned: Relocation) -> int:
         """Move one page; give how many blocks."""

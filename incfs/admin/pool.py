@@ -37,6 +37,16 @@ async def pool_dump(service: "Service", *, path: str) -> Document:
     return {"dump": {"path": path, "length_bytes": await service.dump(target)}}
 
 
+async def pool_scrub(
+    service: "Service", *, rate_bytes: int | None = None, restart: bool = False, progress: Progress
+) -> Document:
+    """Verify every copy of every block on disk, and heal what can be."""
+    report = await service.upkeep.mirrors.scrub(
+        rate_bytes=rate_bytes, restart=restart, progress=lambda done, total: progress(done, total, "blocks")
+    )
+    return {"scrub": report}
+
+
 async def pool_balance(service: "Service", *, rate_bytes: int | None = None, progress: Progress) -> Document:
     """Move blocks from the fullest storage volumes to the emptiest."""
     report = await service.upkeep.balance(
@@ -46,6 +56,7 @@ async def pool_balance(service: "Service", *, rate_bytes: int | None = None, pro
 
 
 VERBS: Final = {
+    "pool.scrub": Verb(pool_scrub, is_read_only=False, can_stop=True),
     "pool.balance": Verb(pool_balance, is_read_only=False, can_stop=True),
     "pool.show": Verb(pool_show, is_read_only=True),
     "pool.check": Verb(pool_check, is_read_only=True),

@@ -17,6 +17,8 @@ async def storage_add(
     capacity_bytes: int | None = None,
     storage_class: str = "",
     redundancy: str = "none",
+    mirrors: list[str] | None = None,
+    force: bool = False,
 ) -> Document:
     """Create an image file at ``path`` and let the pool allocate from it."""
     storage = await service.add_storage(
@@ -24,6 +26,8 @@ async def storage_add(
         capacity_bytes=capacity_bytes,
         storage_class=storage_class,
         redundancy=redundancy,
+        mirrors=mirrors or [],
+        force=force,
     )
     return {"storage": storage}
 
@@ -43,6 +47,22 @@ async def storage_evacuate(
     return {"move": report.to_dict(service.block_bytes)}
 
 
+async def storage_resilver(
+    service: "Service", *, storage: int, rate_bytes: int | None = None, progress: Progress
+) -> Document:
+    """Bring the stale legs of a mirror up to date."""
+    report = await service.upkeep.mirrors.resilver(
+        StorageId(storage), rate_bytes=rate_bytes, progress=lambda done, total: progress(done, total, "blocks")
+    )
+    return {"resilver": report.to_dict(service.block_bytes)}
+
+
+async def storage_replace(service: "Service", *, storage: int, leg: int, path: str) -> Document:
+    """Let an empty file take the place of a leg; a resilver fills it."""
+    await service.upkeep.mirrors.replace_leg(StorageId(storage), leg, path)
+    return {}
+
+
 async def storage_keep(service: "Service", *, storage: int) -> Document:
     """Let a storage volume that was being evacuated get new data again."""
     await service.upkeep.cancel_evacuation(StorageId(storage))
@@ -57,6 +77,8 @@ async def storage_remove(service: "Service", *, storage: int) -> Document:
 
 VERBS: Final = {
     "storage.evacuate": Verb(storage_evacuate, is_read_only=False, can_stop=True),
+    "storage.resilver": Verb(storage_resilver, is_read_only=False, can_stop=True),
+    "storage.replace": Verb(storage_replace, is_read_only=False),
     "storage.keep": Verb(storage_keep, is_read_only=False),
     "storage.remove": Verb(storage_remove, is_read_only=False),
     "storage.add": Verb(storage_add, is_read_only=False),

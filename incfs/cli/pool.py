@@ -207,3 +207,18 @@ def _verdict(report: dict[str, Any]) -> str:
 def balance(context: typer.Context, *, rate: Rate = None, as_json: Json = False) -> None:
     """Even out how full the storage volumes are; it may be interrupted."""
     output.print_facts(call(context, "pool.balance", rate_bytes=rate), "move", as_json=as_json)
+
+
+@verb(app, "scrub")
+def scrub(
+    context: typer.Context,
+    *,
+    rate: Rate = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew, not where the last one was stopped.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Verify every copy of every block on disk, and heal what can be; it may be interrupted."""
+    document = call(context, "pool.scrub", rate_bytes=rate, restart=restart)
+    output.print_facts(document, "scrub", as_json=as_json)
+    if document["scrub"]["lost_blocks"]:
+        raise typer.Exit(EXIT_DAMAGE)

@@ -8,6 +8,7 @@ import typer
 from incfs.cli import output
 from incfs.cli.options import Columns, Exact, Json, NoHeader, Rate, new_noun, verb
 from incfs.cli.session import call
+from incfs.errors import UsageError
 from incfs.units import parse_size
 
 EXIT_SKIPPED: Final = 3
@@ -43,6 +44,11 @@ def add(
     redundancy: Annotated[
         str, typer.Option(metavar="KIND", help="What lies below: none, raid1, raid5, raid6, raid10.")
     ] = "none",
+    mirrors: Annotated[
+        list[Path] | None,
+        typer.Option("--mirror", metavar="PATH", help="Another image with the same contents; repeatable, up to 3."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also with legs on one filesystem.")] = False,
     as_json: Json = False,
 ) -> None:
     """Add an image file that the pool may grow into."""
@@ -53,6 +59,8 @@ def add(
         capacity_bytes=capacity,
         storage_class=storage_class,
         redundancy=redundancy,
+        mirrors=[str(leg.absolute()) for leg in mirrors or []],
+        force=force,
     )
     if as_json:
         output.print_json(document)
@@ -94,3 +102,24 @@ def evacuate(
 def remove(context: typer.Context, storage: StorageNumber) -> None:
     """Take an empty storage volume out of the pool and delete its image."""
     call(context, "storage.remove", storage=storage)
+
+
+@verb(app, "resilver")
+def resilver(
+    context: typer.Context,
+    storage: StorageNumber,
+    *,
+    replace: Annotated[
+        int | None, typer.Option("--replace", metavar="LEG", help="Put an empty file in the place of this leg first.")
+    ] = None,
+    path: Annotated[Path | None, typer.Option("--path", help="That file, or a directory for it.")] = None,
+    rate: Rate = None,
+    as_json: Json = False,
+) -> None:
+    """Bring the stale legs of a mirror up to date: what changed while they were away."""
+    if (replace is None) != (path is None):
+        raise UsageError("--replace names the leg, --path its new file: give both or none")
+    if path is not None:
+        call(context, "storage.replace", storage=storage, leg=replace, path=str(path.absolute()))
+    document = call(context, "storage.resilver", storage=storage, rate_bytes=rate)
+    output.print_facts(document, "resilver", as_json=as_json)

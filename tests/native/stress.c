@@ -371,7 +371,7 @@ int main(int count, char **arguments)
     if (image < 0 || ftruncate(image, (off_t)IMAGE_BLOCKS * BLOCK) < 0)
         return 2;
     plane = plane_new(BLOCK);
-    plane_attach(plane, 1, image, 0);
+    plane_attach(plane, 1, &image, 1, 0);
     plane_watch(plane, 64);
     lane = lane_new(plane);
     journal = memfd_create("journal", MFD_CLOEXEC);

@@ -1,0 +1,230 @@
+"""Legs of mirrors: left behind when they fail, healed when they are wrong, brought up to date again.
+
+What a stale leg lacks is remembered in bitmaps, so that a resilver copies only that.  Each block is
+verified on its way: a leg is never made from data that is not right.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from incfs.backing import File
+from incfs.blocks import split_address
+from incfs.codec import checksum
+from incfs.dataplane import LegFailed
+from incfs.errors import BackingError, ChecksumMismatch, IncfsError, NotFound, UsageError
+from incfs.image import DATA_OFFSET_BYTES
+from incfs.mirror import MirroredFile
+from incfs.model import HOLE, StorageId
+from incfs.overlay import TableKey
+from incfs.pool import GROUP_BLOCKS, StorageVolume
+from incfs.store import Store
+
+
+def mirror_of(store: Store, storage_id: StorageId) -> MirroredFile:
+    """Look up the legs of a mirrored storage volume.
+
+    Raises:
+        StorageNotFound: No such storage volume.
+        UsageError: It is not mirrored.
+    """
+    mirror = store.pool.volume(storage_id).mirror
+    if mirror is None:
+        raise UsageError(f"storage volume {storage_id} is not mirrored", storage=storage_id)
+    return mirror
+
+
+def leave(store: Store, refusal: LegFailed) -> None:
+    """Leave a leg behind that the data plane could not write.
+
+    Raises:
+        BackingError: It was the last sound one; the pool is read-only.
+    """
+    mirror = mirror_of(store, refusal.storage_id)
+    written = mirror.written_legs()
+    reason = os.strerror(refusal.host_errno)
+    if refusal.position < len(written) and not mirror.leave(written[refusal.position][0], reason):
+        error = BackingError(f"cannot write {mirror.path}: {reason}", path=str(mirror.path), action="write")
+        store.fail(error)
+        raise error
+    store.note_failed_legs()
+
+
+def heal(store: Store, error: IncfsError) -> bool:
+    """Put right what a read found wrong; False when that cannot be.  Any thread."""
+    is_read = isinstance(error, ChecksumMismatch) or error.facts.get("action") == "read"
+    volume = store.pool.volumes.get(StorageId(error.facts.get("storage", 0)))
+    if not is_read or volume is None or volume.mirror is None:
+        return False
+    if volume.heal(error.facts["block"], error.facts.get("expected")):
+        return True
+    # It cannot be rewritten, or another block of the same read is to blame: read another leg.
+    sound = volume.mirror.sound_legs()
+    return isinstance(error, BackingError) and volume.mirror.leave(sound[0][0], str(error))
+
+
+# Resilver
+
+
+def attach_leg(store: Store, storage_id: StorageId, number: int) -> File:
+    """Let a stale leg be written again, not read; give its file.
+
+    Raises:
+        NotFound: There is no such leg.
+        ImageMismatch: The file is missing or another's.
+        NoSpace: Its host has no room for it.
+    """
+    mirror, volume = mirror_of(store, storage_id), store.pool.volume(storage_id)
+    if number >= len(mirror.legs):
+        raise NotFound(f"storage volume {storage_id} has no leg {number}")
+    leg = mirror.legs[number] or store.pool.open_leg(volume.record, store.pool.leg_paths(volume.record)[number])
+    mirror.legs[number] = leg
+    missing = mirror.length_bytes() - leg.length_bytes()
+    if missing > 0:
+        leg.allocate(leg.length_bytes(), missing)
+    mirror.rebuilding.add(number)
+    store.plane.attach(storage_id)
+    store.absorb()  # what was written to the others only is among the changed blocks from now on
+    return leg
+
+
+Lacking = list[tuple[int, int]]
+"""(block index, checksum) of blocks that a leg lacks, ascending."""
+
+
+def lacking(store: Store, table: TableKey, page_index: int, storage_id: StorageId, bits: dict[int, int]) -> Lacking:
+    """Look up which blocks of a page are among those."""
+    found = []
+    for address, crc in store.log.entries(table, page_index).values():
+        if address > HOLE and split_address(address)[0] == storage_id:
+            block_index = split_address(address)[1]
+            group_index, member = divmod(block_index, GROUP_BLOCKS)
+            if bits.get(group_index, 0) >> member & 1:
+                found.append((block_index, crc))
+    return sorted(found)
+
+
+def copy_lacking(store: Store, storage_id: StorageId, number: int, lacks: Lacking) -> list[int]:
+    """Copy blocks to a leg from the sound ones; give those that nobody has right.  Any thread."""
+    volume, size = store.pool.volumes[storage_id], store.block_bytes
+    mirror = mirror_of(store, storage_id)
+    leg = mirror.legs[number]
+    assert leg is not None
+    wrong = []
+    for run in _runs(lacks):
+        data = bytearray(volume.read_blocks(run[0][0], len(run)))
+        for i, (block_index, crc) in enumerate(run):
+            span = slice(i * size, (i + 1) * size)
+            if checksum(data[span]) != crc:
+                volume.heal(block_index, crc)
+                data[span] = volume.read_blocks(block_index, 1)
+            if checksum(data[span]) != crc:
+                wrong.append(block_index)
+        leg.pwrite(DATA_OFFSET_BYTES + run[0][0] * size, bytes(data))
+    return wrong
+
+
+def _runs(blocks: Lacking) -> Iterator[list[tuple[int, int]]]:
+    run: list[tuple[int, int]] = []
+    for block in blocks:
+        if run and block[0] != run[-1][0] + 1:
+            yield run
+            run = []
+        run.append(block)
+    if run:
+        yield run
+
+
+def finish_resilver(store: Store, storage_id: StorageId, number: int) -> None:
+    """Let a leg that was brought up to date, and synced, be read again; the caller commits."""
+    store.begin_change()
+    mirror, record = mirror_of(store, storage_id), store.pool.volume(storage_id).record
+    mirror.rebuilding.discard(number)
+    mirror.stale.discard(number)
+    store.change(replace(record, stale_legs=tuple(leg for leg in record.stale_legs if leg != number)))
+    store.plane.attach(storage_id)
+
+
+def require_other_leg(store: Store, storage_id: StorageId, number: int) -> None:
+    """Refuse to do without the only sound leg.
+
+    Raises:
+        UsageError: It is.
+    """
+    if [leg for leg, _ in mirror_of(store, storage_id).sound_legs()] == [number]:
+        raise UsageError(f"leg {number} of storage volume {storage_id} is the only sound one", storage=storage_id)
+
+
+def replace_leg(store: Store, storage_id: StorageId, number: int, path: str) -> None:
+    """Let another, empty file be a leg from now on; it lacks everything.
+
+    The caller has made the file, and commits.
+    """
+    store.begin_change()
+    mirror, volume = mirror_of(store, storage_id), store.pool.volume(storage_id)
+    record = volume.record
+    paths = list(record.leg_paths)
+    paths[number] = path
+    mirror.leave(number, "it is replaced")
+    mirror.failed.pop(number, None)
+    mirror.legs[number] = None
+    stale = tuple(sorted({*record.stale_legs, number}))
+    store.change(replace(record, path=paths[0], mirrors=tuple(paths[1:]), stale_legs=stale))
+    store.pool.lack_everything(storage_id)
+    store.plane.attach(storage_id)
+
+
+# Scrub
+
+
+@dataclass(slots=True)
+class Scrubbed:
+    """What a look at some blocks came to."""
+
+    verified_blocks: int = 0
+    """Copies that were compared with their checksum."""
+    wrong_blocks: int = 0
+    healed_blocks: int = 0
+    lost_blocks: int = 0
+    """No copy is right."""
+
+    def add(self, other: "Scrubbed") -> None:
+        """Add another look's."""
+        self.verified_blocks += other.verified_blocks
+        self.wrong_blocks += other.wrong_blocks
+        self.healed_blocks += other.healed_blocks
+        self.lost_blocks += other.lost_blocks
+
+
+def page_blocks(store: Store, table: TableKey, page_index: int) -> list[tuple[StorageId, int, int]]:
+    """List (storage volume, block, checksum) of what a page names."""
+    entries = store.log.entries(table, page_index).values()
+    return sorted((*split_address(address), crc) for address, crc in entries if address > HOLE)
+
+
+def scrub_blocks(store: Store, blocks: list[tuple[StorageId, int, int]]) -> Scrubbed:
+    """Verify all copies of blocks on disk, and heal what can be.  Any thread."""
+    result = Scrubbed()
+    for storage_id, block_index, crc in blocks:
+        volume = store.pool.volumes.get(storage_id)
+        if volume is not None:
+            _scrub_block(volume, block_index, crc, store.block_bytes, result)
+    return result
+
+
+def _scrub_block(volume: StorageVolume, block_index: int, crc: int, size: int, result: Scrubbed) -> None:
+    mirror, offset = volume.mirror, DATA_OFFSET_BYTES + block_index * size
+    files = [leg for _, leg in mirror.sound_legs()] if mirror is not None else [volume.file]
+    right = 0
+    for file in files:
+        try:
+            file.drop_cache(offset, size)
+            right += checksum(file.pread(offset, size)) == crc
+        except BackingError:
+            continue
+    result.verified_blocks += len(files)
+    result.wrong_blocks += len(files) - right
+    if right < len(files):
+        healed = volume.heal(block_index, crc)
+        result.healed_blocks += healed
+        result.lost_blocks += not right

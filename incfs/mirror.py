@@ -1,0 +1,178 @@
+"""A mirrored image: several files that hold the same, behind the interface of one.
+
+Every leg is written and synced; reads use the first sound one.  A leg that fails is left behind
+(``failed``) as long as another is sound; who owns the record sees to it that it is not trusted again
+before it was brought up to date.  Full disks are no failure: the write fails as a whole.
+
+Concurrency: reads, writes and syncs may run in any thread; which legs there are changes on the
+owner thread.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from incfs.backing import File
+from incfs.errors import BackingError, IncfsError, NoSpace
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class MirroredFile(File):
+    """Up to four files as one.
+
+    Args:
+        legs: The files; None where one is missing.
+        path: What messages call it.
+        stale: Legs that lack something: neither read nor written.
+    """
+
+    def __init__(self, path: Path, legs: Sequence[File | None], stale: Sequence[int]) -> None:
+        sound = next(leg for i, leg in enumerate(legs) if leg is not None and i not in stale)
+        super().__init__(path, sound.fileno())
+        self.legs: list[File | None] = list(legs)
+        self.stale = set(stale) | {i for i, leg in enumerate(legs) if leg is None}
+        """Not read."""
+        self.rebuilding: set[int] = set()
+        """Stale ones that are being brought up to date: written, not read."""
+        self.failed: dict[int, str] = {i: "missing" for i, leg in enumerate(legs) if leg is None and i not in stale}
+        """Newly stale ones and why, until that is recorded."""
+
+    def sound_legs(self) -> list[tuple[int, File]]:
+        """List the legs that may be read."""
+        return [(i, leg) for i, leg in enumerate(self.legs) if leg is not None and i not in self.stale]
+
+    def written_legs(self) -> list[tuple[int, File]]:
+        """List the legs that are written: the sound ones first."""
+        return self.sound_legs() + [(i, leg) for i in sorted(self.rebuilding) if (leg := self.legs[i]) is not None]
+
+    def leave(self, number: int, reason: str) -> bool:
+        """Stop using a leg that failed; False when no sound one would be left."""
+        if number in self.stale and number not in self.rebuilding:
+            return True
+        if number not in self.rebuilding and len(self.sound_legs()) == 1:
+            return False
+        self.rebuilding.discard(number)
+        self.stale.add(number)
+        self.failed[number] = reason
+        return True
+
+    def fileno(self) -> int:
+        """Give the descriptor of the leg that is read."""
+        return self.sound_legs()[0][1].fileno()
+
+    def _read(self, read: Callable[[File], Result]) -> Result:
+        error: IncfsError | None = None
+        for number, leg in self.sound_legs():
+            try:
+                return read(leg)
+            except BackingError as failure:
+                logger.warning("leg %d of %s: %s", number, self.path, failure)
+                error = failure
+        assert error is not None
+        raise error
+
+    def _write(self, write: Callable[[File], Result]) -> list[Result]:
+        """Do it on every leg; those that fail are left behind while another is sound."""
+        results = []
+        for number, leg in self.written_legs():
+            try:
+                results.append(write(leg))
+            except NoSpace:
+                raise
+            except BackingError as failure:
+                if not self.leave(number, str(failure)):
+                    raise
+                logger.warning("leg %d is left behind: %s", number, failure)
+        return results
+
+    def pread(self, offset_bytes: int, length_bytes: int) -> bytes:
+        """Read from the first leg that can."""
+        return self._read(lambda leg: leg.pread(offset_bytes, length_bytes))
+
+    def pread_cached(self, offset_bytes: int, length_bytes: int) -> bytes | None:
+        """Read from the first leg that can, if its page cache has the range."""
+        return self._read(lambda leg: leg.pread_cached(offset_bytes, length_bytes))
+
+    def pwrite(self, offset_bytes: int, data: bytes | memoryview) -> None:
+        """Write to every leg."""
+        self._write(lambda leg: leg.pwrite(offset_bytes, data))
+
+    def sync(self) -> None:
+        """Sync every leg."""
+        self._write(lambda leg: leg.sync())
+
+    def truncate(self, length_bytes: int) -> None:
+        """Set the length of every leg."""
+        self._write(lambda leg: leg.truncate(length_bytes))
+
+    def allocate(self, offset_bytes: int, length_bytes: int, *, keep_size: bool = False) -> None:
+        """Grow every leg."""
+        self._write(lambda leg: leg.allocate(offset_bytes, length_bytes, keep_size=keep_size))
+
+    def punch(self, offset_bytes: int, length_bytes: int) -> bool:
+        """Give a range of every leg back to its host."""
+        return all(self._write(lambda leg: leg.punch(offset_bytes, length_bytes)))
+
+    def length_bytes(self) -> int:
+        """Tell the length of the shortest sound leg."""
+        return min(leg.length_bytes() for _, leg in self.sound_legs())
+
+    def allocated_bytes(self) -> int:
+        """Tell how much host space all legs occupy."""
+        return sum(leg.allocated_bytes() for leg in self.legs if leg is not None)
+
+    def host_free_bytes(self) -> int:
+        """Tell how much the leg with the least room can take."""
+        return min(leg.host_free_bytes() for _, leg in self.sound_legs())
+
+    def host_total_bytes(self) -> int:
+        """Tell how large the filesystem of the leg with the least room is."""
+        return min(((leg.host_free_bytes(), leg.host_total_bytes()) for _, leg in self.sound_legs()))[1]
+
+    def host_device(self) -> int:
+        """Tell the filesystem of the leg with the least room."""
+        return min(((leg.host_free_bytes(), leg.host_device()) for _, leg in self.sound_legs()))[1]
+
+    def lock(self) -> None:
+        """Have every leg alone."""
+        for leg in self.legs:
+            if leg is not None:
+                leg.lock()
+
+    def close(self) -> None:
+        """Close every leg."""
+        for leg in self.legs:
+            if leg is not None:
+                leg.close()
+
+    def heal(self, offset_bytes: int, length_bytes: int, is_right: Callable[[bytes], bool]) -> int:
+        """Rewrite a range on the legs that have it wrong, from one that has it right.
+
+        Returns:
+            How many legs were healed; 0 when none has it right, or all have.
+        """
+        found: dict[int, bytes | None] = {}
+        for number, leg in self.sound_legs():
+            found[number] = None
+            with contextlib.suppress(BackingError):
+                found[number] = leg.pread(offset_bytes, length_bytes)
+        right = next((data for data in found.values() if data is not None and is_right(data)), None)
+        if right is None:
+            return 0
+        wrong = [number for number, data in found.items() if data != right]
+        return sum(self._rewrite(number, offset_bytes, right) for number in wrong)
+
+    def _rewrite(self, number: int, offset_bytes: int, data: bytes) -> bool:
+        leg = self.legs[number]
+        assert leg is not None
+        try:
+            leg.pwrite(offset_bytes, data)
+        except IncfsError as error:
+            self.leave(number, str(error))
+            return False
+        return True

@@ -1,0 +1,210 @@
+"""Mirrors: every leg is written, what is wrong is healed, a leg that was away gets what it lacks."""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import trio
+
+from incfs.errors import ImageMismatch, UsageError
+from incfs.model import StorageId
+from incfs.planes import HAS_NATIVE, PlaneKind
+from incfs.service import Service, open_service
+from tests.support import pools
+
+BLOCK = pools.BLOCK
+TWO = StorageId(2)
+DATA_OFFSET = 65536
+
+
+def noise(count: int, seed: int = 1) -> bytes:
+    return Random(seed).randbytes(count * BLOCK)
+
+
+def quiet(done: int, total: int) -> None:
+    assert 0 <= done <= total or not total
+
+
+@pytest.fixture(params=["python", pytest.param("native", marks=pytest.mark.skipif(not HAS_NATIVE, reason="no C"))])
+def plane(request: pytest.FixtureRequest) -> PlaneKind:
+    kind: PlaneKind = request.param
+    return kind
+
+
+@asynccontextmanager
+async def opened(home: Path, plane: PlaneKind) -> AsyncIterator[Service]:
+    """A pool whose only storage volume is a mirror of two legs."""
+    is_new = not (home / "pool").exists()
+    if is_new:
+        pools.make_pool(home)
+    options = replace(pools.tiny_options(small_commit_bytes=1000), data_plane=plane)
+    async with open_service(home / "pool", options) as service:
+        if is_new:
+            with pytest.raises(UsageError):
+                await service.add_storage(str(home / "a.img"), mirrors=[str(home / "b.img")])
+            await service.add_storage(str(home / "a.img"), mirrors=[str(home / "b.img")], force=True)
+            await service.upkeep.evacuate(StorageId(1), rate_bytes=None, progress=quiet)
+            await service.upkeep.remove_storage(StorageId(1))
+        yield service
+
+
+def spoil(path: Path, blocks: list[int]) -> None:
+    with path.open("r+b") as image:
+        for block in blocks:
+            image.seek(DATA_OFFSET + block * BLOCK)
+            image.write(os.urandom(BLOCK))
+
+
+def blocks_of(path: Path, count: int) -> bytes:
+    return path.read_bytes()[DATA_OFFSET : DATA_OFFSET + count * BLOCK]
+
+
+def mirror(service: Service) -> dict[str, Any]:
+    (found,) = service.storages()
+    return found
+
+
+def leg_states(service: Service) -> list[str]:
+    return [leg["state"] for leg in mirror(service)["legs"]]
+
+
+async def test_both_legs_hold_the_same_and_wrong_blocks_are_healed_while_reading(
+    pool_home: Path, plane: PlaneKind
+) -> None:
+    async with opened(pool_home, plane) as service:
+        volume = await service.create_volume("db", 1 << 20)
+        await service.write(volume.map_id, 0, noise(1000))
+        await service.checkpoint()
+        legs = pool_home / "a.img", pool_home / "b.img"
+        assert blocks_of(legs[0], 1000) == blocks_of(legs[1], 1000)
+        wrong = Random(7).sample(range(1000), 100)
+        for leg in legs:
+            spoil(leg, wrong)
+            assert await service.read(volume.map_id, 0, 1000 * BLOCK) == noise(1000) if leg == legs[0] else True
+        report = await service.upkeep.mirrors.scrub(rate_bytes=None, restart=False, progress=quiet)
+        assert (report["verified_blocks"], report["wrong_blocks"], report["lost_blocks"]) == (2000, 100, 0)
+        assert blocks_of(legs[0], 1000) == blocks_of(legs[1], 1000)
+        assert await service.read(volume.map_id, 0, 1000 * BLOCK) == noise(1000)
+        assert mirror(service)["healed_blocks"] == 200
+
+
+async def test_a_leg_that_was_away_gets_what_it_lacks_and_no_more(pool_home: Path, plane: PlaneKind) -> None:
+    async with opened(pool_home, plane) as service:
+        volume = await service.create_volume("db", 1 << 20)
+        await service.write(volume.map_id, 0, noise(2000))
+    (pool_home / "b.img").rename(pool_home / "away")
+    expected = bytearray(noise(2000))
+    async with opened(pool_home, plane) as service:
+        assert leg_states(service) == ["online", "stale"]
+        assert mirror(service)["state"] == "degraded"
+        expected[50 * BLOCK : 150 * BLOCK] = noise(100, seed=2)
+        await service.write(volume.map_id, 50 * BLOCK, noise(100, seed=2))
+        await service.commit()
+    async with opened(pool_home, plane) as service:
+        expected[500 * BLOCK : 530 * BLOCK] = noise(30, seed=3)
+        await service.write(volume.map_id, 500 * BLOCK, noise(30, seed=3))
+        await service.commit()
+        with pytest.raises(ImageMismatch):
+            await service.upkeep.mirrors.resilver(TWO, rate_bytes=None, progress=quiet)
+        (pool_home / "away").rename(pool_home / "b.img")
+        report = await service.upkeep.mirrors.resilver(TWO, rate_bytes=None, progress=quiet)
+        assert 130 <= report.copied_blocks <= 200, report
+        assert not report.lost_blocks
+        assert leg_states(service) == ["online", "online"]
+        assert mirror(service)["changed_bytes"] == 0
+        await service.write(volume.map_id, 700 * BLOCK, noise(10, seed=4))
+        expected[700 * BLOCK : 710 * BLOCK] = noise(10, seed=4)
+        await service.checkpoint()
+        spoil(pool_home / "a.img", list(range(2200)))
+        assert await service.read(volume.map_id, 0, 2000 * BLOCK) == bytes(expected)
+    async with opened(pool_home, plane) as service:
+        assert leg_states(service) == ["online", "online"]
+        assert (await service.check(data=True)).is_clean
+
+
+async def test_a_stale_leg_alone_is_refused(pool_home: Path, plane: PlaneKind) -> None:
+    async with opened(pool_home, plane) as service:
+        await service.create_volume("db", 1 << 20)
+    (pool_home / "b.img").rename(pool_home / "away")
+    async with opened(pool_home, plane) as service:
+        volume = service.volume("db")
+        await service.write(volume.map_id, 0, noise(10))
+    (pool_home / "away").rename(pool_home / "b.img")
+    (pool_home / "a.img").rename(pool_home / "away")
+    with pytest.raises(ImageMismatch, match="no sound leg"):
+        async with opened(pool_home, plane):
+            pass
+
+
+async def test_a_lost_leg_is_replaced_by_an_empty_one_under_load(pool_home: Path, plane: PlaneKind) -> None:
+    async with opened(pool_home, plane) as service:
+        volume = await service.create_volume("db", 1 << 20)
+        expected = bytearray(noise(1000))
+        await service.write(volume.map_id, 0, noise(1000))
+        (taken,) = await service.create_snapshots([(volume.id, "s")])
+        await service.upkeep.mirrors.replace_leg(TWO, 0, str(pool_home / "c.img"))
+        assert leg_states(service) == ["stale", "online"]
+        is_over = False
+
+        async def write_on() -> None:
+            step = 0
+            while not is_over:
+                first = Random(step).randrange(990)
+                expected[first * BLOCK : (first + 7) * BLOCK] = noise(7, seed=step)
+                await service.write(volume.map_id, first * BLOCK, noise(7, seed=step))
+                step += 1
+                await trio.sleep(0.001)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write_on)
+            report = await service.upkeep.mirrors.resilver(TWO, rate_bytes=None, progress=quiet)
+            is_over = True
+        assert report.copied_blocks >= 1000
+        await service.checkpoint()
+        spoil(pool_home / "b.img", list(range(2000)))
+        assert await service.read(volume.map_id, 0, 1000 * BLOCK) == bytes(expected)
+        assert await service.read(taken.map_id, 0, 1000 * BLOCK) == noise(1000)
+        await service.upkeep.mirrors.replace_leg(TWO, 0, str(pool_home / "d.img"))
+        with pytest.raises(UsageError, match="only sound one"):
+            await service.upkeep.mirrors.replace_leg(TWO, 1, str(pool_home / "e.img"))
+
+
+async def test_what_a_leg_lacks_is_known_after_a_crash(pool_home: Path, plane: PlaneKind) -> None:
+    async with opened(pool_home, plane) as service:
+        volume = await service.create_volume("db", 1 << 20)
+        await service.write(volume.map_id, 0, noise(300))
+    (pool_home / "b.img").rename(pool_home / "away")
+    options = replace(pools.tiny_options(), data_plane=plane)
+    store = pools.open_tiny(pool_home / "pool", options)
+    for seed in range(2, 5):
+        pools.write(store, volume.map_id, seed * 20 * BLOCK, noise(20, seed=seed))
+        store.commit()
+        if seed == 3:
+            store.checkpoint()
+    store = pools.crash(store, options)
+    lacking = sum(bits.bit_count() for bits in store.pool.volumes[TWO].changed.values())
+    assert lacking >= 60
+    store.abandon()
+    (pool_home / "away").rename(pool_home / "b.img")
+    async with opened(pool_home, plane) as service:
+        await service.upkeep.mirrors.resilver(TWO, rate_bytes=None, progress=quiet)
+        spoil(pool_home / "a.img", list(range(500)))
+        for seed in range(2, 5):
+            assert await service.read(volume.map_id, seed * 20 * BLOCK, 20 * BLOCK) == noise(20, seed=seed)
+
+
+async def test_a_scrub_that_was_stopped_goes_on(pool_home: Path, plane: PlaneKind) -> None:
+    async with opened(pool_home, plane) as service:
+        volume = await service.create_volume("db", 1 << 20)
+        await service.write(volume.map_id, 0, noise(5000))
+        with trio.move_on_after(0.3):
+            await service.upkeep.mirrors.scrub(rate_bytes=200_000, restart=False, progress=quiet)
+        assert (pool_home / "pool" / "scrub.json").exists()
+        report = await service.upkeep.mirrors.scrub(rate_bytes=None, restart=False, progress=quiet)
+        assert report["verified_blocks"] == 10_000
+        assert not (await service.upkeep.mirrors.scrub(rate_bytes=None, restart=True, progress=quiet))["wrong_blocks"]
