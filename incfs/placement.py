@@ -89,8 +89,11 @@ def order_rooms(rooms: Iterable[Room], rules: Sequence[Rule], preferred: Storage
 
 
 def choose_columns(rooms: Sequence[Room], count: int) -> tuple[StorageId, ...]:
-    """Choose the columns of a stripe map: those with most room, none twice; fewer if there are no more."""
-    by_room = sorted(rooms, key=lambda room: (room.is_low, -room.free_bytes, room.storage.id))
+    """Choose the columns of a stripe map: those with most room, none twice; fewer if there are no more.
+
+    Room counts in powers of two: storage volumes that are about as large are taken in order.
+    """
+    by_room = sorted(rooms, key=lambda room: (room.is_low, -room.free_bytes.bit_length(), room.storage.id))
     return tuple(sorted(room.storage.id for room in by_room[:count]))
 
 
