@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import trio
+
+from incfs import fusext
 from incfs.admin.verb import Progress, Verb
 from incfs.documents import Document
 from incfs.errors import UsageError
@@ -21,6 +24,19 @@ async def pool_show(service: "Service") -> Document:
         "snapshot_count": sum(len(service.snapshots(volume.id)) for volume in volumes),
     }
     return {"pool": {**facts, **service.facts()}}
+
+
+async def pool_activity(service: "Service") -> Document:
+    """Report counters that rise, and what grows: two of these make rates."""
+    operations = {
+        name: {"count": sum(histogram.counts), "sum_s": histogram.sum_s}
+        for name, histogram in service.durations.items()
+    }
+    volumes = [
+        {"name": v.name, "uuid": v.uuid, "mapped_bytes": service.mapped_bytes(v.map_id)} for v in service.volumes()
+    ]
+    facts = {"uptime_s": trio.current_time(), "operations": operations, "data_plane": fusext.hot_counts()}
+    return {"activity": {**facts, "pool": service.facts(), "volumes": volumes}}
 
 
 async def pool_check(service: "Service", *, data: bool = False, progress: Progress) -> Document:
@@ -59,6 +75,7 @@ VERBS: Final = {
     "pool.scrub": Verb(pool_scrub, is_read_only=False, can_stop=True),
     "pool.balance": Verb(pool_balance, is_read_only=False, can_stop=True),
     "pool.show": Verb(pool_show, is_read_only=True),
+    "pool.activity": Verb(pool_activity, is_read_only=True),
     "pool.check": Verb(pool_check, is_read_only=True),
     "pool.dump": Verb(pool_dump, is_read_only=True),
 }

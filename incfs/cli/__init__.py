@@ -14,7 +14,7 @@ from typing import Annotated, Final
 import typer
 
 import incfs
-from incfs.cli import debug, events, mount, policy, pool, snapshot, storage, stream, transfer, volume
+from incfs.cli import debug, events, mount, policy, pool, snapshot, storage, stream, top, transfer, volume
 from incfs.cli.options import POOL_VARIABLE
 from incfs.errors import IncfsError
 
@@ -30,6 +30,7 @@ for _noun in (pool, storage, volume, snapshot, policy, stream, debug):
 
 _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "events": events.events_command,
+    "top": top.top_command,
     "send": transfer.send_command,
     "receive": transfer.receive_command,
     "mount": mount.mount_command,

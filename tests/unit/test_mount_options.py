@@ -19,6 +19,8 @@ from incfs.mount_table import parse_mount
         ("cache=none,cache=writeback", MountOptions(cache="writeback")),
         ("ro", MountOptions(read_only=True)),
         ("ro,rw", MountOptions()),
+        ("hooks,metrics=9100", MountOptions(hooks=True, metrics="9100")),
+        ("metrics=/run/m.sock", MountOptions(metrics="/run/m.sock")),
         ("commit=0.5,fsname=pool,noatime", MountOptions(commit_s=0.5, source="pool", kernel=("noatime",))),
     ],
 )
@@ -28,7 +30,23 @@ def test_what_options_mean(text, expected):
 
 @pytest.mark.parametrize(
     "option",
-    ["cahce=none", "cache", "cache=fast", "commit", "commit=x", "commit=0", "commit=nan", "allow_other=1", "fsname"],
+    [
+        "cahce=none",
+        "cache",
+        "cache=fast",
+        "commit",
+        "commit=x",
+        "commit=0",
+        "commit=nan",
+        "allow_other=1",
+        "fsname",
+        "hooks=no",
+        "metrics",
+        "metrics=0",
+        "metrics=65536",
+        "metrics=run/m.sock",
+        "metrics=0.0.0.0:80",
+    ],
 )
 def test_what_makes_no_sense_is_named(option):
     with pytest.raises(UsageError) as raised:
