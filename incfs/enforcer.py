@@ -81,9 +81,10 @@ class Executor:
         item = describe(action)
         try:
             item["result"] = await self._carry_out(action, item)
+            self._service.policies.note_success(subject_of(action))
         except IncfsError as error:
             item |= {"result": "failed", "error": str(error)}
-            self._note("policy-failed", action, f"{action.reason}; {error}")
+            self._service.policies.note_failure(subject_of(action), action.reason, error)
             if isinstance(action, TakeSnapshots):
                 self._failed_volumes.update(action.volumes)
         self.items.append(item)
@@ -99,7 +100,7 @@ class Executor:
                     found = await self._work(action)
                 item |= found
                 self._note(f"policy-{action.kind}", action, action.reason, **found)
-                return "done"
+                return "done" if found.get("is_clean", True) else "damage"
 
     async def _take(self, action: TakeSnapshots, item: Item) -> str:
         wanted = []
@@ -110,7 +111,7 @@ class Executor:
                 continue  # removed since the plan was made
             if (refusal := self._service.snapshot_refusal(volume.id)) is not None:
                 self._failed_volumes.add(name)
-                self._service.record_event("policy-failed", f"volume {name}", f"{action.reason}; {refusal}")
+                self._service.policies.note_failure(f"volume {name}", action.reason, refusal)
                 item.setdefault("refused", []).append({"volume": name, "error": str(refusal)})
                 continue
             wanted.append((volume.id, action.name))
@@ -258,7 +259,8 @@ async def enforce(service: "Service") -> None:
         while True:
             changed = service.policies.changed
             wait_s = MAX_WAIT_S
-            if service.policies.stored.text and not service.facts()["read_only"]:
+            is_able = service.policies.failure is None and not service.facts()["read_only"]
+            if is_able and service.policies.stored.text:
                 wait_s = await _enforce_once(service, nursery)
             with trio.move_on_after(wait_s):
                 await changed.wait()
@@ -270,7 +272,7 @@ async def _enforce_once(service: "Service", nursery: trio.Nursery) -> float:
     try:
         made = await run_policy(service, executor)
     except IncfsError as error:
-        service.record_event("policy-failed", "pool", str(error))
+        service.policies.note_failure("pool", "the policy is not carried out", error)
         return MAX_WAIT_S
     for action in made.actions:
         if isinstance(action, Work):

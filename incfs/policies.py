@@ -45,25 +45,50 @@ class Policies:
         """Held while one of the things that take long is done."""
         self.changed = trio.Event()
         """Set when another policy has come; then there is a new event."""
-        self.document = PolicyDocument()
-        """What rules now; an empty one if what is stored cannot be read."""
+        self.failure: InvalidPolicy | None = None
+        """Why what is stored cannot be read on this host."""
+        self._document = PolicyDocument()
+        self._told: set[tuple[str, str]] = set()
 
     @property
     def stored(self) -> StoredPolicy:
         """The record; an empty one without a policy."""
         return self._store.catalog.policy or NO_POLICY
 
+    @property
+    def document(self) -> PolicyDocument:
+        """What rules now.
+
+        Raises:
+            InvalidPolicy: What is stored cannot be read on this host.
+        """
+        if self.failure is not None:
+            raise self.failure
+        return self._document
+
+    def note_failure(self, subject: str, reason: str, error: Exception) -> None:
+        """Record that an action failed; the same failure again and again is told once."""
+        told = subject, str(error)
+        if told not in self._told:
+            self._told.add(told)
+            self._store.events.record("policy-failed", subject, f"{reason}; {error}")
+
+    def note_success(self, subject: str) -> None:
+        """Tell the next failure of an action, whatever was told before."""
+        self._told = {told for told in self._told if told[0] != subject}
+
     def load(self) -> None:
         """Let what is stored rule, once the pool is open."""
         if self._store.catalog.policy is None:
             return
         try:
-            self.document = parse_policy(self.stored.text)
+            self._document = parse_policy(self.stored.text)
         except InvalidPolicy as error:
+            self.failure = error
             # A time zone that this host does not know, or a key of a newer incfs: nothing is done by guess.
             self._store.events.record("policy-invalid", "pool", f"nothing is done by the policy: {error}")
             return
-        self._apply(settings_of(self.document))
+        self._apply(settings_of(self._document))
 
     async def set(self, text: str) -> StoredPolicy:
         """Let another policy rule from now on; tasks that both have keep their last run.
@@ -78,7 +103,7 @@ class Policies:
         self._store.begin_change()
         stored = StoredPolicy(text, self._store.clock(), self.stored.runs)
         self._store.change(stored)
-        self.document = document
+        self._document, self.failure = document, None
         self._apply(settings_of(document))
         self.changed.set()
         self.changed = trio.Event()

@@ -215,8 +215,28 @@ async def test_what_cannot_be_read_any_more_does_nothing_and_is_told(tmp_path: P
         store.checkpoint()
     async with open_service(tmp_path / "pool") as opened:
         await opened.create_volume("db1", 1 << 20)
-        assert await run(opened) == []
+        with pytest.raises(InvalidPolicy, match="line 2"):
+            await run(opened)
         assert kinds(opened) == ["policy-invalid"]
+        assert "Mars" in opened.policies.stored.text
+        await opened.policies.set(HOURLY)
+        assert await run(opened) == [("snapshot", "done")]
+
+
+async def test_the_same_failure_is_told_once(service: Service) -> None:
+    await service.policies.set('[volume."db*"]\nschedule = "hourly"\nkeep = { last = 1 }\n')
+    start = 1_800_000_000 * 10**9
+    for hour in range(2):
+        set_clock(service, start + hour * HOUR_NS)
+        if hour:
+            (first,) = service.snapshots(service.volume("db1").id)
+            service.open_handle(first.map_id, "cp")
+        await run(service)
+    assert await run(service) == [("prune", "failed")]
+    assert await run(service) == [("prune", "failed")]
+    assert kinds(service).count("policy-failed") == 1
+    service.close_handle(first.map_id)
+    assert await run(service) == [("prune", "done")]
 
 
 def test_it_is_there_after_a_crash_a_checkpoint_a_restore_and_a_repair(tmp_path: Path) -> None:
