@@ -41,6 +41,8 @@ def volume_document(service: "Service", volume: Volume) -> Document:
         "mapped_bytes": service.mapped_bytes(volume.map_id),
         "held_bytes": sum(snapshot.held_blocks for snapshot in snapshots) * block_bytes,
         "snapshot_count": len(snapshots),
+        "is_replica": volume.is_replica,
+        "is_receiving": bool(volume.receive_lead),
         "origin": origin_name(service, volume),
         "flattened": not volume.origin or volume.flat_generation is not None,
         "stripe_columns": list(volume.stripe_row.columns) if volume.stripe_row else [],

@@ -11,6 +11,7 @@ Owns the tree, the stable codes, and for each class its errno (FUSE), its exit c
     │   ├── VolumeNotFound
     │   ├── SnapshotNotFound
     │   ├── StorageNotFound
+    │   ├── ReplicaNotFound
     │   ├── HoldNotFound
     │   └── NotAPool
     ├── AlreadyExists
@@ -33,6 +34,7 @@ Owns the tree, the stable codes, and for each class its errno (FUSE), its exit c
     │   │   └── StreamTruncated
     │   ├── StreamUnsupported      a newer incfs made it
     │   └── TokenStale             what a resume token stands for is not there any more
+    ├── ReplicaFailed              the next run goes on
     ├── BaseMismatch               a stream's base is not what the target holds
     ├── UnsupportedFormat          a newer incfs wrote this
     ├── HookFailed                 a program around a snapshot
@@ -256,6 +258,18 @@ class TokenStale(StreamError):
     """A resume token is damaged, or what it stands for is not there any more."""
 
     code = "stream.token-stale"
+
+
+class ReplicaFailed(IncfsError):
+    """A replica could not be brought up to date; the next run goes on where this one ended."""
+
+    code = "replica.failed"
+
+
+class ReplicaNotFound(NotFound):
+    """No replica of that name."""
+
+    code = "replica.not-found"
 
 
 class BaseMismatch(IncfsError):

@@ -44,14 +44,19 @@ class Stretch:
 
 
 def plan_send(
-    store: Store, wanted: Sequence[tuple[Volume, Snapshot]], *, base: str | None = None, every: bool = False
+    store: Store,
+    wanted: Sequence[tuple[Volume, Snapshot]],
+    *,
+    base: str | Sequence[str | None] | None = None,
+    every: bool = False,
 ) -> SendPlan:
     """Plan a stream of snapshots of different volumes.
 
     Args:
         store: The pool.
         wanted: The snapshots; those that come last in the stream, published together.
-        base: Name, or ``uuid:...``, of the snapshot of each volume that the receiver has; None: it has none.
+        base: Name, or ``uuid:...``, of the snapshot of each volume that the receiver has, or one of each;
+            None: it has none.
         every: Send the snapshots between, too; those that were taken together stay together.
 
     Raises:
@@ -60,7 +65,8 @@ def plan_send(
     """
     if len({volume.id for volume, _ in wanted}) != len(wanted) or not wanted:
         raise UsageError("name each volume once, and at least one")
-    chains = [_chain(store, newest, base, every=every) for _, newest in wanted]
+    bases = [base] * len(wanted) if base is None or isinstance(base, str) else base
+    chains = [_chain(store, newest, older, every=every) for (_, newest), older in zip(wanted, bases, strict=True)]
     members = tuple(Member(volume.uuid, volume.name) for volume, _ in wanted)
     begin = StreamBegin(members, tuple(_steps(chains)))
     return _plan(store, Position(begin), [volume for volume, _ in wanted])

@@ -5,9 +5,9 @@ threads, a batch at a time.  What the other end does not take is not made: a bat
 the one before has gone.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import trio
@@ -15,7 +15,7 @@ import trio
 from incfs import ranges, receiver, sender, snapshot
 from incfs.committer import Committer, offload
 from incfs.driver import Driver
-from incfs.errors import BaseMismatch, Busy, TokenStale, UsageError
+from incfs.errors import BaseMismatch, Busy, UsageError
 from incfs.model import MapId, Snapshot, Volume, VolumeId, map_id
 from incfs.receiver import Receiver
 from incfs.reclaimer import Reclaimer
@@ -26,7 +26,7 @@ from incfs.stream.ranges import RangeJoiner
 from incfs.stream.reader import StreamReader
 from incfs.stream.records import Link, Range, Record, StreamBegin, Write, Zero
 from incfs.stream.token import decode_token, encode_token
-from incfs.transfers import receiving
+from incfs.transfers import receiving, require_not_receiving
 
 BATCH_BYTES = 1 << 20
 """Ranges that are packed together in a worker thread; about so much is in memory, a few times."""
@@ -81,7 +81,13 @@ class Transfers:
 
     # Send
 
-    def plan(self, wanted: Sequence[tuple[Volume, Snapshot]], *, base: str | None, every: bool) -> SendPlan:
+    def plan(
+        self,
+        wanted: Sequence[tuple[Volume, Snapshot]],
+        *,
+        base: str | Sequence[str | None] | None = None,
+        every: bool = False,
+    ) -> SendPlan:
         """Plan a stream; see ``sender.plan_send``."""
         return sender.plan_send(self._store, wanted, base=base, every=every)
 
@@ -223,18 +229,47 @@ class Transfers:
         await self._committer.commit()
         return ended
 
+    async def set_replica(self, name: str, *, is_replica: bool) -> Volume:
+        """Let a volume be an ordinary one, or changed by streams only.
+
+        Raises:
+            Busy: It receives a stream, or is open.
+        """
+        volume = self._store.catalog.volume_named(name)
+        require_not_receiving(volume, "be promoted" if volume.is_replica else "be demoted")
+        holders = self._handles.table_holders(volume.map_id)
+        if is_replica and holders:
+            raise Busy(f"volume {name} is open by {', '.join(holders)}; close it first", holders=holders)
+        self._store.begin_change()
+        self._store.change(replace(self._store.catalog.volume(volume.id), is_replica=is_replica))
+        await self._committer.commit()
+        return self._store.catalog.volume(volume.id)
+
+    async def put_replicas(self, volume_id: VolumeId, replicas: Mapping[str, str]) -> None:
+        """Keep where a volume is replicated to."""
+        self._store.begin_change()
+        self._store.change(replace(self._store.catalog.volume(volume_id), replicas=dict(replicas)))
+        await self._committer.commit()
+
+    def any_volume(self, name: str) -> Volume:
+        """Look up a volume, also one that is still hidden."""
+        return self._store.catalog.volume_named(name)
+
+    def unfinished(self, name: str) -> str | None:
+        """Give the token of a volume's unfinished receive, if it has one; also of one that is still hidden."""
+        state = receiving(self._store, self._store.catalog.volume_named(name))
+        return None if state is None or state.position.link is None else encode_token(state.position)
+
     def token(self, name: str) -> str:
         """Give the token with which a sender goes on with an unfinished receive.
 
         Raises:
             UsageError: There is none.
         """
-        state = receiving(self._store, self._store.catalog.volume_named(name))
-        if state is None:
+        token = self.unfinished(name)
+        if token is None:
             raise UsageError(f"volume {name} has no unfinished receive", volume=name)
-        if state.position.link is None:
-            raise TokenStale(f"nothing is left to send to volume {name}")
-        return encode_token(state.position)
+        return token
 
 
 class _Pace:

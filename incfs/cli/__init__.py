@@ -14,7 +14,7 @@ from typing import Annotated, Final
 import typer
 
 import incfs
-from incfs.cli import debug, events, mount, policy, pool, snapshot, storage, stream, top, transfer, volume
+from incfs.cli import debug, events, mount, policy, pool, replica, snapshot, storage, stream, top, transfer, volume
 from incfs.cli.options import POOL_VARIABLE
 from incfs.errors import IncfsError
 
@@ -25,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _noun in (pool, storage, volume, snapshot, policy, stream, debug):
+for _noun in (pool, storage, volume, snapshot, policy, replica, stream, debug):
     app.add_typer(_noun.app)
 
 _COMMANDS: Final[dict[str, Callable[..., None]]] = {

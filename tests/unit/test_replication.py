@@ -1,0 +1,94 @@
+"""What is decided about a replica: a plan, or a conflict that says why."""
+
+import pytest
+
+from incfs.errors import BaseMismatch, FormatError, UsageError
+from incfs.replication import (
+    OurSnapshot,
+    ReplicaConfig,
+    ReplicaPlan,
+    TargetFacts,
+    plan_replica,
+    target_command,
+)
+
+OURS = [OurSnapshot("a", 1), OurSnapshot("b", 2), OurSnapshot("c", 3)]
+
+
+def there(*snapshots, is_replica=True, token=None):
+    return TargetFacts(is_replica, token, list(snapshots))
+
+
+@pytest.mark.parametrize(
+    ("found", "plan"),
+    [
+        (None, ReplicaPlan(("c",), (None,))),
+        (there("a"), ReplicaPlan(("c",), ("a",))),
+        (there("c"), ReplicaPlan(("c",), ("c",))),
+        (there("a", token="t"), ReplicaPlan(("c",), ("a",), "t")),
+        (there(token="t", is_replica=True), ReplicaPlan(("c",), (None,), "t")),
+    ],
+)
+def test_what_follows_the_newest_common_snapshot_is_sent(found, plan):
+    assert plan_replica(["v"], [OURS], [found]) == plan
+    assert plan.is_done == (found == there("c"))
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        (there("a", is_replica=False), "promoted"),
+        (there("a", "x"), "both have is a"),
+        (there("x"), "none in common"),
+        (there(), "none in common"),
+    ],
+)
+def test_a_target_that_went_its_own_way_is_a_conflict(found, why):
+    with pytest.raises(BaseMismatch, match=why):
+        plan_replica(["v"], [OURS], [found])
+
+
+def test_a_group_goes_to_the_newest_snapshots_that_were_taken_together():
+    other = [OurSnapshot("x", 1), OurSnapshot("y", 2), OurSnapshot("z", 4)]
+    assert plan_replica(["v", "w"], [OURS, other], [there("a"), None]).goals == ("b", "y")
+    with pytest.raises(BaseMismatch, match="together"):
+        plan_replica(["v", "w"], [OURS, [OurSnapshot("z", 9)]], [None, None])
+    with pytest.raises(BaseMismatch, match="no snapshot of v"):
+        plan_replica(["v"], [[]], [None])
+
+
+def config(target):
+    return ReplicaConfig("r", target, ["u"], ["v"], "sudo incfs")
+
+
+def test_the_command_at_the_target():
+    ssh = target_command(config("ssh://me@host:22/srv/my pool"), ["receive", "v w"], ["ssh", "-F", "x"])
+    assert ssh == [
+        "ssh",
+        "-F",
+        "x",
+        "-oBatchMode=yes",
+        "-p",
+        "22",
+        "me@host",
+        "sudo incfs -p '/srv/my pool' receive 'v w'",
+    ]
+    assert target_command(config("/pool"), ["receive"], [])[1:] == ["-m", "incfs", "-p", "/pool", "receive"]
+    assert target_command(config("/pool/control.sock"), ["x"], [])[-2:] == ["/pool", "x"]
+
+
+@pytest.mark.parametrize(
+    "target", ["ssh://", "ssh://host", "http://host/pool", "ssh://-oProxyCommand=x/p", "ssh://-o@h/p", "ssh://h:x/p"]
+)
+def test_a_target_that_makes_no_sense(target):
+    with pytest.raises(UsageError):
+        target_command(config(target), [], ["ssh"])
+
+
+def test_the_stored_text():
+    assert ReplicaConfig.from_text(config("/p").to_text()) == config("/p")
+    for text in ("", "[]", "{}", '{"name": 1, "x": 2}'):
+        with pytest.raises(FormatError):
+            ReplicaConfig.from_text(text)
+    with pytest.raises(FormatError):
+        TargetFacts.from_document({"is_replica": 1})
