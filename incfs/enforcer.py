@@ -100,7 +100,7 @@ class Executor:
                     found = await self._work(action)
                 item |= found
                 self._note(f"policy-{action.kind}", action, action.reason, **found)
-                return "done" if found.get("is_clean", True) else "damage"
+                return "damage" if found.get("lost_blocks") else "done"
 
     async def _take(self, action: TakeSnapshots, item: Item) -> str:
         wanted = []
@@ -172,7 +172,9 @@ class Executor:
         """Do one of the things that take long; give what came of it."""
         service = self._service
         if action.kind == "scrub":
-            return {"is_clean": (await service.check(True)).is_clean}
+            return await service.upkeep.mirrors.scrub(
+                rate_bytes=action.rate_bytes, restart=False, progress=_no_progress
+            )
         if action.kind == "balance":
             report = await service.upkeep.balance(rate_bytes=action.rate_bytes, progress=_no_progress)
             return report.to_dict(service.block_bytes)

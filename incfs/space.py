@@ -157,7 +157,9 @@ class Space:
     def candidates(self, lease: MapId) -> list[Room]:
         """Give the storage volumes that new blocks of a lease may come from, the first to take first."""
         volume_id, _ = split_map_id(lease)
-        return order_rooms(self.rooms(), parse_rules(self.settings_of(volume_id).place), self._column(lease))
+        settings = self.settings_of(volume_id)
+        rooms = [room for room in self.rooms() if len(room.storage.leg_paths) >= settings.copies]
+        return order_rooms(rooms, parse_rules(settings.place), self._column(lease))
 
     def _column(self, lease: MapId) -> StorageId | None:
         """Give the storage volume that a lease's blocks belong to; None when any will do."""
@@ -366,10 +368,9 @@ class Space:
 
     def _full(self, lease: MapId) -> NoSpace:
         settings = self.settings_of(split_map_id(lease)[0])
-        if settings.place and not self.candidates(lease):
-            return NoSpace(
-                f"no storage volume meets the placement rules {', '.join(settings.place)}; add one that does"
-            )
+        rules = [*settings.place, *([f"copies={settings.copies}"] if settings.copies > 1 else [])]
+        if rules and not self.candidates(lease):
+            return NoSpace(f"no storage volume meets the placement rules {', '.join(rules)}; add one that does")
         reasons = [str(error) for error in self._refusals.values()] or [
             "its storage volumes are at their capacity limits"
         ]

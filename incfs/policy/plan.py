@@ -35,12 +35,12 @@ class Work:
     """Something that takes long and runs beside everything else."""
 
     kind: str
-    """``scrub``: read every stored block and compare its checksum; ``balance``: even out the storage
+    """``scrub``: verify every copy of every block; ``balance``: even out the storage
     volumes; ``migrate``: move what the volumes store to where ``place`` says."""
     volumes: tuple[str, ...]
     """Only for ``migrate``."""
     rate_bytes: int | None
-    """Bytes a second that are moved at the most."""
+    """Bytes a second that are moved or read at the most."""
     reason: str
 
 

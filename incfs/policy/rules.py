@@ -90,7 +90,7 @@ class PoolRules:
     scrub: Schedule | None = None
     balance: Schedule | None = None
     move_rate_bytes: int | None = None
-    """Bytes a second that migration and balancing move at the most."""
+    """Bytes a second that works move or read at the most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +138,7 @@ POOL_KEYS: Final[Mapping[str, Key]] = {
 }
 VOLUME_KEYS: Final[Mapping[str, Key]] = {
     "place": Key(readers.placement_rules, [], "place"),
+    "copies": Key(readers.count(1, 4), 1, "copies"),
     "stripe_columns": Key(readers.count(1, 64), 1, "stripe_columns"),
     "stripe_unit": Key(readers.power_of_two, _STRIPE_UNIT, "stripe_unit_bytes"),
     "quota": Key(readers.or_none(readers.size), "none", "quota_bytes"),

@@ -10,7 +10,7 @@ import trio
 
 from incfs.dump import open_dump, restore
 from incfs.enforcer import Executor, enforce, run_policy
-from incfs.errors import HookFailed, InvalidPolicy
+from incfs.errors import HookFailed, InvalidPolicy, NoSpace
 from incfs.hooks import run_hook
 from incfs.model import StoredPolicy
 from incfs.policy.facts import POLICY_TAG
@@ -120,7 +120,8 @@ async def test_scrub_reads_everything(service: Service) -> None:
     await service.write(volume.map_id, 0, b"x" * 8192)
     assert await run(service) == [("scrub", "done")]
     assert await run(service) == []
-    assert [e["facts"] for e in service.events() if e["kind"] == "policy-scrub"] == [{"is_clean": True}]
+    (scrubbed,) = [e["facts"] for e in service.events() if e["kind"] == "policy-scrub"]
+    assert (scrubbed["verified_blocks"], scrubbed["lost_blocks"]) == (2, 0)
 
 
 async def test_data_moves_to_where_the_rules_want_it(tmp_path: Path, service: Service) -> None:
@@ -136,6 +137,19 @@ async def test_data_moves_to_where_the_rules_want_it(tmp_path: Path, service: Se
     assert moved == [65536]
     assert {e["storage"] for e in await service.extents(volume.map_id, 0, 9)} == {2, None}
     assert await service.read(volume.map_id, 0, 65536) == b"x" * 65536
+
+
+async def test_copies_want_a_mirror(tmp_path: Path, service: Service) -> None:
+    volume = service.volume("db1")
+    await service.policies.set('[volume."db*"]\ncopies = 2\nmigrate = "weekly"\n')
+    with pytest.raises(NoSpace, match="copies=2"):
+        await service.write(volume.map_id, 0, b"x" * 4096)
+    await service.write(service.volume("web").map_id, 0, b"x" * 4096)
+    for leg in ("a", "b"):
+        (tmp_path / leg).mkdir()
+    await service.add_storage(str(tmp_path / "a/1.img"), mirrors=[str(tmp_path / "b/1.img")], force=True)
+    await service.write(volume.map_id, 0, b"x" * 4096)
+    assert {e["storage"] for e in await service.extents(volume.map_id, 0, 9)} == {2, None}
 
 
 def hooked(before: list[str], after: list[str], more: str = "") -> str:
