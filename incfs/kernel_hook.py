@@ -42,6 +42,10 @@ class KernelHook:
         self._mountpoint = mountpoint
         self._outside = outside
 
+    def holds(self, path: Path) -> bool:
+        """Tell whether a path lies in the mount."""
+        return path.is_relative_to(self._mountpoint)
+
     async def sync_volume(self, name: str) -> None:
         """Have the kernel write its changed pages of a volume."""
         await self._call(_sync_file, self._mountpoint / name)

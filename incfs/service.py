@@ -45,6 +45,9 @@ _MAX_COPY_BYTES = 1 << 30
 class MountHook(Protocol):
     """What the mount does for the service: changes that the kernel must see go through it."""
 
+    def holds(self, path: Path) -> bool:
+        """Tell whether a path lies in the mount."""
+
     async def sync_volume(self, name: str) -> None:
         """Flush what the kernel has cached of a volume."""
 

@@ -14,7 +14,7 @@ from typing import Annotated, Final
 import typer
 
 import incfs
-from incfs.cli import debug, events, mount, policy, pool, replica, snapshot, storage, stream, top, transfer, volume
+from incfs.cli import debug, events, mount, policy, pool, raw, replica, snapshot, storage, stream, top, transfer, volume
 from incfs.cli.options import POOL_VARIABLE
 from incfs.errors import IncfsError
 
@@ -33,6 +33,8 @@ _COMMANDS: Final[dict[str, Callable[..., None]]] = {
     "top": top.top_command,
     "send": transfer.send_command,
     "receive": transfer.receive_command,
+    "import": raw.import_command,
+    "export": raw.export_command,
     "mount": mount.mount_command,
     "umount": mount.umount_command,
 }

@@ -3,6 +3,10 @@
 import json
 import os
 
+import pytest
+
+from tests.support.loop import filesystem, loop_device, run
+
 MIB = 1 << 20
 
 
@@ -77,3 +81,27 @@ def test_a_diff_is_listed_in_parts(mnt, volume):
     assert inside["block_metadata"] == [{"byte_offset": 4 * 4096, "size_bytes": 4096}]
     freed = json.loads(mnt.command("snapshot", "remove", "--json", "-n", f"{volume.name}@s").stdout)["removal"]
     assert freed["freed_bytes"] == 5 * 4096
+
+
+@pytest.mark.loop
+def test_import_from_and_export_to_devices_while_mounted(mnt, tmp_path):
+    image, other = tmp_path / "image", tmp_path / "other"
+    image.write_bytes(b"i" * MIB + bytes(MIB))
+    other.write_bytes(b"o" * 3 * MIB)
+    with loop_device(image) as device:
+        mnt.command("import", "db", device, "--snapshot", "a")
+        assert (mnt / "db").read_bytes() == b"i" * MIB + bytes(MIB)
+        device.write_bytes(b"j" * 4096)
+        mnt.command("import", "db", device, "--incremental", "--snapshot", "b")
+    expected = b"j" * 4096 + b"i" * (MIB - 4096) + bytes(MIB)
+    assert (mnt / "db").read_bytes() == expected
+    with loop_device(other) as device:
+        mnt.command("export", "db@b", device)
+    assert other.read_bytes() == expected + b"o" * MIB
+    with loop_device(other) as device:
+        run("mkfs.ext4", "-q", device)
+        with filesystem(device, tmp_path / "fs"):
+            refused = mnt.command("export", "db@b", device, check=False)
+            assert (refused.returncode, "mounted or in use" in refused.stderr) == (11, True)
+    refused = mnt.command("export", "db@b", mnt / "other", check=False)
+    assert (refused.returncode, "own mount" in refused.stderr) == (2, True)

@@ -1,0 +1,71 @@
+"""Verbs that copy between volumes and raw images or block devices."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from incfs.admin.verb import Progress, Verb, refuse_open
+from incfs.documents import Document, snapshot_document, volume_document
+from incfs.errors import UsageError
+from incfs.targets import find_table, find_volume
+
+if TYPE_CHECKING:
+    from incfs.service import Service
+
+
+async def import_raw(
+    service: "Service",
+    *,
+    volume: str,
+    path: str,
+    snapshot: str | None = None,
+    incremental: bool = False,
+    changed: str | None = None,
+    progress: Progress,
+) -> Document:
+    """Make a volume of a raw image or block device, or bring one up to date, and take a snapshot."""
+    from incfs import rawcopy  # late: an online command does not need the core
+
+    source, ranges = _path(service, path), None if changed is None else _path(service, changed)
+    name = snapshot or rawcopy.new_snapshot_name("import")
+    if not incremental:
+        if ranges is not None:
+            raise UsageError("a list of changed ranges goes with --incremental")
+        made, taken = await rawcopy.import_new(service, volume, source, name, progress)
+    else:
+        found = find_volume(service, volume)
+        refuse_open(service, found, "brought up to date")
+        made, taken = await rawcopy.import_changes(service, found, source, name, progress, changed=ranges)
+    return {"volume": volume_document(service, made), "snapshot": snapshot_document(service, taken)}
+
+
+async def export_raw(
+    service: "Service",
+    *,
+    target: str,
+    path: str,
+    from_snapshot: str | None = None,
+    force: bool = False,
+    progress: Progress,
+) -> Document:
+    """Write a volume or snapshot to a raw file or block device, or what changed since an older snapshot."""
+    from incfs import rawcopy  # late: as above
+
+    volume, taken = find_table(service, target)
+    base = None if from_snapshot is None else service.snapshot(volume.id, from_snapshot)
+    written = await rawcopy.export(service, volume, taken, _path(service, path), progress, base=base, force=force)
+    return {"export": {"volume": volume.name, "snapshot": written.name, "uuid": written.uuid, "path": path}}
+
+
+def _path(service: "Service", path: str) -> Path:
+    given = Path(path)
+    if not given.is_absolute():
+        raise UsageError(f"the path must be absolute, not {path!r}")
+    if service.mounted is not None and service.mounted.holds(given):
+        raise UsageError(f"{path} lies in this pool's own mount; use `cp`, which copies inside the pool", path=path)
+    return given
+
+
+VERBS: Final = {
+    "raw.import": Verb(import_raw, is_read_only=False, can_stop=True),
+    "raw.export": Verb(export_raw, is_read_only=False, can_stop=True),
+}

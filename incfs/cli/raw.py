@@ -1,0 +1,66 @@
+"""``incfs import`` and ``incfs export``: raw images and block devices."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from incfs.cli import output
+from incfs.cli.options import Json
+from incfs.cli.session import call
+from incfs.errors import UsageError
+
+
+def import_command(
+    context: typer.Context,
+    volume: Annotated[str, typer.Argument(metavar="VOL", help="The volume: new, or to be brought up to date.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A raw image or a block device.")],
+    *,
+    incremental: Annotated[
+        bool, typer.Option("--incremental", help="Write only blocks that differ from what the volume has.")
+    ] = False,
+    changed: Annotated[
+        Path | None,
+        typer.Option("--changed", metavar="FILE", help="Read only these ranges: JSON as `snapshot diff --json` has."),
+    ] = None,
+    snapshot: Annotated[
+        str | None, typer.Option("--snapshot", metavar="SNAP", help="Name of the snapshot that is taken at the end.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Copy a raw image or block device into a volume, and take a snapshot of it."""
+    document = call(
+        context,
+        "raw.import",
+        volume=volume,
+        path=str(source.absolute()),
+        snapshot=snapshot,
+        incremental=incremental,
+        changed=None if changed is None else str(changed.absolute()),
+    )
+    if as_json:
+        output.print_json(document)
+
+
+def export_command(
+    context: typer.Context,
+    target: Annotated[str, typer.Argument(metavar="VOL[@SNAP]", help="What to write; a volume as of now.")],
+    path: Annotated[Path, typer.Argument(metavar="TARGET", help="A file, which is made sparse, or a block device.")],
+    *,
+    incremental: Annotated[bool, typer.Option("--incremental", help="Write only what changed since --from.")] = False,
+    from_snapshot: Annotated[
+        str | None, typer.Option("--from", metavar="SNAP", help="The older snapshot that TARGET holds.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a file that is there; write to a device that is in use.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a volume or a snapshot to a raw image or a block device."""
+    if incremental != (from_snapshot is not None):
+        raise UsageError("--incremental and --from go together")
+    document = call(
+        context, "raw.export", target=target, path=str(path.absolute()), from_snapshot=from_snapshot, force=force
+    )
+    if as_json:
+        output.print_json(document)
