@@ -44,12 +44,12 @@ def _take(store: Store, table: MapId, count: int) -> list[int]:
     taken: list[int] = []
     while len(taken) < count:
         found = store.pool.allocate(table, count - len(taken))
-        if found is None:
+        if not found:
             growth = store.space.next_growth(table)
             assert growth is not None
             growth.run()
             continue
-        taken += range(found[0], found[0] + found[1])
+        taken += [address for first, length in found for address in range(first, first + length)]
     return taken
 
 

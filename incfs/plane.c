@@ -357,7 +357,7 @@ enum plane_status plane_grant(struct plane *plane, uint64_t map_id, struct plane
     if (done) {
         table->lease[table->lease_end++] = run;
         table->lease_blocks += run.count;
-        table->granted_blocks = run.count;
+        table->granted_blocks = table->lease_blocks;
     } else if (table) {
         release_table(plane, table);
     }

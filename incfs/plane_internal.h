@@ -25,7 +25,7 @@ struct table {
     struct plane_run *lease; /* lease_lock; used from lease_first on */
     size_t lease_first, lease_end, lease_room;
     uint64_t lease_blocks; /* of all runs together */
-    uint64_t granted_blocks; /* by the last grant */
+    uint64_t granted_blocks; /* as many were leased after the last grant */
     /* New blocks come from the leases of tables map_id | b / stripe_unit % stripe_columns; gate.
      * stripe_columns is 0 where there is but one. */
     uint64_t stripe_unit, stripe_columns;

@@ -23,7 +23,7 @@ from pathlib import Path
 from uuid import UUID
 
 from incfs.backing import Backing, File
-from incfs.blocks import address_runs, bit_mask, bit_set, find_clear_run, pack_address, split_address
+from incfs.blocks import address_runs, bit_mask, bit_set, clear_runs, find_clear_run, pack_address, split_address
 from incfs.codec import checksum
 from incfs.errors import BackingError, FormatError, ImageMismatch, IncfsError, NoSpace, StorageNotFound
 from incfs.image import DATA_OFFSET_BYTES, AbsentImage, ImageHeader, read_header, write_header
@@ -184,6 +184,32 @@ class StorageVolume:
             if found:
                 return base + first, min(found, count)
         return 0, 0
+
+    def take(self, block_index: int, count: int, most_runs: int) -> list[tuple[int, int]]:
+        """Lease up to ``count`` free blocks at or after a block in up to ``most_runs`` pieces: (first, blocks) of each.
+
+        Cost: the bitmap of a group is changed once for all its pieces.
+        """
+        runs: list[tuple[int, int]] = []
+        for group_index in range(block_index // GROUP_BLOCKS, -(-self.grown_blocks // GROUP_BLOCKS)):
+            base = group_index * GROUP_BLOCKS
+            self.reach(base + GROUP_BLOCKS)
+            start = max(0, block_index - base)
+            limit = min(GROUP_BLOCKS, self.grown_blocks - base)
+            end = start
+            for first, length in clear_runs(self.busy[group_index], start, limit):
+                found = min(length, count)
+                runs.append((base + first, found))
+                end = first + found
+                count -= found
+                if not count or len(runs) == most_runs:
+                    break
+            taken = ~self.busy[group_index] & bit_mask(start, end - start)
+            self.busy[group_index] |= taken
+            self.busy_blocks += taken.bit_count()
+            if not count or len(runs) == most_runs:
+                break
+        return runs
 
     def set_busy(self, block_index: int, count: int, *, busy: bool) -> None:
         """Lease blocks, or make them free."""
@@ -443,17 +469,18 @@ class Pool:
         return found
 
     def allocate(
-        self, cursor_key: int, count: int, storage_ids: Sequence[StorageId] | None = None
-    ) -> tuple[Address, int] | None:
-        """Lease free blocks, as contiguous as possible, behind the last lease of the same key.
+        self, cursor_key: int, count: int, storage_ids: Sequence[StorageId] | None = None, *, most_runs: int = 1
+    ) -> list[tuple[Address, int]]:
+        """Lease free blocks of one storage volume, as contiguous as possible, behind the last lease of the same key.
 
         Args:
             cursor_key: Whose lease it is.
             count: At most so many.
             storage_ids: Where they may come from, the first to take first; all by default.
+            most_runs: How many pieces they may be in.
 
         Returns:
-            (first address, number of blocks), or None when nothing is free.
+            (first address, number of blocks) of each piece; nothing when nothing is free.
         """
         storage_id, position = self._cursors.get(cursor_key, (StorageId(0), 0))
         allowed = sorted(self.volumes) if storage_ids is None else storage_ids
@@ -461,14 +488,11 @@ class Pool:
         candidates += [(other, 0) for other in allowed]
         for candidate, start in candidates:
             volume = self.volumes[candidate]
-            if volume.busy_blocks >= volume.grown_blocks:
-                continue
-            first, found = volume.find_free(start, count)
-            if found:
-                volume.set_busy(first, found, busy=True)
-                self._cursors[cursor_key] = candidate, first + found
-                return pack_address(candidate, first), found
-        return None
+            runs = volume.take(start, count, most_runs) if volume.busy_blocks < volume.grown_blocks else []
+            if runs:
+                self._cursors[cursor_key] = candidate, runs[-1][0] + runs[-1][1]
+                return [(pack_address(candidate, first), found) for first, found in runs]
+        return []
 
     def release(self, addresses: Iterable[int]) -> None:
         """Take back leased blocks that no commit mentions: they are free at once."""

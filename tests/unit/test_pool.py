@@ -28,36 +28,48 @@ def grow(store: Store, blocks: int) -> None:
 def test_one_writer_gets_consecutive_blocks_beside_another(store: Store) -> None:
     grow(store, 100)
     first = [store.pool.allocate(1, 10), store.pool.allocate(1, 10)]
-    assert first == [(1 << 48, 10), ((1 << 48) + 10, 10)]
-    assert store.pool.allocate(2, 5) == ((1 << 48) + 20, 5)
+    assert first == [[(1 << 48, 10)], [((1 << 48) + 10, 10)]]
+    assert store.pool.allocate(2, 5) == [((1 << 48) + 20, 5)]
 
 
 def test_allocation_wraps_round_and_ends(store: Store) -> None:
     grow(store, 20)
-    assert store.pool.allocate(1, 20) == (1 << 48, 20)
+    assert store.pool.allocate(1, 20) == [(1 << 48, 20)]
     store.pool.release(range((1 << 48) + 3, (1 << 48) + 6))
-    assert store.pool.allocate(1, 20) == ((1 << 48) + 3, 3)
-    assert store.pool.allocate(1, 1) is None
+    assert store.pool.allocate(1, 20) == [((1 << 48) + 3, 3)]
+    assert store.pool.allocate(1, 1) == []
+
+
+def test_scattered_space_comes_in_one_go(store: Store) -> None:
+    """One piece at a time, each write into a pool that has been overwritten at random needed a lease of its own."""
+    grow(store, 40)
+    store.pool.allocate(1, 40)
+    first = 1 << 48
+    store.pool.release([first + block for block in (2, 3, 7, 11, 12, 13, 30)])
+    assert store.pool.allocate(1, 6, most_runs=3) == [(first + 2, 2), (first + 7, 1), (first + 11, 3)]
+    assert store.pool.allocate(1, 6, most_runs=3) == [(first + 30, 1)]
+    assert store.pool.volumes[ONE].busy_blocks == 40
+    assert store.pool.allocate(1, 1) == []
 
 
 def test_allocation_crosses_groups(store: Store) -> None:
     grow(store, GROUP_BLOCKS + 100)
-    assert store.pool.allocate(1, GROUP_BLOCKS + 50) == (1 << 48, GROUP_BLOCKS)
-    assert store.pool.allocate(1, 200) == ((1 << 48) + GROUP_BLOCKS, 100)
+    assert store.pool.allocate(1, GROUP_BLOCKS + 50) == [(1 << 48, GROUP_BLOCKS)]
+    assert store.pool.allocate(1, 200) == [((1 << 48) + GROUP_BLOCKS, 100)]
     store.pool.commit(range((1 << 48) + GROUP_BLOCKS - 5, (1 << 48) + GROUP_BLOCKS + 5))
     assert store.pool.volumes[ONE].highest_live_block() == GROUP_BLOCKS + 4
 
 
 def test_a_freed_block_waits_for_the_checkpoint(store: Store) -> None:
     grow(store, 1)
-    address, _ = store.pool.allocate(1, 1) or (0, 0)
+    ((address, _),) = store.pool.allocate(1, 1)
     store.pool.commit([address])
     store.pool.free([address])
-    assert store.pool.allocate(1, 1) is None
+    assert store.pool.allocate(1, 1) == []
     _, freed = store.pool.freeze()
-    assert store.pool.allocate(1, 1) is None
+    assert store.pool.allocate(1, 1) == []
     store.pool.punched(store.pool.plan_reuse(freed))
-    assert store.pool.allocate(1, 1) == (address, 1)
+    assert store.pool.allocate(1, 1) == [(address, 1)]
 
 
 def test_whole_chunks_go_back_to_the_host(store: Store) -> None:
