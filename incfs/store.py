@@ -430,8 +430,8 @@ class Store:
 
         The caller runs ``Commit.run`` in any thread, then ``end_commit`` here.
         """
-        assert self._commit is None, "one commit at a time"
         self.require_writable()
+        assert self._commit is None, "one commit at a time"
         self.absorb()
         self.note_failed_legs()
         for identity in self._touched:

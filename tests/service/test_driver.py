@@ -1,0 +1,159 @@
+"""What tasks wait for: pages fetched in worker threads, commits that several share, commits that fail."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import trio
+import trio.testing
+
+from incfs import committer
+from incfs import volume as volumes
+from incfs.backing import File
+from incfs.checkpoint import Checkpoint
+from incfs.errors import BackingError, NoSpace, PoolReadOnly
+from incfs.model import VolumeId
+from incfs.reclaimer import Reclaimer
+from incfs.service import open_service
+from incfs.store import Store
+from tests.support import pools
+
+Result = TypeVar("Result")
+
+
+async def test_a_page_fetched_while_a_checkpoint_ended_is_fetched_again(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fetched page lacks what was in memory then, and that is in the tables now."""
+    offload = committer.offload
+    fetched = 0
+    async with open_service(pools.make_pool(pool_home), pools.tiny_options()) as service:
+        volume = await service.create_volume("a", 640)
+        await service.checkpoint()
+        await service.write(volume.map_id, 0, b"x" * 640)
+        service._store.evict(volume.map_id)
+
+        async def fetch(work: Callable[[], Result]) -> Result:
+            nonlocal fetched
+            result = await offload(work)
+            fetched += 1
+            if fetched == 1:
+                await service.checkpoint()
+            return result
+
+        monkeypatch.setattr("incfs.driver.offload", fetch)
+        assert await service.read(volume.map_id, 0, 640) == b"x" * 640
+    assert fetched == 2
+
+
+async def test_who_asks_while_a_commit_runs_gets_the_next(pool_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written meanwhile is not in the one that runs."""
+    offload = committer.offload
+    begun, may_go_on = trio.Event(), trio.Event()
+
+    async def slowly(work: Callable[[], Result]) -> Result:
+        begun.set()
+        await may_go_on.wait()
+        return await offload(work)
+
+    async with (
+        open_service(pools.make_pool(pool_home), pools.tiny_options()) as service,
+        trio.open_nursery() as nursery,
+    ):
+        volume = await service.create_volume("a", 640)
+        monkeypatch.setattr(committer, "offload", slowly)
+        await service.write(volume.map_id, 0, b"x" * 64)
+        nursery.start_soon(service.commit)
+        await begun.wait()
+        await service.write(volume.map_id, 64, b"y" * 64)
+        asked = service._store.sequence
+        async with trio.open_nursery() as second:
+            second.start_soon(service.commit)
+            await trio.testing.wait_all_tasks_blocked()
+            may_go_on.set()
+        assert service._store.durable_sequence > asked
+        assert not service._store.has_uncommitted
+
+
+async def test_a_failed_commit_is_told_to_all_who_wait_and_stops_writing(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    def sync(file: File) -> None:
+        raise BackingError(f"cannot sync {file.path}", path=str(file.path), action="sync")
+
+    async with open_service(pools.make_pool(pool_home), pools.tiny_options()) as service:
+        volume = await service.create_volume("a", 640)
+        await service.write(volume.map_id, 0, b"x" * 64)
+
+        async def commit() -> None:
+            with pytest.raises(BackingError):
+                await service.commit()
+            told.append(True)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(File, "sync", sync)
+            async with trio.open_nursery() as nursery:
+                for _ in range(3):
+                    nursery.start_soon(commit)
+        assert len(told) == 3
+        for attempt in (service.commit, lambda: service.write(volume.map_id, 0, b"y")):
+            with pytest.raises(PoolReadOnly):
+                await attempt()
+        assert await service.read(volume.map_id, 0, 64) == b"x" * 64
+
+
+async def test_a_checkpoint_waits_for_room_and_harms_nothing(pool_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commits go on meanwhile, in the journal."""
+    refused = 0
+
+    def no_room(checkpoint: Checkpoint) -> None:
+        nonlocal refused
+        refused += 1
+        raise NoSpace("the host is full")
+
+    monkeypatch.setattr(committer, "_NO_SPACE_RETRY_S", 0.001)
+    async with (
+        open_service(pools.make_pool(pool_home), pools.tiny_options()) as service,
+        trio.open_nursery() as nursery,
+    ):
+        volume = await service.create_volume("a", 640)
+        with monkeypatch.context() as patched, trio.fail_after(10):
+            patched.setattr(Checkpoint, "reserve", no_room)
+            nursery.start_soon(service.checkpoint)
+            while refused < 3:
+                await trio.sleep(0.001)
+            await service.write(volume.map_id, 0, b"x" * 64)
+            await service.commit()
+            assert service._store.is_checkpointing
+        with trio.fail_after(10):
+            await service.checkpoint()
+        assert not service._store.has_unfolded
+
+
+async def test_what_is_being_removed_counts_as_space(pool_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write waits until it is reclaimed, rather than fail."""
+    is_waited_for = False
+    reclaim, wait_idle = volumes.reclaim, Reclaimer.wait_idle
+
+    def when_waited_for(store: Store, volume_id: VolumeId, page_count: int) -> bool:
+        return is_waited_for and reclaim(store, volume_id, page_count)
+
+    async def wait(reclaimer: Reclaimer) -> None:
+        nonlocal is_waited_for
+        is_waited_for = True
+        await wait_idle(reclaimer)
+
+    monkeypatch.setattr("incfs.reclaimer.volume.reclaim", when_waited_for)
+    monkeypatch.setattr(Reclaimer, "wait_idle", wait)
+    pool = pools.make_pool(pool_home, capacity_bytes=20 * 64)
+    async with open_service(pool, pools.tiny_options()) as service:
+        old, new = await service.create_volume("old"), await service.create_volume("new")
+        await service.write(old.map_id, 0, b"x" * 15 * 64)
+        await service.commit()
+        await service.remove_volume(old.id)
+        with trio.fail_after(10):
+            await service.write(new.map_id, 0, b"y" * 15 * 64)
+        assert await service.read(new.map_id, 0, 15 * 64) == b"y" * 15 * 64

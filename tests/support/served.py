@@ -1,0 +1,43 @@
+"""Asks the native data plane as hot threads do, without a mount: one request after the other."""
+
+import ctypes
+from typing import Any
+
+from incfs.model import MapId
+
+_CAPSULE = b"incfs._dataplane.server"
+_READ = ctypes.CFUNCTYPE(
+    ctypes.c_bool, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_bool,
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t),
+)  # fmt: skip
+_WRITE = ctypes.CFUNCTYPE(
+    ctypes.c_bool, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_size_t
+)
+_ROOM = 1 << 20
+
+
+class _HotServer(ctypes.Structure):
+    _fields_ = (("plane", ctypes.c_void_p), ("read", _READ), ("write", _WRITE))
+
+
+class Served:
+    """What a plane's own threads may read and write."""
+
+    def __init__(self, plane: Any) -> None:
+        self._capsule = plane.server()
+        pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        self._server = ctypes.cast(pointer_of(self._capsule, _CAPSULE), ctypes.POINTER(_HotServer)).contents
+
+    def read(self, table: MapId, offset_bytes: int, length_bytes: int) -> bytes | None:
+        """Read a range; None when it is not served."""
+        room = ctypes.create_string_buffer(_ROOM)
+        start, count = ctypes.c_size_t(), ctypes.c_size_t()
+        is_served = self._server.read(
+            self._server.plane, table, offset_bytes, length_bytes, True, room, _ROOM, start, count
+        )
+        return room.raw[start.value : start.value + count.value] if is_served else None
+
+    def write(self, table: MapId, offset_bytes: int, data: bytes) -> bool:
+        """Write a range; False when it is not served."""
+        return bool(self._server.write(self._server.plane, table, offset_bytes, data, len(data)))
