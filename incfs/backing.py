@@ -219,11 +219,17 @@ class Backing:
             raise translate(error, path, "remove") from error
 
     def make_directory(self, path: Path) -> None:
-        """Create a directory, mode 0700, with its parents, unless it exists."""
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise translate(error, path, "create directory") from error
+        """Create a directory, mode 0700, with its parents, unless it exists.
+
+        Durability: the names of all that were missing are durable on return.
+        """
+        missing = [level for level in (path, *path.parents) if not level.is_dir()]
+        for level in reversed(missing):
+            try:
+                level.mkdir(mode=0o700 if level == path else 0o777, exist_ok=True)
+            except OSError as error:
+                raise translate(error, level, "create directory") from error
+            self.sync_directory(level.parent)
 
     def measure_directory(self, path: Path) -> tuple[int, int, int]:
         """Tell (free bytes, all bytes, device) of a directory's filesystem."""

@@ -1,15 +1,18 @@
 """Storage volumes: growth, allocation, the states of a block, what goes back to the host."""
 
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from incfs.backing import Backing, File
 from incfs.errors import ImageMismatch, NoSpace, PoolLocked
 from incfs.model import StorageId
 from incfs.pool import GROUP_BLOCKS, PUNCH_BYTES
 from incfs.store import Store
 from tests.support import pools
+from tests.support.recording import RecordingBacking
 
 ONE = StorageId(1)
 
@@ -115,7 +118,9 @@ def test_a_truncated_missing_or_foreign_image_is_refused(pool_home: Path) -> Non
         pools.write(store, volume.map_id, 0, b"x" * 640)
     (image,) = (pool / "images").iterdir()
     content = image.read_bytes()
-    for bad in (content[: 65536 + 100], content[:100], b"\0" * len(content), None):
+    (foreign,) = (pools.make_pool(pool_home / "other") / "images").iterdir()
+    other = foreign.read_bytes().ljust(len(content), b"\0")
+    for bad in (content[: 65536 + 100], content[:100], b"\0" * len(content), other, None):
         image.unlink()
         if bad is not None:
             image.write_bytes(bad)
@@ -132,3 +137,64 @@ def test_a_truncated_missing_or_foreign_image_is_refused(pool_home: Path) -> Non
 def test_one_process_at_a_time(store: Store) -> None:
     with pytest.raises(PoolLocked, match="in use by process"):
         pools.open_tiny(store.directory)
+
+
+class NamingBacking(Backing):
+    """Knows the directories whose changes a power cut could undo."""
+
+    def __init__(self) -> None:
+        self.unsynced: set[Path] = set()
+
+    def create(self, path: Path) -> File:
+        self.unsynced.add(path.parent)
+        return super().create(path)
+
+    def replace(self, source: Path, target: Path) -> None:
+        self.unsynced.add(target.parent)
+        super().replace(source, target)
+
+    def make_directory(self, path: Path) -> None:
+        self.unsynced |= {level.parent for level in (path, *path.parents) if not level.exists()}
+        super().make_directory(path)
+
+    def sync_directory(self, path: Path) -> None:
+        super().sync_directory(path)
+        self.unsynced.discard(path)
+
+
+def test_every_name_is_durable_once_a_pool_is_made(pool_home: Path) -> None:
+    backing = NamingBacking()
+    pools.make_pool(pool_home / "a" / "b", storages=2, backing=backing)
+    assert not backing.unsynced
+
+
+def test_every_byte_is_durable_once_a_pool_is_made(pool_home: Path) -> None:
+    backing = RecordingBacking()
+    pools.make_pool(pool_home, storages=2, backing=backing)
+    unsynced: set[str] = set()
+    for event in backing.events:
+        (unsynced.discard if event.kind == "sync" else unsynced.add)(event.path.name)
+    assert len({event.path for event in backing.events}) == 5
+    assert not unsynced
+
+
+def test_nobody_else_may_read_a_file_of_a_pool(store: Store) -> None:
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in store.directory.rglob("*")}
+    assert len(modes) > 5
+    assert {name: mode for name, mode in modes.items() if mode & 0o077} == {}
+
+
+def test_freed_blocks_are_held_while_somebody_verifies(store: Store) -> None:
+    """A check reads what the last checkpoint's tables name."""
+    volume = pools.new_volume(store, "a")
+    pools.write(store, volume.map_id, 0, b"x" * 640)
+    store.checkpoint()
+    store.pool.frees_held += 1
+    pools.discard(store, volume.map_id, 0, 640)
+    store.checkpoint()
+    assert not store.pool.volumes[ONE].live_blocks
+    assert store.pool.volumes[ONE].is_busy(0, 10)
+    store.pool.frees_held -= 1
+    store.checkpoint()
+    store.reclaim_leases()
+    assert not store.pool.volumes[ONE].is_busy(0, 10)

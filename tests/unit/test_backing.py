@@ -1,0 +1,53 @@
+"""The host's files: short counts go on, and each errno becomes the error that it means."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from incfs.backing import Backing, translate
+from incfs.errors import AlreadyExists, BackingError, NoSpace
+
+
+def test_a_short_write_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: write(fd, bytes(data)[:7], offset))
+    file = Backing().create(tmp_path / "file")
+    file.pwrite(3, b"a write of more than seven bytes")
+    file.close()
+    assert (tmp_path / "file").read_bytes() == b"\0\0\0a write of more than seven bytes"
+
+
+def test_a_sync_reaches_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of files and of directories; the power cuts of tests/crash take that for granted."""
+    asked = []
+    monkeypatch.setattr(os, "fdatasync", lambda fd: asked.append(os.readlink(f"/proc/self/fd/{fd}")))
+    monkeypatch.setattr(os, "fsync", lambda fd: asked.append(os.readlink(f"/proc/self/fd/{fd}")))
+    file = Backing().create(tmp_path / "file")
+    file.sync()
+    file.close()
+    Backing().sync_directory(tmp_path)
+    assert asked == [str(tmp_path / "file"), str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (errno.ENOSPC, NoSpace),
+        (errno.EDQUOT, NoSpace),
+        (errno.EEXIST, AlreadyExists),
+        (errno.EIO, BackingError),
+        (errno.EROFS, BackingError),
+    ],
+)
+def test_what_an_errno_of_the_host_means(code: int, expected: type[Exception]) -> None:
+    assert type(translate(OSError(code, ""), Path("/disk/image"), "write")) is expected
+
+
+def test_a_symlink_is_not_followed(tmp_path: Path) -> None:
+    """Somebody who may write to an image directory must not choose what the daemon opens."""
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "image").symlink_to(tmp_path / "secret")
+    with pytest.raises(BackingError):
+        Backing().open(tmp_path / "image")
