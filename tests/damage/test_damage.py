@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import lmdb
 import pytest
 import trio
 
@@ -25,6 +26,9 @@ from incfs.errors import (
     PoolReadOnly,
     UnsupportedFormat,
 )
+from incfs.log import LMDB_LIB_VERSION
+from incfs.model import Appended
+from incfs.overlay import TableKey
 from incfs.service import open_service
 from incfs.store import Store
 from tests.support import damage, pools
@@ -117,6 +121,28 @@ def test_a_file_of_another_pool_is_reported(pool_home: Path, pool: Path, built: 
 def test_tables_of_an_earlier_time_are_reported(pool: Path, built: damage.Built) -> None:
     case = damage.Case("old", Path("tables.mdb"), built.old_files[Path("tables.mdb")])
     assert damage.judge(pool, built, case, damage.options()) == "detected"
+
+
+def test_tables_of_an_earlier_time_are_refused_before_anything_is_written(pool_home: Path) -> None:
+    """The journal's first records carry data for blocks that have been freed, and used again, since."""
+    pool = pools.make_pool(pool_home, capacity_bytes=24 * 64)
+    store = pools.open_tiny(pool, pools.tiny_options(small_commit_bytes=640))
+    volume = pools.new_volume(store, "a", 6400)
+    store.checkpoint()
+    old = (pool / "tables.mdb").read_bytes()
+    for fill, count in ((b"x", 8), (b"y", 8)):
+        pools.write(store, volume.map_id, 0, fill * count * 64)
+        store.commit()
+    store.checkpoint()
+    pools.write(store, volume.map_id, 640, b"z" * 15 * 64)
+    store.commit()
+    store.abandon()
+    before = damage.files_of(pool)
+    (pool / "tables.mdb").write_bytes(old)
+    with pytest.raises(FormatError, match="older than the journal"):
+        pools.open_tiny(pool)
+    after = damage.files_of(pool)
+    assert [path for path in before if path.suffix == ".img" and before[path] != after[path]] == []
 
 
 def test_images_of_an_earlier_time_give_errors_but_no_old_data(pool: Path, built: damage.Built) -> None:
@@ -251,6 +277,33 @@ def test_a_damaged_increment_leaves_the_live_volume_alone(pool_home: Path) -> No
     with pytest.raises(FormatError):
         pools.read(store, store.catalog.snapshot(volume.id, "s").map_id, 0, 64)
     store.close()
+
+
+def test_tables_that_lack_a_page_are_refused(pool: Path) -> None:
+    """Its blocks would read as zeros, and LMDB finds nothing wrong."""
+    environment = lmdb.open(str(pool / "tables.mdb"), subdir=False, max_dbs=8, lib_version=LMDB_LIB_VERSION)
+    database = environment.open_db(b"map")
+    with environment.begin(write=True) as transaction, transaction.cursor(db=database) as cursor:
+        assert cursor.first()
+        assert cursor.delete()
+    environment.close()
+    with pytest.raises(FormatError, match="keys are missing"):
+        pools.open_tiny(pool)
+
+
+def test_check_finds_two_owners_and_leaks(pool_home: Path) -> None:
+    with pools.open_tiny(pools.make_pool(pool_home)) as store:
+        volume, other = pools.new_volume(store, "a", 640), pools.new_volume(store, "b", 640)
+        pools.write(store, volume.map_id, 0, b"x" * 640)
+        store.commit()
+        address, crc = store.log.entries(TableKey(volume.id), 0)[3]
+        store.log.append(other.id, 0, 0, [Appended(0, address, crc, 0, 0)])
+        store.space.grant(volume.map_id, 1)
+        store.pool.commit(store.plane.revoke(volume.map_id)[:1])
+        store.checkpoint()
+        report = pools.run_check(store)
+    assert any("two owners" in problem.message for problem in report.problems), report.problems
+    assert report.leaked_blocks == 1
 
 
 # A disk that lies

@@ -237,3 +237,20 @@ def test_no_threads_at_all(tmp_path):
         (pool / "vol").write_bytes(b"x" * 10000)
         assert (pool / "vol").read_bytes() == b"x" * 10000
         assert counts(pool) == {}
+
+
+def test_hot_reads_may_begin_anywhere(tmp_path):
+    """Without the kernel's cache a request is what the caller asks for."""
+    data = os.urandom(64 * BLOCK)
+    with mounted_pool(tmp_path, "data_plane=native,threads=3,cache=none") as pool:
+        fd = os.open(pool / "vol", os.O_RDWR | os.O_CREAT)
+        os.truncate(fd, len(data))
+        for start in range(0, len(data), BLOCK):
+            assert os.pwrite(fd, data[start : start + BLOCK], start) == BLOCK
+        before = counts(pool)
+        for start, length in ((0, 1), (1, 10), (BLOCK - 1, 2), (5 * BLOCK + 7, 3 * BLOCK), (len(data) - 3, 10)):
+            assert os.pread(fd, length, start) == data[start : start + length]
+        after = counts(pool)
+        os.close(fd)
+    assert before["writes"] > before["handed_writes"], before
+    assert after["reads"] - before["reads"] == 5, after

@@ -280,3 +280,11 @@ def test_any_bytes_give_a_frame_or_a_daemon_error(data: bytes) -> None:
 def test_too_long_message_is_not_sent() -> None:
     with pytest.raises(DaemonError, match="too long"):
         protocol.encode_frame({"a": "x" * 100}, limit_bytes=50)
+
+
+async def test_too_long_message_is_refused_at_its_head() -> None:
+    """Its body is not waited for, still less kept."""
+    send, receive = trio.testing.memory_stream_one_way_pair()
+    await send.send_all(struct.pack("<I", 51) + b"x" * 10)
+    with trio.fail_after(5), pytest.raises(DaemonError, match="too long"):
+        await protocol.receive_frame(receive, limit_bytes=50)

@@ -132,3 +132,22 @@ async def test_a_listing_skips_what_has_gone_and_goes_on_at_its_cookie(operation
     await operations.readdir(fh, after_a, None)
     assert [name for name, _ in replies] == [b"c"]
     await operations.releasedir(fh)
+
+
+async def test_opening_with_truncation_empties(operations):
+    opened, entry = await operations.create(inodes.ROOT, b"db", 0o600, os.O_RDWR, CONTEXT)
+    await operations.write(opened.fh, 0, b"data")
+    again = await operations.open(entry.st_ino, os.O_WRONLY | os.O_TRUNC, CONTEXT)
+    assert (await operations.getattr(entry.st_ino, CONTEXT)).st_size == 0
+    assert await operations.read(again.fh, 0, 4) == b""
+
+
+async def test_truncating_sets_the_size(operations):
+    opened, entry = await operations.create(inodes.ROOT, b"db", 0o600, os.O_RDWR, CONTEXT)
+    await operations.write(opened.fh, 0, b"data")
+    names = ("size", "mode", "uid", "gid", "atime", "mtime", "ctime")
+    fields: Any = SimpleNamespace(**{f"update_{name}": name == "size" for name in names})
+    for size, expected in ((6, b"data\0\0"), (2, b"da"), (0, b"")):
+        wanted: Any = SimpleNamespace(st_size=size)
+        assert (await operations.setattr(entry.st_ino, wanted, fields, opened.fh, CONTEXT)).st_size == size
+        assert await operations.read(opened.fh, 0, 10) == expected

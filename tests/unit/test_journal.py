@@ -7,7 +7,7 @@ import pytest
 
 from incfs.backing import Backing
 from incfs.errors import FormatError, JournalDamaged
-from incfs.journal import SECTOR_BYTES, Journal, journal_paths
+from incfs.journal import SECTOR_BYTES, Journal, encode_record, journal_paths
 
 POOL = UUID(int=7)
 SEGMENT_BYTES = 65536
@@ -125,3 +125,27 @@ def test_the_journal_of_another_pool_is_refused(home: Path) -> None:
     with pytest.raises(FormatError):
         list(journal.replay(1, 0))
     journal.close()
+
+
+def test_a_record_in_the_wrong_place_is_not_taken(home: Path) -> None:
+    """A disk that puts an earlier record where the last one belongs."""
+    end, _ = append(home, b"first", b"second")
+    path = journal_paths(home)[1]
+    damage(path, end, path.read_bytes()[SECTOR_BYTES:end])
+    with pytest.raises(JournalDamaged):
+        found(home)
+
+
+def test_a_record_of_another_segment_is_not_taken(home: Path) -> None:
+    """Nor what a user's data makes look like one: nobody knows the nonce."""
+    (end,) = append(home, b"first")
+    damage(journal_paths(home)[1], end, encode_record(2, 77, b"forged"))
+    assert found(home) == [(1, b"first")]
+
+
+def test_nothing_is_appended_behind_a_damaged_record_that_is_folded(home: Path) -> None:
+    """Replay would end before what is appended there."""
+    start, _ = append(home, b"first", b"second")
+    damage(journal_paths(home)[1], start, bytes(2 * SECTOR_BYTES))
+    with pytest.raises(JournalDamaged, match="nothing can be appended"):
+        found(home, sequence=2)

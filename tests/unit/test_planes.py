@@ -290,6 +290,67 @@ def test_image_that_ends_early(pair):
             plane.read(TABLES[0], 0, 1, wait=True)
 
 
+def test_part_of_a_damaged_block_is_not_written(pair):
+    """The rest of it would get a checksum that says that all is well."""
+    run = Run(pair)
+    run.grant(TABLES[0], 4, 1)
+    run.drive(lambda plane: plane.write(TABLES[0], 0, b"a" * 2 * BLOCK))
+    run.seal()
+    run.step(("damage", 2))
+    for offset, length in ((BLOCK + 10, 20), (0, BLOCK + 5), (BLOCK + 30, BLOCK)):
+        outcome = run.drive(lambda plane: plane.write(TABLES[0], offset, b"b" * length))  # noqa: B023
+        assert outcome[0] is ChecksumMismatch
+    assert run.drive(lambda plane: plane.read(TABLES[0], 0, 1)) == b"a" * BLOCK
+
+
+def test_pages_with_unsealed_mappings_stay_resident(pair):
+    run = Run(pair)
+    for page in range(4):
+        run.drive(lambda plane: plane.read(TABLES[0], page * 512, 1))  # noqa: B023
+    run.drive(lambda plane: plane.write(TABLES[0], 512 * BLOCK, b"a" * BLOCK))
+    for _ in range(3):
+        pair.both(lambda plane: sorted(plane.shrink(0)))
+    assert pair.both(lambda plane: [plane.is_resident(TABLES[0], page) for page in range(4)]) == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert len(pair.both(lambda plane: plane.seal()).pages) == 1
+
+
+def test_a_write_over_leases_that_lie_apart(pair):
+    """Further on, further back, and next to each other."""
+    run = Run(pair)
+    for first, count in ((20, 2), (30, 3), (10, 2), (12, 1), (11_000, 4)):
+        pair.both(lambda plane: plane.grant(TABLES[0], 1 << 48 | first, count))  # noqa: B023
+    content = b"".join(bytes([65 + i]) * BLOCK for i in range(12))
+    run.drive(lambda plane: plane.write(TABLES[0], 0, content))
+    assert run.drive(lambda plane: plane.read(TABLES[0], 0, 12)) == content
+    pair.check()
+
+
+def test_a_part_of_a_new_block_has_zeros_around_it(pair):
+    """And not what memory, or the block on disk, held before."""
+    run = Run(pair)
+    for images in pair.images:
+        images[StorageId(1)].file.pwrite(HEADER, b"?" * 200 * BLOCK)
+    for block in range(0, 40, 4):
+        run.drive(lambda plane: plane.write(TABLES[0], block * BLOCK + 1, b"a" * (2 * BLOCK - 2)))  # noqa: B023
+        run.drive(lambda plane: plane.write(TABLES[0], (block + 2) * BLOCK + 30, b"b" * (BLOCK + 4)))  # noqa: B023
+        expected = b"\0" + b"a" * (2 * BLOCK - 2) + bytes(31) + b"b" * (BLOCK + 4) + bytes(30)
+        assert run.drive(lambda plane: plane.read(TABLES[0], block, 4)) == expected  # noqa: B023
+
+
+def test_one_byte_makes_a_block_that_is_no_hole(pair):
+    run = Run(pair)
+    for index in range(BLOCK):
+        content = bytes(index) + b"x" + bytes(BLOCK - 1 - index)
+        run.drive(lambda plane: plane.write(TABLES[0], index * BLOCK, content))  # noqa: B023
+        assert run.drive(lambda plane: plane.read(TABLES[0], index, 1)) == content  # noqa: B023
+    assert pair.both(lambda plane: plane.mapped_delta(TABLES[0])) == BLOCK
+
+
 @given(st.binary(max_size=5000))
 def test_checksum_is_crc32c(content: bytes) -> None:
     expected = crc32c.crc32c(content)

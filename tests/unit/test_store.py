@@ -49,7 +49,7 @@ def test_an_older_snapshot_keeps_what_a_removed_one_held(store: Store) -> None:
     pools.write(store, volume.map_id, 0, b"y" * BLOCK)
     snapshots.create(store, [(volume.id, "newer")])
     pools.write(store, volume.map_id, 0, b"z" * 2 * BLOCK)
-    snapshots.remove(store, volume.id, "newer")
+    pools.remove_snapshot(store, volume.id, "newer")
     pools.reclaim(store)
     assert pools.read(store, older.map_id) == b"x" * 4 * BLOCK
     # Nobody needs "y" any more: 4 blocks of the snapshot and 2 new ones are left.
@@ -157,7 +157,7 @@ def test_a_volume_that_shrinks_is_not_written_past_the_owner(store: Store) -> No
     """Not behind its new end, and not at all until what lay there is dropped."""
     volume = pools.new_volume(store, "a", 20 * BLOCK)
     pools.write(store, volume.map_id, 0, b"x" * 20 * BLOCK)
-    store.grant(volume.map_id, 8)
+    store.space.grant(volume.map_id, 8)
     store.serve(volume.map_id)
     served = Served(store.plane)
     assert served.write(volume.map_id, 0, b"y" * BLOCK)
