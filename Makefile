@@ -13,11 +13,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+TEETH ?=
 C_SOURCES := $(wildcard incfs/*.c incfs/*.h)
 # Compared with mkfs and losetup, a user's PATH may lack the sbin directories; the tests call both.
 export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: help setup system system-demo system-test system-bench test lint sweep demo bench bench-quick wheel clean sanitize damage-long
+.PHONY: help setup system system-demo system-test system-bench test lint sweep demo bench bench-quick wheel clean sanitize damage-long teeth
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +67,9 @@ sanitize: setup ## the C data plane under many threads, with ThreadSanitizer and
 
 damage-long: setup ## damage 20,000 tiny pools and judge what is made of each
 	INCFS_DAMAGE_CASES=20000 $(BIN)/python -m pytest -rP tests/damage/test_damage.py -k 'regions or lying'
+
+teeth: setup system-test ## break a copy of the product in each way known; every time a named test must turn red (TEETH=part-of-a-name)
+	$(BIN)/python -m tests.teeth $(TEETH)
 
 demo: setup system-demo ## the main job on this machine's own files: examples/quickstart.sh
 	examples/quickstart.sh

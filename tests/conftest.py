@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background by a shell: tests of Ctrl-C need a child that minds it.
@@ -20,6 +20,8 @@ settings.register_profile(
 settings.register_profile(
     "long", max_examples=5000, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck)
 )
+# For who only wants to know whether a test fails (tests/teeth).
+settings.register_profile("unshrunk", settings.get_profile("normal"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile(os.environ.get("INCFS_TEST_PROFILE", "normal"))
 
 

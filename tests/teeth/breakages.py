@@ -1,0 +1,11 @@
+"""Every breakage."""
+
+from collections.abc import Sequence
+
+from tests.teeth.breakage import Breakage
+from tests.teeth.core import CORE
+from tests.teeth.durability import DURABILITY
+from tests.teeth.native import NATIVE
+from tests.teeth.shell import SHELL
+
+BREAKAGES: Sequence[Breakage] = (*DURABILITY, *CORE, *NATIVE, *SHELL)

@@ -1,0 +1,61 @@
+"""The breakages of tests/teeth still fit the code; `make teeth` tries them all, here are three."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.teeth.breakage import Breakage, Misfit
+from tests.teeth.breakages import BREAKAGES
+from tests.teeth.runner import ROOT, bite, run_unchanged
+
+SAMPLE = ("checksum-not-compared", "lease-granted-twice", "journal-sequence-not-checked")
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES, ids=lambda breakage: breakage.name)
+def test_a_breakage_fits_the_code(breakage: Breakage) -> None:
+    """After a change of the code that it breaks, or of the name of its test, update the breakage."""
+    assert breakage.broken_text(ROOT) != (ROOT / breakage.file).read_text()
+    path, _, function = breakage.test.partition("::")
+    assert f"def {function.split('[')[0]}(" in (ROOT / path).read_text(), breakage.test
+
+
+def test_each_rule_is_broken() -> None:
+    assert max(Counter(breakage.name for breakage in BREAKAGES).values()) == 1
+    assert {breakage.rule for breakage in BREAKAGES} == {f"I{number}" for number in range(1, 12)}
+    assert sum(breakage.file.endswith(".c") for breakage in BREAKAGES) >= 8
+
+
+def named(name: str) -> Breakage:
+    return next(breakage for breakage in BREAKAGES if breakage.name == name)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_breakage_is_caught(tmp_path: Path, name: str) -> None:
+    verdict = bite(named(name), tmp_path)
+    assert verdict.is_caught, verdict.outcome
+
+
+@pytest.mark.parametrize(
+    ("new", "word"),
+    [
+        ("            if found != crc != -1:", "SURVIVED"),
+        ("            if found != nobody_knows:", "WRONG REASON"),
+        ("            if found !=", "UNABLE"),
+    ],
+)
+def test_what_is_not_caught_is_told(tmp_path: Path, new: str, word: str) -> None:
+    assert bite(replace(named(SAMPLE[0]), new=new), tmp_path).word == word
+
+
+def test_a_test_that_is_red_anyway_proves_nothing(tmp_path: Path) -> None:
+    missing = replace(named(SAMPLE[0]), test="tests/unit/test_dataplane.py::test_nobody_wrote")
+    verdict = bite(missing, tmp_path).given(run_unchanged([missing], tmp_path))
+    assert verdict.word == "UNABLE WITHOUT IT"
+
+
+def test_an_anchor_must_be_there_once(tmp_path: Path) -> None:
+    for old in ("no such text", "return"):
+        with pytest.raises(Misfit, match="update the breakage"):
+            replace(named(SAMPLE[0]), old=old).broken_text(ROOT)
