@@ -45,9 +45,12 @@ def map_change(volume_id: int, pages: list[SealedPage]) -> Change:
     flat: list[Any] = []
     for page in pages:
         entries: Entries = {c.slot: (c.address, c.checksum) for c in page.appended}
+        packed = struct.pack(f"<{len(entries)}I", *(entries[slot][1] for slot in sorted(entries)))
+        position, base = 0, page.page_index * PAGE_BLOCKS
         for first, count, address in entry_runs(entries):
-            crcs = [entries[i][1] for i in range(first, first + count)] if address > HOLE else []
-            flat += (page.page_index * PAGE_BLOCKS + first, count, address, struct.pack(f"<{len(crcs)}I", *crcs))
+            end = position + 4 * count
+            flat += (base + first, count, address, packed[position:end] if address > HOLE else b"")
+            position = end
     return ["map", volume_id, flat]
 
 

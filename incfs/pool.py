@@ -17,6 +17,7 @@ Invariants:
 """
 
 import logging
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -656,10 +657,12 @@ def _by_group(addresses: Iterable[int]) -> Iterator[tuple[StorageId, int, list[i
     Yields:
         (storage volume, group, indexes in the group).
     """
-    groups: dict[tuple[StorageId, int], list[int]] = {}
-    for address in addresses:
-        storage_id, block_index = split_address(address)
-        group_index, member = divmod(block_index, GROUP_BLOCKS)
-        groups.setdefault((storage_id, group_index), []).append(member)
-    for (storage_id, group_index), members in groups.items():
-        yield storage_id, group_index, members
+    rest = sorted(addresses)
+    start = 0
+    while start < len(rest):
+        storage_id, block_index = split_address(rest[start])
+        group_index = block_index // GROUP_BLOCKS
+        base = pack_address(storage_id, group_index * GROUP_BLOCKS)
+        end = bisect_left(rest, base + GROUP_BLOCKS, start)
+        yield storage_id, group_index, [address - base for address in rest[start:end]]
+        start = end
