@@ -19,9 +19,9 @@ CORE: Final = (
         "lease-granted-twice",
         "I9",
         "incfs/pool.py",
-        "                volume.set_busy(first, found, busy=True)\n",
+        "            self.busy[group_index] |= taken\n",
         "",
-        "tests/unit/test_pool.py::test_one_writer_gets_consecutive_blocks_beside_another",
+        "tests/unit/test_pool.py::test_allocation_wraps_round_and_ends",
     ),
     Breakage(
         "live-blocks-punched",
