@@ -5,17 +5,22 @@ action is an event with its reason, and so is every one that failed.
 """
 
 import logging
+from collections.abc import Iterator
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from incfs import replicator
 from incfs.committer import offload
 from incfs.errors import HookFailed, IncfsError, NotFound
 from incfs.hooks import run_hook
 from incfs.model import Snapshot, Volume
-from incfs.policy.facts import POLICY_TAG, PoolFacts, SnapshotFacts, VolumeFacts
+from incfs.policy.effective import rules_for
+from incfs.policy.facts import POLICY_TAG, PoolFacts, ReplicaFacts, SnapshotFacts, VolumeFacts
 from incfs.policy.plan import Action, Plan, Prune, TakeSnapshots, Work
 from incfs.policy.planner import NO_PRUNE_UNTIL, plan
+from incfs.replication import DEFAULT_PROGRAM, ReplicaConfig
 from incfs.upkeep import MoveReport
 
 if TYPE_CHECKING:
@@ -34,10 +39,45 @@ Item = dict[str, Any]
 # --------------------------------------------------------------------------------- facts
 
 
-def volume_facts(service: "Service", volume: Volume, now_ns: int) -> VolumeFacts:
+Replicas = dict[str, list[ReplicaConfig]]
+"""UUID of a volume -> its replicas."""
+
+
+def replicas_by_volume(service: "Service") -> Replicas:
+    """Look all replicas up at once."""
+    found: Replicas = {}
+    for _, config in replicator.list_replicas(service):
+        for uuid in config.volumes:
+            found.setdefault(uuid, []).append(config)
+    return found
+
+
+def volume_facts(service: "Service", volume: Volume, now_ns: int, replicas: Replicas) -> VolumeFacts:
     """Give what plans need to know of a volume."""
     snapshots = tuple(_snapshot_facts(service, taken, now_ns) for taken in service.snapshots(volume.id))
-    return VolumeFacts(volume.name, snapshots)
+    return VolumeFacts(volume.name, snapshots, tuple(_replica_facts(service, volume, replicas.get(volume.uuid, []))))
+
+
+def _replica_facts(service: "Service", volume: Volume, known: list[ReplicaConfig]) -> Iterator[ReplicaFacts]:
+    """Give what is known of each target without asking it: it may be away."""
+    keeps = {rule.to: rule.keep for rule in rules_for(service.policies.document, volume.name).replicate}
+    for config in known:
+        common = dict(zip(config.volumes, config.common, strict=False)).get(volume.uuid)
+        yield ReplicaFacts(config.target, common, keeps.pop(config.target, None))
+    for target, keep in keeps.items():
+        yield ReplicaFacts(target, None, keep)
+
+
+async def replica_for(service: "Service", volume: Volume, target: str) -> str:
+    """Name the replica of a volume at a target; it is added when it is asked for the first time."""
+    for _, config in replicator.list_replicas(service):
+        if config.target == target and config.volumes == [volume.uuid]:
+            return config.name
+    mark = blake2b(f"{volume.uuid} {target}".encode(), digest_size=6).hexdigest()
+    made = await replicator.add(
+        service, [volume], target, name=f"policy-{mark}", names=[volume.name], program=DEFAULT_PROGRAM
+    )
+    return made.name
 
 
 def _snapshot_facts(service: "Service", taken: Snapshot, now_ns: int) -> SnapshotFacts:
@@ -55,9 +95,10 @@ def _snapshot_facts(service: "Service", taken: Snapshot, now_ns: int) -> Snapsho
 
 async def pool_facts(service: "Service", now_ns: int) -> PoolFacts:
     """Give what plans need to know of a pool; others run between two volumes."""
+    replicas = replicas_by_volume(service)
     volumes = []
     for volume in service.volumes():
-        volumes.append(volume_facts(service, volume, now_ns))
+        volumes.append(volume_facts(service, volume, now_ns, replicas))
         await trio.lowlevel.checkpoint()
     facts = service.facts()
     runs = service.policies.stored.runs
@@ -96,11 +137,7 @@ class Executor:
             case Prune():
                 return await self._prune(action)
             case Work():
-                async with self._service.policies.work_lock:
-                    found = await self._work(action)
-                item |= found
-                self._note(f"policy-{action.kind}", action, action.reason, **found)
-                return "damage" if found.get("lost_blocks") else "done"
+                return await self._work(action, item)
 
     async def _take(self, action: TakeSnapshots, item: Item) -> str:
         wanted = []
@@ -168,8 +205,47 @@ class Executor:
         self._note("policy-prune", action, action.reason, freed_bytes=action.freed_bytes)
         return "done"
 
-    async def _work(self, action: Work) -> Item:
-        """Do one of the things that take long; give what came of it."""
+    async def _work(self, action: Work, item: Item) -> str:
+        """Do one of the things that take long, unless it is still under way."""
+        working, work = self._service.policies.working, f"{action.kind} {action.target}"
+        if work in working:
+            return "skipped"
+        working.add(work)
+        try:
+            found = await (self._replicate(action) if action.kind == "replicate" else self._move(action))
+        finally:
+            working.discard(work)
+        item |= found
+        self._note(f"policy-{action.kind}", action, action.reason, **found)
+        if found.get("lost_blocks"):
+            return "damage"
+        return "partly" if found.get("failed") else "done"
+
+    async def _replicate(self, action: Work) -> Item:
+        """Bring the target up to date, volume by volume; one that fails does not stop the others."""
+        service, sent_bytes, failed = self._service, 0, []
+        if not self._may_hook:
+            raise HookFailed(
+                "this host has not agreed to reach other pools: mount with -o hooks, or use policy run --hooks"
+            )
+        for name in action.volumes:
+            subject = f"volume {name}"
+            try:
+                volume = service.volume(name)
+                if service.snapshots(volume.id):
+                    replica = await replica_for(service, volume, action.target)
+                    done = await replicator.run(service, replica, rate_bytes=action.rate_bytes)
+                    sent_bytes += done["stream_bytes"]
+                service.policies.note_success(subject)
+            except NotFound:
+                continue  # removed since the plan was made
+            except IncfsError as error:
+                failed.append(name)
+                service.policies.note_failure(subject, action.reason, error)
+        return {"target": action.target, "stream_bytes": sent_bytes, "failed": failed}
+
+    async def _move(self, action: Work) -> Item:
+        """Move data, or verify it; give what came of it."""
         service = self._service
         if action.kind == "scrub":
             return await service.upkeep.mirrors.scrub(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from incfs import fusext
 from incfs.histogram import BUCKETS_S
+from incfs.replication import ReplicaConfig
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -48,7 +49,7 @@ _METADATA_GAUGES: Final = {
 
 def render(service: "Service") -> str:
     """Return everything in Prometheus' text format."""
-    parts = (_pool, _volumes, _storages, _copies, _events, _policy, _operations, _hot)
+    parts = (_pool, _volumes, _storages, _copies, _events, _policy, _replicas, _operations, _hot)
     return "\n".join(line for part in parts for line in part(service)) + "\n"
 
 
@@ -116,6 +117,13 @@ def _policy(service: "Service") -> Iterator[str]:
     runs = [(_label("task", task), f"{when / 1e9:.3f}") for task, when in sorted(service.policies.stored.runs.items())]
     text = "When a task of the policy last ran; clock: when the policy was last looked at."
     yield from _family("incfs_policy_run_timestamp_seconds", "gauge", text, runs)
+
+
+def _replicas(service: "Service") -> Iterator[str]:
+    known = [ReplicaConfig.from_text(text) for volume in service.volumes() for text in volume.replicas.values()]
+    samples = [(_label("replica", r.name), f"{r.last_success_ns / 1e9:.3f}") for r in known if r.last_success_ns]
+    text = "When a replica was last brought up to date."
+    yield from _family("incfs_replica_last_success_timestamp_seconds", "gauge", text, samples)
 
 
 def _operations(service: "Service") -> Iterator[str]:

@@ -41,8 +41,8 @@ class Policies:
         """This host agrees to run the programs that the policy names."""
         self.lock = trio.Lock()
         """Held while a plan is made and carried out."""
-        self.work_lock = trio.Lock()
-        """Held while one of the things that take long is done."""
+        self.working: set[str] = set()
+        """What is being done of the things that take long."""
         self.changed = trio.Event()
         """Set when another policy has come; then there is a new event."""
         self.failure: InvalidPolicy | None = None

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Final
 
 from incfs.admin.verb import Verb
 from incfs.documents import Document
-from incfs.enforcer import Executor, describe, make_plan, run_policy, volume_facts
+from incfs.enforcer import Executor, describe, make_plan, replicas_by_volume, run_policy, volume_facts
 from incfs.policy.effective import effective_volume, rules_for, rules_for_pool
 from incfs.policy.periods import moment, nanoseconds
 from incfs.policy.plan import Work
@@ -57,7 +57,7 @@ async def policy_explain(service: "Service", *, volume: str) -> Document:
     found = find_volume(service, volume)
     document, now_ns = service.policies.document, service.policies.now_ns()
     rule, zone = rules_for(document, found.name), rules_for_pool(document).timezone
-    decisions = decisions_for(rule, volume_facts(service, found, now_ns), zone, now_ns)
+    decisions = decisions_for(rule, volume_facts(service, found, now_ns, replicas_by_volume(service)), zone, now_ns)
     rows = [
         {
             "name": f"{found.name}@{decision.snapshot.name}",

@@ -35,13 +35,15 @@ class Work:
     """Something that takes long and runs beside everything else."""
 
     kind: str
-    """``scrub``: verify every copy of every block; ``balance``: even out the storage
-    volumes; ``migrate``: move what the volumes store to where ``place`` says."""
+    """``scrub``: verify every copy of every block; ``balance``: even out the storage volumes;
+    ``migrate``: move what the volumes store to where ``place`` says; ``replicate``: bring the target up to date."""
     volumes: tuple[str, ...]
-    """Only for ``migrate``."""
+    """For ``migrate`` and ``replicate``."""
     rate_bytes: int | None
     """Bytes a second that are moved or read at the most."""
     reason: str
+    target: str = ""
+    """For ``replicate``."""
 
 
 Action = TakeSnapshots | Prune | Work

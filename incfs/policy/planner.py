@@ -97,6 +97,14 @@ def _works(pool: PoolRules, rules: Mapping[str, VolumeRules], runs: _Runs) -> It
     for schedule, names in groups.items():
         if reason := runs.why_due(f"migrate {schedule.text}", schedule):
             yield Work("migrate", tuple(names), pool.move_rate_bytes, reason)
+    targets: dict[tuple[Schedule, str], list[str]] = {}
+    for name, rule in rules.items():
+        for replica in rule.replicate:
+            if replica.every is not None:
+                targets.setdefault((replica.every, replica.to), []).append(name)
+    for (schedule, to), names in targets.items():
+        if reason := runs.why_due(f"replicate to {to} {schedule.text}", schedule):
+            yield Work("replicate", tuple(names), None, reason, to)
 
 
 def _task_of(schedule: Schedule, hooks: Hooks) -> str:

@@ -65,6 +65,41 @@ def _keep_rule(key: str, value: Any) -> tuple[str, int]:
 
 
 @dataclass(frozen=True, slots=True)
+class Replicate:
+    """Where a volume is replicated to."""
+
+    to: str
+    """``ssh://host/pool``, or the directory of another pool of this host."""
+    every: Schedule | None
+    keep: Keep | None = None
+    """What of the snapshots that the target has not got yet stays here until it has; None: only the newest
+    that both have."""
+
+
+def read_replicate(value: Any) -> tuple[Replicate, ...]:
+    """Read the list ``replicate``.
+
+    Raises:
+        UsageError: An unknown key, or a target that is none.
+    """
+    if not isinstance(value, list):
+        raise UsageError(f'{value!r} is not a list of tables such as [{{ to = "ssh://host/pool", every = "1h" }}]')
+    found = tuple(_read_replica(item) for item in value)
+    if len({rule.to for rule in found}) != len(found):
+        raise UsageError("a target stands there twice")
+    return found
+
+
+def _read_replica(value: Any) -> Replicate:
+    if not isinstance(value, dict) or not {"to", "every"} <= value.keys() <= {"to", "every", "keep"}:
+        raise UsageError(f"{value!r} is not a table of to, every and, if wanted, keep")
+    to = readers.text(value["to"])
+    if not to.startswith(("/", "ssh://")) or not to.isprintable():
+        raise UsageError(f"{to!r} is neither ssh://host/pool nor an absolute path")
+    return Replicate(to, readers.schedule(value["every"]), read_keep(value.get("keep", "all")))
+
+
+@dataclass(frozen=True, slots=True)
 class Hooks:
     """Programs that run around a snapshot."""
 
@@ -109,6 +144,7 @@ class VolumeRules:
     prune_when_low: bool = False
     """Prune more than ``keep`` says when the pool has little space."""
     hooks: Hooks = field(default_factory=Hooks)
+    replicate: tuple[Replicate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +188,7 @@ VOLUME_KEYS: Final[Mapping[str, Key]] = {
     "keep": Key(read_keep, "all", "keep"),
     "prune": Key(readers.one_of("policy", "all"), "policy", "prune"),
     "prune_when_low": Key(readers.flag, False, "prune_when_low"),
+    "replicate": Key(read_replicate, [], "replicate"),
     "before": Key(readers.command, [], "before"),
     "after": Key(readers.command, [], "after"),
     "hook_timeout": Key(readers.hook_timeout, "30s", "timeout_s"),
@@ -177,5 +214,6 @@ def volume_rules(values: Mapping[str, Any]) -> VolumeRules:
         prune_all=by_field.pop("prune") == "all",
         prune_when_low=by_field.pop("prune_when_low"),
         hooks=hooks,
+        replicate=by_field.pop("replicate"),
         settings=VolumeSettings(**by_field),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from incfs import metrics
 from incfs.dump import open_dump, restore
 from incfs.enforcer import Executor, enforce, run_policy
 from incfs.errors import HookFailed, InvalidPolicy, NoSpace
@@ -150,6 +151,33 @@ async def test_copies_want_a_mirror(tmp_path: Path, service: Service) -> None:
     await service.add_storage(str(tmp_path / "a/1.img"), mirrors=[str(tmp_path / "b/1.img")], force=True)
     await service.write(volume.map_id, 0, b"x" * 4096)
     assert {e["storage"] for e in await service.extents(volume.map_id, 0, 9)} == {2, None}
+
+
+async def test_a_target_that_was_away_gets_what_it_needs(tmp_path: Path, service: Service) -> None:
+    there = tmp_path / "there"
+    rule = f'replicate = [{{ to = "{there}", every = "hourly", keep = {{ hourly = 2 }} }}]'
+    await service.policies.set(f'[volume."db1"]\nschedule = "hourly"\nkeep = {{ last = 1 }}\n{rule}\n')
+    volume = service.volume("db1")
+    start = 1_800_000_000 * 10**9
+    assert ("replicate", "failed") in await run(service), "this host has not agreed"
+    create_pool(there)
+    results = []
+    for hour in range(1, 6):
+        set_clock(service, start + hour * HOUR_NS)
+        await service.write(volume.map_id, 0, bytes([hour]) * 4096)
+        if hour == 2:
+            there.rename(tmp_path / "away")
+        if hour == 5:
+            (tmp_path / "away").rename(there)
+        results.append(dict(await run(service, may_hook=True))["replicate"])
+    assert results == ["done", "partly", "partly", "partly", "done"]
+    assert "incfs_replica_last_success_timestamp_seconds{replica=" in metrics.render(service)
+    async with open_service(there) as target:
+        copy = target.volume("db1")
+        assert await target.read(copy.map_id, 0, 4096) == bytes([5]) * 4096
+        # The newest common one, and of those since then what the target's rules want of them at that time.
+        assert len(names(target)) >= 3
+    assert names(service)[-1] == "auto-2027-01-15T1300Z"
 
 
 def hooked(before: list[str], after: list[str], more: str = "") -> str:

@@ -101,6 +101,11 @@ def test_an_empty_policy_changes_nothing() -> None:
         ("[template.a]\nstripe_columns = 65", 2, "from 1 to 64"),
         ("[template.a]\nstripe_columns = true", 2, "from 1 to 64"),
         ('[template.a]\nverify = "never"', 2, "not one of always"),
+        ('[template.a]\nreplicate = "/pool"', 2, "not a list of tables"),
+        ('[template.a]\nreplicate = [{ to = "/pool" }]', 2, "table of to, every"),
+        ('[template.a]\nreplicate = [{ to = "/p", every = "1h", as = "x" }]', 2, "table of to, every"),
+        ('[template.a]\nreplicate = [{ to = "http://h/p", every = "1h" }]', 2, "neither ssh://"),
+        ('[template.a]\nreplicate = [{ to = "/p", every = "1h" }, { to = "/p", every = "2h" }]', 2, "twice"),
         ("[template.a]\nzero_elision = false", 2, "cannot be switched off"),
         ("[template.a]\nprune_when_low = 0", 2, "neither true nor false"),
         ('[template.a]\nstripe_unit = "96K"', 2, "power of two"),
@@ -161,3 +166,39 @@ def test_the_example_says_what_its_comments_do() -> None:
 def test_every_key_is_in_the_reference() -> None:
     reference = (Path(__file__).parents[2] / "docs/POLICY.md").read_text()
     assert [key for key in (*POOL_KEYS, *VOLUME_KEYS) if f"`{key}`" not in reference] == []
+
+
+def test_everything_at_once() -> None:
+    policy = parse_policy(
+        """
+        [pool]
+        low_water = "15%"
+        extend_by = "10G"
+        extend_max = "1T"
+        reserve = "2%"
+        when_full = "queue:60s"
+        directories = ["/disks/a", "/disks/b"]
+        [template.gold]
+        place = ["class=ssd"]
+        copies = 2
+        stripe_columns = 2
+        stripe_unit = "1M"
+        quota = "500G"
+        reservation = "50G"
+        zero_elision = true
+        verify = "always"
+        snapshot_max = 500
+        schedule = "hourly"
+        keep = { last = 3, hourly = 24, daily = 7, weekly = 4, monthly = 12, within = "2d" }
+        replicate = [{ to = "ssh://backup/srv/incfs/pool0", every = "1h", keep = { daily = 7 } }]
+        [volume."db*"]
+        use = ["gold"]
+        """
+    )
+    rules = rules_for(policy, "db1")
+    assert rules.settings == VolumeSettings(
+        place=("class=ssd",), copies=2, stripe_columns=2, quota_bytes=500 << 30, reservation_bytes=50 << 30,
+        snapshot_max=500,
+    )  # fmt: skip
+    assert [(r.to, r.keep) for r in rules.replicate] == [("ssh://backup/srv/incfs/pool0", Keep(daily=7))]
+    assert settings_of(policy).extend_max_bytes == 1 << 40

@@ -236,3 +236,13 @@ def test_scrub_is_due_by_its_schedule() -> None:
     pool = Simulated('[pool]\nscrub = "monthly"\n', "db")
     scrubs = [n for n in range(90) if any(isinstance(a, Work) for a in pool.run(START + n * DAY).actions)]
     assert scrubs == [0, 31, 59]
+
+
+def test_volumes_with_the_same_target_and_pace_are_replicated_together() -> None:
+    rule = 'replicate = [{ to = "ssh://b/p", every = "daily" }, { to = "/c", every = "1h", keep = { daily = 3 } }]'
+    pool = Simulated(f'[volume."*"]\n{rule}\n[volume."x"]\nreplicate = []\n', "a", "b", "x")
+    works = [a for a in pool.run(START).actions if isinstance(a, Work)]
+    assert [(w.kind, w.target, w.volumes) for w in works] == [
+        ("replicate", "ssh://b/p", ("a", "b")), ("replicate", "/c", ("a", "b")),
+    ]  # fmt: skip
+    assert [w.target for w in pool.run(START + HOUR).actions if isinstance(w, Work)] == ["/c"]
