@@ -37,6 +37,8 @@ list_test() {
 attr|command -v getfattr
 btrfs-progs|command -v mkfs.btrfs
 fio|command -v fio
+git|command -v git
+openssh-server|test -x /usr/sbin/sshd
 procps|command -v pgrep
 qemu-utils|command -v qemu-img
 sqlite3|command -v sqlite3
