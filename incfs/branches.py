@@ -4,14 +4,15 @@ Owns nothing but references to the parts of an open pool; the trio thread.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import trio
 
-from incfs import clone, holds, rollback, snapshot
-from incfs.committer import COMMIT_AT_MAPPINGS, Committer
+from incfs import baseline, clone, holds, rollback, snapshot, volume
+from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
 from incfs.driver import Driver
 from incfs.errors import Busy
-from incfs.model import MapId, Snapshot, Volume, VolumeId, map_id
+from incfs.model import Generation, MapId, Snapshot, Volume, VolumeId, map_id
 from incfs.reclaimer import Reclaimer
 from incfs.store import Store
 from incfs.transfers import require_ordinary
@@ -34,6 +35,16 @@ class Branches:
     async def clone(self, origin: Snapshot, name: str) -> Volume:
         """Add a volume that reads as a snapshot until it is written."""
         made = clone.create(self._store, origin, name)
+        await self._committer.commit()
+        return made
+
+    async def create_on_baseline(self, name: str, path: Path) -> Volume:
+        """Add a volume that reads as a raw image or block device, whole blocks of it, until it is written."""
+        facts = await offload(lambda: baseline.describe(path, self._store.baselines.new_id()))
+        origin = map_id(VolumeId(0), Generation(facts.id))
+        made = volume.create(
+            self._store, name, facts.size_bytes, mode=0o600, uid=0, gid=0, origin=origin, baseline=facts.encode()
+        )
         await self._committer.commit()
         return made
 

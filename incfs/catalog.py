@@ -241,6 +241,8 @@ class Catalog:
 
     def _own_tables(self, map_id: MapId) -> tuple[TableKey, ...]:
         volume_id, generation = split_map_id(map_id)
+        if not volume_id:
+            return (TableKey(0, generation),)  # a baseline
         newer = sorted(g for g in self._snapshots.get(volume_id, {}) if g >= generation) if generation else []
         volume = self.volumes.get(volume_id)
         if volume is not None and not 0 < generation < volume.rollback_mark:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from incfs.baseline import Baseline, BaselineFacts
 from incfs.blocks import address_runs, set_runs, split_address
 from incfs.catalog import KINDS, Catalog
 from incfs.codec import Entries, checksum, decode_entries, entry_runs, open_value
@@ -132,8 +133,21 @@ class Checker:
         if not volume.origin:
             return
         origin_id, generation = split_map_id(volume.origin)
+        if not origin_id:
+            self._check_baseline(volume, where)
+            return
         if origin_id >= volume.id or ("snapshot", (origin_id, generation)) not in self._catalog:
             self.report.damage(where, f"reads from snapshot {generation} of volume {origin_id}: not there")
+
+    def _check_baseline(self, volume: Volume, where: str) -> None:
+        try:
+            baseline = Baseline(BaselineFacts.decode(volume.baseline), self._block_bytes)
+            try:
+                baseline.require_unchanged()
+            finally:
+                baseline.close()
+        except IncfsError as error:
+            self.report.damage(where, str(error))
 
     def _check_snapshot(self, volume: Volume, snapshot: Snapshot) -> None:
         where = f"snapshot {volume.name or volume.id}@{snapshot.name or snapshot.generation}"

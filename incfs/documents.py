@@ -19,6 +19,8 @@ def origin_name(service: "Service", volume: Volume) -> str | None:
     """Name the snapshot that a clone reads from; None when it is no clone."""
     if not volume.origin:
         return None
+    if volume.baseline:
+        return str(volume.baseline["path"])
     origin_id, generation = split_map_id(volume.origin)
     return f"{service.volume_by_id(origin_id).name}@{service.snapshot_by_generation(origin_id, generation).name}"
 

@@ -19,6 +19,7 @@ from typing import IO, Any
 from uuid import UUID
 
 from incfs.backing import Backing, translate
+from incfs.baseline import BaselineFacts
 from incfs.blocks import bit_mask, split_address
 from incfs.catalog import KINDS, Catalog, Record, RecordId, record_from, record_id, record_puts
 from incfs.codec import Entries, encode_record, entry_runs, unpack
@@ -374,6 +375,10 @@ class MetadataBuilder:
             if any(rollback) and not (rollback[0] < rollback[1] and all(known)):
                 raise FormatError(f"volume {volume.id} is rolled back to a snapshot that there is not")
             origin = split_map_id(volume.origin)
+            if volume.baseline or (volume.origin and not origin[0]):
+                if origin[0] or int(origin[1]) != int(BaselineFacts.decode(volume.baseline).id):
+                    raise FormatError(f"volume {volume.id} has a baseline that is not its origin")
+                continue
             if volume.name and volume.origin and (origin[0] >= volume.id or ("snapshot", origin) not in self.catalog):
                 raise FormatError(f"volume {volume.id} is a clone of snapshot {origin}, which there is not")
 

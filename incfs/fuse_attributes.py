@@ -120,6 +120,8 @@ def _volume_facts(service: "Service", volume: Volume) -> dict[str, str]:
 def _origin_facts(service: "Service", volume: Volume) -> dict[str, str]:
     if not volume.origin:
         return {}
+    if volume.baseline:
+        return {"origin": str(volume.baseline["path"])}
     origin_id, generation = split_map_id(volume.origin)
     origin = service.snapshot_by_generation(origin_id, generation)
     return {"origin": f"{service.volume_by_id(origin_id).name}@{origin.name}", "origin_uuid": origin.uuid}

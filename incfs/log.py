@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import lmdb
 
 from incfs.backing import Backing
 from incfs.codec import Entries, decode_entries, encode_entries, open_value, pack, seal_value, unpack
 from incfs.errors import BackingError, FormatError, NoSpace
-from incfs.model import HOLE, INHERIT, STALE_GROUPS, Appended, SealedPage, VolumeId, map_id
+from incfs.model import HOLE, INHERIT, STALE_GROUPS, Appended, SealedPage, StorageId, VolumeId, map_id
 from incfs.overlay import Chain, Layer, Overlay, TableKey
 from incfs.tablesfile import MARK_MODULUS, TablesFile, damaged_values, key_mark, value_mark
 
@@ -324,6 +324,16 @@ class Reader:
         raise FormatError("the tables hold no valid checkpoint record")
 
 
+class MadePages(Protocol):
+    """A table that is not stored."""
+
+    def page(self, page_index: int) -> Entries:
+        """Make a page.  Any thread."""
+
+    def page_indexes(self, start: int, limit: int | None) -> list[int]:
+        """List pages that may hold mappings, ascending from ``start``, at most ``limit`` of them."""
+
+
 class Unrolled(NamedTuple):
     """What a rollback does to one page."""
 
@@ -347,6 +357,8 @@ class IncrementalLog:
         self._replaced: dict[tuple[int, int], tuple[int, int]] = {}
         """(volume, page) -> (generation of the newest snapshot, indexes in its increment)."""
         self._emptied_to: dict[TableKey, int] = {}
+        self.baselines: Mapping[StorageId, MadePages] = {}
+        """Tables of volume 0: their pages are made, not stored."""
         self.epoch = 0
         """Rises when a checkpoint ends: pages fetched before are stale."""
 
@@ -412,7 +424,12 @@ class IncrementalLog:
     def fetch(self, chain: Chain, page_index: int) -> list[list[Entries]]:
         """Read the stored form of one page of several tables.  Any thread."""
         with self._tables.reading() as reader:
-            return [[reader.page(table, page_index) for table in link] for link in chain]
+            return [[self._stored(reader, table, page_index) for table in link] for link in chain]
+
+    def _stored(self, reader: Reader, table: TableKey, page_index: int) -> Entries:
+        if table.volume_id:
+            return reader.page(table, page_index)
+        return self.baselines[StorageId(table.generation)].page(page_index)
 
     def resolve(self, chain: Chain, page_index: int, stored: Sequence[Sequence[Entries]]) -> Entries:
         """Give a page as a snapshot (or the live volume) sees it.
@@ -439,6 +456,8 @@ class IncrementalLog:
 
     def page_indexes(self, table: TableKey, start: int = 0, limit: int | None = None) -> list[int]:
         """List pages that may hold mappings, ascending from ``start``, at most ``limit`` of them."""
+        if not table.volume_id:
+            return self.baselines[StorageId(table.generation)].page_indexes(start, limit)
         changed: list[int] = sorted({index for index in self._overlay.pages(table) if index >= start})[:limit]
         with self._tables.reading() as reader:
             stored: list[int] = []

@@ -5,7 +5,7 @@ Owns the frozen records and the rules for names.  No I/O, no clock, no randomnes
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, NewType
+from typing import Any, Final, NamedTuple, NewType
 
 from incfs.errors import InvalidName
 
@@ -117,6 +117,8 @@ class Volume:
     xattrs: Mapping[str, bytes] = field(default_factory=dict)
     origin: MapId = NO_ORIGIN
     """The snapshot's table that unmapped blocks read from."""
+    baseline: Mapping[str, Any] = field(default_factory=dict)
+    """The raw image below the volume, when its origin is one: see ``baseline.BaselineFacts``."""
     flat_generation: int | None = None
     """Only snapshots up to this generation still inherit from the origin; None: the current contents do, too."""
     rollback_to: Generation = Generation(0)

@@ -11,7 +11,7 @@ from incfs.committer import offload
 from incfs.errors import AlreadyExists, BaseMismatch, Busy, NoData, VolumeNotFound
 from incfs.model import MAX_NAME_BYTES, MapId, Snapshot, Volume, validate_name
 from incfs.rawsource import RawSource, read_ranges
-from incfs.rawtarget import RawTarget, open_target
+from incfs.rawtarget import RawTarget, open_target, require_foreign
 from incfs.stream.records import Link, Member, SnapBegin
 
 if TYPE_CHECKING:
@@ -65,6 +65,43 @@ async def import_new(
             raise
         finally:
             service.close_handle(volume.map_id)
+    finally:
+        source.close()
+
+
+async def create_on_baseline(service: "Service", name: str, path: Path) -> Volume:
+    """Make a volume over a raw image or block device, which stays where it is and is only read.
+
+    A last part that is no whole block is copied into the volume.
+
+    Atomicity: as ``import_new``.
+
+    Raises:
+        AlreadyExists: There is such a volume.
+        Busy: The file belongs to the pool.
+    """
+    validate_name(name)
+    if any(volume.name == name for volume in service.volumes()):
+        raise AlreadyExists(f"there is a volume {name!r} already", volume=name)
+    await offload(lambda: require_foreign(path, [Path(storage["path"]) for storage in service.storages()]))
+    scratch = name.encode()[:_SCRATCH_BYTES].decode(errors="ignore") + _SCRATCH_SUFFIX
+    await _remove_left(service, scratch)
+    volume = await service.branches.create_on_baseline(scratch, path)
+    try:
+        whole = volume.size_bytes - volume.size_bytes % service.block_bytes
+        tail = await offload(lambda: _read_tail(path, whole, volume.size_bytes))
+        await service.write(volume.map_id, whole, tail)
+        return await service.rename_volume(volume.id, name)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await service.remove_volume(volume.id)
+        raise
+
+
+def _read_tail(path: Path, start_bytes: int, end_bytes: int) -> bytes:
+    source = RawSource(path)
+    try:
+        return source.read(start_bytes, end_bytes - start_bytes)
     finally:
         source.close()
 

@@ -47,6 +47,10 @@ class RawSource:
         """Close the file."""
         os.close(self._fd)
 
+    def duplicate(self) -> int:
+        """Give another descriptor of the same file."""
+        return os.dup(self._fd)
+
     def stamp(self) -> tuple[int, int]:
         """Give size and time of modification: what tells that somebody writes to it."""
         return self._seek(0, os.SEEK_END), os.fstat(self._fd).st_mtime_ns

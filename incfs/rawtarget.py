@@ -53,9 +53,7 @@ def open_target(path: Path, *, is_incremental: bool, force: bool, forbidden: Col
         BaseMismatch: The file is not the older export that an incremental one needs.
     """
     path = path.resolve()
-    for other in forbidden:
-        if path.exists() and other.exists() and path.samefile(other):
-            raise Busy(f"{path} belongs to this pool; export to another file", path=str(path))
+    require_foreign(path, forbidden)
     if path.is_block_device():
         return DeviceTarget(path, force=force)
     if path.exists() and not is_incremental:
@@ -66,6 +64,17 @@ def open_target(path: Path, *, is_incremental: bool, force: bool, forbidden: Col
     if is_incremental and not path.exists():
         raise translate(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)), path, "open")
     return FileTarget(path)
+
+
+def require_foreign(path: Path, forbidden: Collection[Path]) -> None:
+    """Refuse files of the pool.
+
+    Raises:
+        Busy: It is one.
+    """
+    for other in forbidden:
+        if path.exists() and other.exists() and path.samefile(other):
+            raise Busy(f"{path} belongs to this pool; use another file", path=str(path))
 
 
 class FileTarget:

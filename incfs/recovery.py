@@ -39,6 +39,7 @@ from incfs.model import (
     SealedPage,
     Storage,
     StorageId,
+    Volume,
     VolumeId,
 )
 from incfs.overlay import TableKey
@@ -250,6 +251,8 @@ def _load(store: Store) -> tuple[int, int]:
                 store.catalog.load(kind, body)
         for record in store.catalog.storages.values():
             _attach(store, record)
+        for volume in store.catalog.volumes.values():
+            store.baselines.need(volume.baseline)
         for storage_id, group_index, bits in reader.space():
             store.pool.volume(StorageId(storage_id)).load(group_index, bits)
         for storage_id, group_index, bits in reader.stale():
@@ -357,6 +360,8 @@ def _apply(store: Store, change: Change, blocks: _DataCursor) -> None:
         case ["put", kind, value]:
             record = record_from(kind, value)
             store.catalog.put(record)
+            if isinstance(record, Volume):
+                store.baselines.need(record.baseline)
             if isinstance(record, Storage):
                 _attach_or_renew(store, record)
         case ["drop", str(kind), [*numbers]]:

@@ -372,7 +372,7 @@ def _drop_orphans(builder: MetadataBuilder, notes: list[str]) -> None:
     catalog = builder.catalog
     for volume_id, clone in sorted(catalog.volumes.items()):
         origin = catalog.get(("snapshot", split_map_id(clone.origin))) if clone.origin else None
-        if clone.origin and clone.name and not (isinstance(origin, Snapshot) and origin.name):
+        if clone.origin and clone.name and not clone.baseline and not (isinstance(origin, Snapshot) and origin.name):
             notes.append(f"volume {clone.name} is not saved: a part of its origin is lost")
             catalog.put(replace(clone, name=""))
             for taken in catalog.snapshots(volume_id):

@@ -14,16 +14,17 @@ Invariants:
 import logging
 import os
 import time
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from uuid import UUID
 
 from incfs.backing import Backing
+from incfs.baseline import Baselines
 from incfs.catalog import Catalog, Record, RecordId, record_id
 from incfs.changes import Change, map_change
 from incfs.checkpoint import Checkpoint, Commit
@@ -145,7 +146,9 @@ class Store:
             self.pool.image_paths = salvage.image_paths
         # An image that is away has no descriptor: only the Python plane turns that into an error of its range.
         kind: PlaneKind = "python" if options.degraded or salvage else options.data_plane
-        self.plane = make_plane(kind, superblock.block_bytes, self.pool.volumes, backing)
+        self.baselines = self.log.baselines = Baselines(superblock.block_bytes)
+        files: Any = ChainMap[Any, Any](self.pool.volumes, self.baselines)
+        self.plane = make_plane(kind, superblock.block_bytes, files, backing)
         self.events = EventLog(None if salvage else directory, self.clock)
         self.space = Space(
             self.catalog,
@@ -228,6 +231,8 @@ class Store:
     def _put(self, record: Record) -> None:
         before = self.catalog.volumes.get(record.id) if isinstance(record, Volume) else None
         self.catalog.put(record)
+        if isinstance(record, Volume):
+            self.baselines.need(record.baseline)
         if isinstance(record, Storage) and record.id in self.pool.volumes:
             self.pool.renew(record)
         if isinstance(record, Volume) and record.stripes != (before.stripes if before is not None else ()):
@@ -645,6 +650,7 @@ class Store:
         """Let go of every file without writing, as a crash would."""
         self.events.flush()
         self.pool.close()
+        self.baselines.close()
         self.journal.close()
         self.tables.close()
         self._lock.release()

@@ -6,6 +6,7 @@ Each function is one step of the owner thread.
 import uuid as uuids
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from incfs.errors import AlreadyExists, Busy, LimitExceeded, UsageError
 from incfs.model import (
@@ -27,7 +28,15 @@ from incfs.transfers import require_not_receiving, require_ordinary
 
 
 def create(
-    store: Store, name: str, size_bytes: int, *, mode: int, uid: int, gid: int, origin: MapId = NO_ORIGIN
+    store: Store,
+    name: str,
+    size_bytes: int,
+    *,
+    mode: int,
+    uid: int,
+    gid: int,
+    origin: MapId = NO_ORIGIN,
+    baseline: Mapping[str, Any] | None = None,
 ) -> Volume:
     """Add a volume that reads as zeros, or as its origin.
 
@@ -43,7 +52,7 @@ def create(
         raise LimitExceeded("the pool has given out all 2^32 volume ids")
     now = store.clock()
     volume = Volume(volume_id, str(uuids.uuid4()), name, size_bytes, 0, mode & 0o777, uid, gid, now, now, now, now)
-    volume = replace(volume, origin=origin)
+    volume = replace(volume, origin=origin, baseline=baseline or {})
     store.change(volume)
     return volume
 
@@ -232,4 +241,4 @@ def without_origin(store: Store, volume: Volume) -> Volume:
     kept = store.catalog.snapshots(volume.id, removed=True)
     if any(snapshot.generation <= volume.flat_generation for snapshot in kept):
         return volume
-    return replace(volume, origin=NO_ORIGIN, flat_generation=None)
+    return replace(volume, origin=NO_ORIGIN, baseline={}, flat_generation=None)

@@ -25,7 +25,7 @@ async def import_raw(
     """Make a volume of a raw image or block device, or bring one up to date, and take a snapshot."""
     from incfs import rawcopy  # late: an online command does not need the core
 
-    source, ranges = _path(service, path), None if changed is None else _path(service, changed)
+    source, ranges = raw_path(service, path), None if changed is None else raw_path(service, changed)
     name = snapshot or rawcopy.new_snapshot_name("import")
     if not incremental:
         if ranges is not None:
@@ -52,11 +52,12 @@ async def export_raw(
 
     volume, taken = find_table(service, target)
     base = None if from_snapshot is None else service.snapshot(volume.id, from_snapshot)
-    written = await rawcopy.export(service, volume, taken, _path(service, path), progress, base=base, force=force)
+    written = await rawcopy.export(service, volume, taken, raw_path(service, path), progress, base=base, force=force)
     return {"export": {"volume": volume.name, "snapshot": written.name, "uuid": written.uuid, "path": path}}
 
 
-def _path(service: "Service", path: str) -> Path:
+def raw_path(service: "Service", path: str) -> Path:
+    """Take a path of a raw image, absolute and outside the mount."""
     given = Path(path)
     if not given.is_absolute():
         raise UsageError(f"the path must be absolute, not {path!r}")

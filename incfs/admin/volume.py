@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Final
 
+from incfs.admin.raw import raw_path
 from incfs.admin.verb import Progress, Verb, busy, refuse_open, refuse_taken
 from incfs.documents import Document, volume_document, volume_removal
 from incfs.errors import Busy, UsageError
@@ -22,14 +23,22 @@ async def volume_create(
     service: "Service",
     *,
     name: str,
-    size_bytes: int,
+    size_bytes: int | None = None,
+    origin: str | None = None,
     stripe_columns: int | None = None,
     stripe_unit_bytes: int = DEFAULT_STRIPE_UNIT_BYTES,
 ) -> Document:
-    """Create an empty volume, perhaps striped over storage volumes."""
+    """Create an empty volume, or one over a raw image, perhaps striped over storage volumes."""
+    if (size_bytes is None) == (origin is None):
+        raise UsageError("a new volume has either a size or an origin, whose size it gets")
     if stripe_columns is not None:
         service.upkeep.require_columns(stripe_columns, stripe_unit_bytes)
-    volume = await service.create_volume(name, size_bytes)
+    if origin is not None:
+        from incfs.rawcopy import create_on_baseline  # late: an online command does not need the core
+
+        volume = await create_on_baseline(service, name, raw_path(service, origin))
+    else:
+        volume = await service.create_volume(name, size_bytes or 0)
     if stripe_columns is not None:
         volume = await service.upkeep.stripe(volume.id, columns=stripe_columns, unit_bytes=stripe_unit_bytes)
     return {"volume": volume_document(service, volume)}

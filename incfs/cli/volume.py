@@ -1,5 +1,6 @@
 """``incfs volume``: create, list, show, resize, rename, clone, rollback, remove, map."""
 
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
@@ -27,15 +28,20 @@ app = new_noun("volume", "Virtual volumes.")
 def create(
     context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="VOL", help="The new volume's name.")],
-    size: Size,
+    size: Annotated[int | None, typer.Argument(parser=parse_size, metavar="[SIZE]", help="Its size.")] = None,
     *,
+    origin: Annotated[
+        Path | None,
+        typer.Option("--origin", metavar="FILE", help="Lie over this raw image or block device, which is only read."),
+    ] = None,
     stripe_columns: StripeColumns = None,
     stripe_unit: StripeUnit = None,
     as_json: Json = False,
 ) -> None:
     """Create an empty volume; it takes no space until it is written."""
     striping = _striping(stripe_columns, stripe_unit)
-    _report(call(context, "volume.create", name=name, size_bytes=size, **striping), as_json)
+    below = None if origin is None else str(origin.absolute())
+    _report(call(context, "volume.create", name=name, size_bytes=size, origin=below, **striping), as_json)
 
 
 def _striping(columns: int | None, unit_bytes: int | None) -> dict[str, int]:

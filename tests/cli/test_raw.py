@@ -93,6 +93,38 @@ def test_what_cannot_be_imported_or_exported(cli: Cli, tmp_path: Path) -> None:
     assert [volume["name"] for volume in cli.json("volume", "list")["volumes"]] == ["db"]
 
 
+def test_a_volume_over_an_image_in_place(cli: Cli, tmp_path: Path) -> None:
+    source, target = tmp_path / "base.img", tmp_path / "out.img"
+    data = sparse_image(source)
+    made = cli.json("volume", "create", "db", "--origin", source)["volume"]
+    assert (made["size_bytes"], made["mapped_bytes"], made["origin"]) == (len(data), 4096, str(source))
+    cli.ok("export", "db", target)
+    assert target.read_bytes() == data
+    cli.ok("snapshot", "create", "db@a")
+    cli.ok("volume", "clone", "db@a", "copy")
+    changed = bytearray(data)
+    changed[5000:5010] = b"0123456789"
+    (tmp_path / "changed.img").write_bytes(changed)
+    cli.ok("import", "db", tmp_path / "changed.img", "--incremental", "--snapshot", "b")
+    assert cli.json("snapshot", "diff", "--from", "a", "db@b")["changed_bytes"] == 4096
+    for name, expected in (("db@b", changed), ("db@a", data), ("copy", data)):
+        cli.ok("export", name, target, "--force")
+        assert target.read_bytes() == expected, name
+    assert source.read_bytes() == data
+    assert cli.ok("pool", "check", "--data").startswith("clean")
+    cli.ok("volume", "flatten", "copy")
+    assert cli.json("volume", "show", "copy")["volume"]["mapped_bytes"] == 3 * 4096
+    os.utime(source, ns=(1, 1))
+    assert "was changed since" in cli.fails(4, "export", "db@a", target, "--force")
+    cli.ok("export", "copy", target, "--force")
+    assert target.read_bytes() == data
+    assert "was changed since" in cli.run("pool", "check").stdout
+    cli.ok("volume", "remove", "db", "--snapshots")
+    assert cli.ok("pool", "check", "--data").startswith("clean")
+    cli.fails(2, "volume", "create", "x")
+    cli.fails(2, "volume", "create", "x", "1M", "--origin", source)
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "[1]", "{}", '{"ranges": 5}', '[{"offset": -1, "length": 1}]', '[{"offset": 0, "length": 101}]', "[" * 9999],

@@ -242,6 +242,14 @@ class CoreMachine(RuleBasedStateMachine):
         assert volume.id not in self.given_out, "a volume id was used twice"
         self.state[volume.id] = VolumeModel(name, bytearray(size))
 
+    @rule(name=st.sampled_from(NAMES), blocks=st.integers(0, 600), seed=st.integers(0, 50))
+    def create_on_baseline(self, name: str, blocks: int, seed: int) -> None:
+        if any(model.name == name for model in self.state.values()) or len(self.store.baselines) > 3:
+            return
+        data = content(seed, blocks * self.block)
+        made = pools.new_volume_on(self.store, name, self.home, data)
+        self.state[made.id] = VolumeModel(name, bytearray(data), origin=made.origin)
+
     @precondition(lambda self: self.state)
     @rule(choice=st.integers(0, 9), offset=offsets, length=lengths, seed=st.integers(0, 50))
     def write(self, choice: int, offset: int, length: int, seed: int) -> None:

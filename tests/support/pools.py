@@ -10,11 +10,12 @@ from incfs import pool as pool_module
 from incfs import snapshot as snapshots
 from incfs import volume as volumes
 from incfs.backing import Backing
+from incfs.baseline import describe
 from incfs.blocks import split_address
 from incfs.check import Checker, CheckReport
 from incfs.dataplane import LeaseExhausted, PlaneState
 from incfs.errors import NoSpace
-from incfs.model import HOLE, MapId, Snapshot, Volume, VolumeId, split_map_id
+from incfs.model import HOLE, Generation, MapId, Snapshot, Volume, VolumeId, map_id, split_map_id
 from incfs.overlay import TableKey
 from incfs.pool import PunchPlan
 from incfs.recovery import MIN_JOURNAL_BYTES, create_pool, open_store
@@ -81,6 +82,18 @@ def open_tiny(pool: Path, options: Options | None = None, backing: Backing | Non
 def new_volume(store: Store, name: str, size_bytes: int = 0) -> Volume:
     """Create a volume."""
     return volumes.create(store, name, size_bytes, mode=0o600, uid=0, gid=0)
+
+
+def new_volume_on(store: Store, name: str, directory: Path, data: bytes) -> Volume:
+    """Create a volume over a raw image with the data, whole blocks."""
+    number = store.baselines.new_id()
+    path = directory / f"baseline-{number}"
+    path.write_bytes(data)
+    facts = describe(path, number)
+    return volumes.create(
+        store, name, len(data), mode=0o600, uid=0, gid=0, origin=map_id(VolumeId(0), Generation(facts.id)),
+        baseline=facts.encode(),
+    )  # fmt: skip
 
 
 def write(store: Store, table: MapId, offset_bytes: int, data: bytes) -> None:
