@@ -16,6 +16,7 @@ from incfs import ranges, receiver, sender, snapshot
 from incfs.committer import Committer, offload
 from incfs.driver import Driver
 from incfs.errors import BaseMismatch, Busy, UsageError
+from incfs.healer import Healer
 from incfs.model import MapId, Snapshot, Volume, VolumeId, map_id
 from incfs.receiver import Receiver
 from incfs.reclaimer import Reclaimer
@@ -198,7 +199,24 @@ class Transfers:
                 if target.name == name and target.id in self._busy:
                     raise BaseMismatch(f"another stream is being received into volume {name} now")
 
-    async def _accept(self, work: Receiver, record: Record) -> None:
+    async def heal(self, name: str, source: Input) -> Healer:
+        """Write damaged blocks of a volume's snapshots again, from a stream that carries the same snapshots.
+
+        Durability: what was healed is durable on return.
+
+        Raises:
+            StreamCorrupt: The stream is no good; what was healed before is right all the same.
+            BaseMismatch: It carries no snapshot of the volume.
+        """
+        work, reader = Healer(self._store, self._store.catalog.volume_named(name)), StreamReader()
+        while data := await source():
+            for record in await offload(lambda: list(reader.feed(data))):
+                await self._accept(work, record)
+        reader.close()
+        await self._committer.checkpoint()
+        return work
+
+    async def _accept(self, work: Receiver | Healer, record: Record) -> None:
         steps = work.accept(record)
         result = None
         try:

@@ -66,6 +66,18 @@ async def transfer_receive(
     }
 
 
+async def transfer_heal(service: "Service", channel: Channel, *, volume: str) -> Document:
+    """Write damaged blocks of a volume's snapshots again from a stream that carries the same snapshots."""
+    work = await service.transfers.heal(volume, channel.take)
+    return {
+        "healed": {
+            "snapshots": work.snapshots,
+            "healed_bytes": work.healed_blocks * service.block_bytes,
+            "lost_bytes": work.lost_blocks * service.block_bytes,
+        }
+    }
+
+
 async def transfer_token(service: "Service", *, volume: str) -> Document:
     """Report the token with which a sender goes on with an unfinished receive."""
     return {"token": service.transfers.token(volume)}
@@ -79,6 +91,7 @@ async def transfer_abort(service: "Service", *, volume: str) -> Document:
 VERBS: Final = {
     "transfer.send": Verb(transfer_send, is_read_only=True),
     "transfer.receive": Verb(transfer_receive, is_read_only=False),
+    "transfer.heal": Verb(transfer_heal, is_read_only=False),
     "transfer.token": Verb(transfer_token, is_read_only=True),
     "transfer.abort": Verb(transfer_abort, is_read_only=False),
 }

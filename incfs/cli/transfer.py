@@ -9,7 +9,8 @@ from incfs.cli import output
 from incfs.cli.options import DryRun, Json
 from incfs.cli.pipes import put_stdout, require_stream_input, require_stream_output, take_stdin
 from incfs.cli.session import call, transfer
-from incfs.errors import UsageError
+from incfs.documents import Document
+from incfs.errors import Damaged, UsageError
 from incfs.stream.encoder import DEFAULT_LEVEL
 from incfs.units import format_size, parse_size
 
@@ -88,13 +89,21 @@ def receive_command(
     abort: Annotated[
         bool, typer.Option("--abort", help="End an unfinished receive; VOL is as it was before. Read nothing.")
     ] = False,
+    heal: Annotated[
+        bool, typer.Option("--heal", help="Only write damaged blocks of VOL's snapshots again, from a stream of them.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Take a stream from stdin; each snapshot appears once it is complete and proved."""
     chosen = names or []
+    if (token or abort or heal) and (len(chosen) != 1 or token + abort + heal > 1):
+        raise UsageError("name one volume, and one of --token, --abort and --heal")
+    if heal:
+        require_stream_input()
+        document = transfer(context, "transfer.heal", Channel(_put_nothing, take_stdin), volume=chosen[0])
+        _report_healed(document, as_json=as_json)
+        return
     if token or abort:
-        if len(chosen) != 1 or (token and abort):
-            raise UsageError("name one volume, and --token or --abort")
         document = call(context, "transfer.token" if token else "transfer.abort", volume=chosen[0])
         if token and not as_json:
             output.write_lines([document["token"]])
@@ -109,3 +118,13 @@ def receive_command(
         )
     if as_json:
         output.print_json(document)
+
+
+def _report_healed(document: Document, *, as_json: bool) -> None:
+    healed = document["healed"]
+    if as_json:
+        output.print_json(document)
+    else:
+        output.write_lines([f"healed {format_size(healed['healed_bytes'])}"])
+    if healed["lost_bytes"]:
+        raise Damaged(f"{format_size(healed['lost_bytes'])} stay damaged: the stream has other data there")

@@ -9,7 +9,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from incfs import ranges, receiver, removal, snapshot, volume
-from incfs.errors import BaseMismatch, Busy, NotFound, StreamError, StreamTruncated, TokenStale, UsageError
+from incfs.blocks import split_address
+from incfs.errors import (
+    BaseMismatch,
+    Busy,
+    ChecksumMismatch,
+    NotFound,
+    StreamError,
+    StreamTruncated,
+    TokenStale,
+    UsageError,
+)
+from incfs.extents import page_entries
+from incfs.healer import Healer
+from incfs.model import PAGE_BLOCKS
 from incfs.rawfile import RawFile
 from incfs.rollback import roll_back
 from incfs.sender import plan_resume, plan_send
@@ -31,7 +44,7 @@ from tests.support.pools import (
     write,
 )
 from tests.support.streams import boundaries_of, mutate, outcome
-from tests.support.transfers import contents, newest, receive, resume, send, send_all
+from tests.support.transfers import accept, contents, newest, receive, resume, send, send_all
 
 SPAN = 40 * BLOCK
 
@@ -318,6 +331,37 @@ def test_meanwhile_the_volume_is_left_alone(places):
     with pytest.raises(TokenStale):
         plan_resume(there, receiving(there, copy).position)  # type: ignore[union-attr]
     assert contents(there, "vol") == {k: v for k, v in contents(here, "vol").items() if k.endswith(" s0")}
+
+
+def damage(store, table, block_index):
+    page, slot = divmod(block_index, PAGE_BLOCKS)
+    storage_id, index = split_address(page_entries(store, table, page)[slot][0])
+    store.pool.volume(storage_id).write_blocks(index, b"?" * BLOCK)
+
+
+def test_damaged_blocks_are_healed_from_a_stream_of_the_same_snapshot_and_from_no_other(places):
+    here, there = places(), places()
+    made = grow_history(here, HISTORY)
+    stream = send_all(here, made)
+    receive(there, stream)
+    copy = there.catalog.volume_named("vol")
+    first = there.catalog.snapshots(copy.id)[0]
+    for block_index in (0, 3, 25):
+        damage(there, first.map_id, block_index)
+    with pytest.raises(ChecksumMismatch):
+        contents(there, "vol")
+    other = places()
+    receive(other, send_all(other, grow_history(other, HISTORY, "other")), "x")
+    for source, healed in ((send_all(other, other.catalog.volume_named("x")), 0), (stream, 3), (stream, 0)):
+        work = Healer(there, copy)
+        try:
+            for record in records_of(source):
+                accept(there, work, record)
+        except BaseMismatch:
+            assert source is not stream
+        assert (work.healed_blocks, work.lost_blocks) == (healed, 0)
+    assert contents(there, "vol") == contents(here, "vol")
+    check_clean(there)
 
 
 def test_streams_of_a_pool_bring_a_plain_file_to_the_same_contents(places, tmp_path):

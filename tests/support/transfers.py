@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from incfs import ranges, sender, snapshot
+from incfs.healer import Healer
 from incfs.model import Snapshot, Volume
 from incfs.receiver import Receiver
 from incfs.sender import SendPlan
@@ -64,7 +65,7 @@ def receive(
     return work
 
 
-def accept(store: Store, work: Receiver, record: object, *, commits: bool = True) -> None:
+def accept(store: Store, work: Receiver | Healer, record: object, *, commits: bool = True) -> None:
     steps = work.accept(record)  # type: ignore[arg-type]
     result = None
     try:
