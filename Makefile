@@ -77,6 +77,7 @@ demo: setup system-demo ## the main job on this machine's own files: examples/qu
 bench: setup system-bench ## the benchmark against peers, hours (BENCH_ARGS=... narrows it)
 	$(BIN)/python -m bench $(BENCH_ARGS)
 	$(BIN)/python bench/snapshots.py
+	$(BIN)/python bench/replication.py
 
 bench-quick: setup system-bench ## its most telling part, under five minutes
 	$(BIN)/python -m bench --quick $(BENCH_ARGS)
