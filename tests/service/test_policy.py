@@ -204,6 +204,17 @@ async def test_hooks_need_the_consent_of_the_host(service: Service) -> None:
     assert any("has not agreed" in event["reason"] for event in service.events())
 
 
+async def test_what_counted_on_a_snapshot_that_failed_is_not_pruned(service: Service) -> None:
+    start = 1_800_000_000 * 10**9
+    await service.policies.set('[volume."db*"]\nschedule = "hourly"\nkeep = { last = 1 }\n')
+    set_clock(service, start)
+    await run(service)
+    await service.policies.set(hooked(["/bin/false"], [], "keep = { last = 1 }\n"))
+    set_clock(service, start + HOUR_NS)
+    assert await run(service, may_hook=True) == [("snapshot", "failed"), ("prune", "skipped")]
+    assert names(service) == ["auto-2027-01-15T0800Z"]
+
+
 @pytest.mark.parametrize("failing", [["/bin/false"], ["/nonexistent/program"], ["/bin/sleep", "60"]])
 @pytest.mark.parametrize(("mode", "taken"), [("abort", 0), ("continue", 1)])
 async def test_a_hook_that_fails(tmp_path: Path, service: Service, failing: list[str], mode: str, taken: int) -> None:

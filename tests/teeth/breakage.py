@@ -17,7 +17,7 @@ class Breakage:
 
     name: str
     rule: str
-    """The rule of docs/SAFETY.md that it breaks."""
+    """The rule of docs/SAFETY.md that it breaks; ``policy``: what docs/POLICY.md promises."""
     file: str
     """Below the project's root."""
     old: str

@@ -6,6 +6,7 @@ from tests.teeth.breakage import Breakage
 from tests.teeth.core import CORE
 from tests.teeth.durability import DURABILITY
 from tests.teeth.native import NATIVE
+from tests.teeth.policy import POLICY
 from tests.teeth.shell import SHELL
 
-BREAKAGES: Sequence[Breakage] = (*DURABILITY, *CORE, *NATIVE, *SHELL)
+BREAKAGES: Sequence[Breakage] = (*DURABILITY, *CORE, *NATIVE, *SHELL, *POLICY)
