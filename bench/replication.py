@@ -150,7 +150,15 @@ def measure_rsync(home: Path) -> Result:
     subprocess.run(["cp", "--reflink=never", home / "old.raw", copy], check=True)
 
     def move() -> int:
-        command = ["rsync", "--inplace", "--no-whole-file", "--stats", "--fsync", home / "new.raw", copy]
+        command: list[str | Path] = [
+            "rsync",
+            "--inplace",
+            "--no-whole-file",
+            "--stats",
+            "--fsync",
+            home / "new.raw",
+            copy,
+        ]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         return sum(int(n.replace(",", "")) for n in re.findall(r"Total bytes (?:sent|received): ([\d,]+)", said))
 
