@@ -73,7 +73,7 @@ class Commit:
         volume = self.pool.volumes[storage_id]
         data = volume.read_blocks(block_index, run.block_count)
         for i, crc in enumerate(run.checksums):
-            if self._is_wrong(data, i, crc) and volume.heal(block_index + i, crc):
+            if self._is_wrong(data, i, crc) and volume.heal(block_index + i, crc) is not None:
                 data = volume.read_blocks(block_index, run.block_count)
             if self._is_wrong(data, i, crc):
                 raise ChecksumMismatch(

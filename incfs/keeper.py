@@ -21,6 +21,9 @@ from incfs.units import format_size
 logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 5.0
+_PUNCH_RUNS = 500
+"""Pieces given back at once: about 50 ms of a worker thread."""
+_PUNCH_BATCHES = 10
 
 
 class AddStorage(Protocol):
@@ -69,7 +72,21 @@ class Keeper:
         if store.failure is None and any(room.is_usable for room in rooms):
             await self._add_image_if_low()
             self._leave_low_columns()
+        if store.failure is None:
+            await self._give_back()
         await offload(store.events.flush)
+
+    async def _give_back(self) -> None:
+        """Give the host space of blocks that were freed one by one back, some at a time."""
+        pool = self._store.pool
+        for _ in range(_PUNCH_BATCHES):
+            plan = pool.plan_leftovers(_PUNCH_RUNS)
+            if not plan.runs:
+                return
+            with trio.CancelScope(shield=True):
+                await offload(lambda: pool.punch(plan))  # noqa: B023
+                pool.punched(plan)
+        self.look_soon()
 
     def _tell_healed(self) -> None:
         for storage_id, volume in self._store.pool.volumes.items():

@@ -56,7 +56,8 @@ def heal(store: Store, error: IncfsError) -> bool:
     volume = store.pool.volumes.get(StorageId(error.facts.get("storage", 0)))
     if not is_read or volume is None or volume.mirror is None:
         return False
-    if volume.heal(error.facts["block"], error.facts.get("expected")):
+    healed = volume.heal(error.facts["block"], error.facts.get("expected"))
+    if healed or (healed == 0 and isinstance(error, ChecksumMismatch)):
         return True
     # It cannot be rewritten, or another block of the same read is to blame: read another leg.
     sound = volume.mirror.sound_legs()
@@ -225,6 +226,5 @@ def _scrub_block(volume: StorageVolume, block_index: int, crc: int, size: int, r
     result.verified_blocks += len(files)
     result.wrong_blocks += len(files) - right
     if right < len(files):
-        healed = volume.heal(block_index, crc)
-        result.healed_blocks += healed
+        result.healed_blocks += volume.heal(block_index, crc) or 0
         result.lost_blocks += not right

@@ -10,6 +10,7 @@ owner thread.
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +38,10 @@ class MirroredFile(File):
         self.legs: list[File | None] = list(legs)
         self.stale = set(stale) | {i for i, leg in enumerate(legs) if leg is None}
         """Not read."""
+        self.healed_count = 0
+        """Ranges that were rewritten."""
+        self._healing = threading.Lock()
+        """Several reads may find the same block wrong: it is healed, and counted, once."""
         self.rebuilding: set[int] = set()
         """Stale ones that are being brought up to date: written, not read."""
         self.failed: dict[int, str] = {i: "missing" for i, leg in enumerate(legs) if leg is None and i not in stale}
@@ -150,12 +155,16 @@ class MirroredFile(File):
             if leg is not None:
                 leg.close()
 
-    def heal(self, offset_bytes: int, length_bytes: int, is_right: Callable[[bytes], bool]) -> int:
+    def heal(self, offset_bytes: int, length_bytes: int, is_right: Callable[[bytes], bool]) -> int | None:
         """Rewrite a range on the legs that have it wrong, from one that has it right.
 
         Returns:
-            How many legs were healed; 0 when none has it right, or all have.
+            How many legs were healed: 0 when somebody else was faster; None when no leg has it right.
         """
+        with self._healing:
+            return self._heal(offset_bytes, length_bytes, is_right)
+
+    def _heal(self, offset_bytes: int, length_bytes: int, is_right: Callable[[bytes], bool]) -> int | None:
         found: dict[int, bytes | None] = {}
         for number, leg in self.sound_legs():
             found[number] = None
@@ -163,9 +172,11 @@ class MirroredFile(File):
                 found[number] = leg.pread(offset_bytes, length_bytes)
         right = next((data for data in found.values() if data is not None and is_right(data)), None)
         if right is None:
-            return 0
+            return None
         wrong = [number for number, data in found.items() if data != right]
-        return sum(self._rewrite(number, offset_bytes, right) for number in wrong)
+        healed = sum(self._rewrite(number, offset_bytes, right) for number in wrong)
+        self.healed_count += healed
+        return healed
 
     def _rewrite(self, number: int, offset_bytes: int, data: bytes) -> bool:
         leg = self.legs[number]

@@ -276,7 +276,7 @@ def _attach(store: Store, record: Storage) -> None:
 
 def _attach_or_renew(store: Store, record: Storage) -> None:
     if record.id in store.pool.volumes:
-        store.pool.renew(record)
+        store.pool.renew_replayed(record)
     else:
         _attach(store, record)
 

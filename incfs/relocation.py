@@ -69,7 +69,7 @@ class Relocation:
             return bytes(size * len(slots))
         for i, slot in enumerate(slots):
             crc = self.entries[slot][1]
-            if checksum(data[i * size : (i + 1) * size]) != crc and volume.heal(block_index + i, crc):
+            if checksum(data[i * size : (i + 1) * size]) != crc and volume.heal(block_index + i, crc) is not None:
                 data = volume.read_blocks(block_index, len(slots))
             if checksum(data[i * size : (i + 1) * size]) != crc:
                 where = f"block {block_index + i} of storage volume {storage_id}"

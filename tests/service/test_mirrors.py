@@ -93,6 +93,25 @@ async def test_both_legs_hold_the_same_and_wrong_blocks_are_healed_while_reading
         assert mirror(service)["healed_blocks"] == 200
 
 
+async def test_readers_that_find_the_same_block_wrong_are_all_served(pool_home: Path, plane: PlaneKind) -> None:
+    """The second found it healed already, and took that for a block that nobody has right."""
+    async with opened(pool_home, plane) as service:
+        volume = await service.create_volume("db", 1 << 20)
+        await service.write(volume.map_id, 0, noise(50))
+        await service.checkpoint()
+        spoil(pool_home / "a.img", list(range(50)))
+        found: list[bytes] = []
+
+        async def read() -> None:
+            found.append(await service.read(volume.map_id, 0, 50 * BLOCK))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(read)
+        assert found == [noise(50)] * 8
+        assert mirror(service)["healed_blocks"] == 50
+
+
 async def test_a_leg_that_was_away_gets_what_it_lacks_and_no_more(pool_home: Path, plane: PlaneKind) -> None:
     async with opened(pool_home, plane) as service:
         volume = await service.create_volume("db", 1 << 20)

@@ -198,3 +198,25 @@ def test_freed_blocks_are_held_while_somebody_verifies(store: Store) -> None:
     store.checkpoint()
     store.reclaim_leases()
     assert not store.pool.volumes[ONE].is_busy(0, 10)
+
+
+def test_what_is_freed_block_by_block_goes_back_to_the_host_too(pool_home: Path) -> None:
+    """Every second small file is deleted: whole 64 KiB chunks are never free."""
+    store = pools.open_tiny(pools.make_pool(pool_home, block_bytes=4096))
+    volume = pools.new_volume(store, "db")
+    pools.write(store, volume.map_id, 0, b"x" * 4096 * 256)
+    store.checkpoint()
+    before = store.pool.volumes[ONE].file.allocated_bytes()
+    for block in range(0, 256, 2):
+        pools.discard(store, volume.map_id, block * 4096, (block + 1) * 4096)
+    store.checkpoint()
+    assert store.pool.volumes[ONE].file.allocated_bytes() == before
+    pools.write(store, volume.map_id, 0, b"y" * 4096 * 3)
+    plan = store.pool.plan_leftovers(1000)
+    store.pool.punch(plan)
+    store.pool.punched(plan)
+    assert before - store.pool.volumes[ONE].file.allocated_bytes() >= 120 * 4096
+    assert not store.pool.plan_leftovers(1000).runs
+    pools.check_clean(store)
+    assert pools.read(store, volume.map_id, 4096 * 3, 4096) == b"x" * 4096
+    store.abandon()

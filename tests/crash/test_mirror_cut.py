@@ -1,0 +1,96 @@
+"""The power is cut at every write and sync while a leg of a mirror fails and is resilvered."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from incfs import legs, recovery, relocation
+from incfs.model import StorageId, Volume
+from incfs.store import Store
+from tests.crash.test_power_cut import Recorder, pattern, picture
+from tests.support import pools
+from tests.support.recording import CHOICES, Choice
+
+MIRROR = StorageId(2)
+
+
+def add_mirror(store: Store) -> None:
+    """Let all new blocks come from a mirror of two legs."""
+    record = recovery.make_storage(
+        store,
+        store.directory / "leg0.img",
+        capacity_bytes=None,
+        storage_class="",
+        redundancy="none",
+        mirrors=[store.directory / "leg1.img"],
+        force=True,
+    )
+    store.begin_change()
+    store.pool.attach(record)
+    store.change(record, replace(store.catalog.storage(StorageId(1)), is_evacuating=True))
+
+
+def resilver(store: Store) -> int:
+    """Bring leg 1 up to date; give the blocks copied."""
+    leg, copied = legs.attach_leg(store, MIRROR, 1), 0
+    bits = dict(store.pool.volumes[MIRROR].changed)
+    for table in relocation.tables(store):
+        for page_index in store.log.page_indexes(table):
+            lacks = legs.lacking(store, table, page_index, MIRROR, bits)
+            assert not legs.copy_lacking(store, MIRROR, 1, lacks)
+            copied += len(lacks)
+    leg.sync()
+    legs.finish_resilver(store, MIRROR, 1)
+    return copied
+
+
+def work(recorder: Recorder) -> None:
+    store = recorder.store
+    add_mirror(store)
+    volume = pools.new_volume(store, "a")
+    write(store, volume, 0, 4000)
+    store.checkpoint()
+    mirror = legs.mirror_of(store, MIRROR)
+    assert mirror.leave(1, "a test")
+    write(store, volume, 200, 500)
+    pools.take_snapshots(store, [(volume.id, "s")])
+    store.commit()
+    recorder.checkpoint(lambda: write(store, volume, 64, 300))
+    write(store, volume, 1000, 400)
+    assert resilver(store) < 90
+    store.commit()
+    write(store, volume, 2000, 700)
+    store.checkpoint()
+
+
+def write(store: Store, volume: Volume, offset: int, length: int) -> None:
+    pools.write(store, volume.map_id, offset, pattern(offset + length, length))
+    if store._commit is None:
+        store.commit()
+
+
+@pytest.mark.parametrize("small_commit_bytes", [0, 65536], ids=["flush-images", "data-in-record"])
+def test_a_leg_that_counts_as_sound_has_everything(pool_home: Path, small_commit_bytes: int) -> None:
+    options = pools.tiny_options(small_commit_bytes=small_commit_bytes)
+    with Recorder(pool_home / "real", options) as recorder:
+        work(recorder)
+    oldest = newest = tried = 0
+    for number, event in enumerate(recorder.backing.events):
+        recorder.cut.play(event)
+        if event.kind == "mark":
+            kind, point = event.note
+            oldest, newest = (point, newest) if kind == "durable" else (oldest, point)
+        for kind in CHOICES:
+            recorder.cut.make(pool_home / "cut", Choice(kind, number))
+            store = pools.open_tiny(pool_home / "cut" / recorder.pool.name, options)
+            where = f"event {number} ({event.kind} {event.path.name}), unsynced writes {kind}"
+            assert picture(store) in recorder.points[oldest : newest + 1], where
+            for table in relocation.tables(store):
+                for page_index in store.log.page_indexes(table):
+                    found = legs.scrub_blocks(store, legs.page_blocks(store, table, page_index))
+                    assert not found.wrong_blocks, where
+            pools.check_clean(store)
+            store.abandon()
+            tried += 1
+    print(f"{len(recorder.backing.events)} events, {tried} states")
