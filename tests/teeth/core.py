@@ -35,8 +35,8 @@ CORE: Final = (
         "punched-while-in-use",
         "I1",
         "incfs/pool.py",
-        "            self.volumes[storage_id].set_busy(block_index, count, busy=True)\n        return PunchPlan",
-        "            assert storage_id, (block_index, count)\n        return PunchPlan",
+        "            self.volumes[storage_id].set_busy(block_index, count, busy=True)\n            for group_index",
+        "            assert storage_id, (block_index, count)\n            for group_index",
         "tests/unit/test_pool.py::test_whole_chunks_go_back_to_the_host",
     ),
     Breakage(

@@ -212,6 +212,7 @@ def test_what_is_freed_block_by_block_goes_back_to_the_host_too(pool_home: Path)
     store.checkpoint()
     assert store.pool.volumes[ONE].file.allocated_bytes() == before
     pools.write(store, volume.map_id, 0, b"y" * 4096 * 3)
+    store.reclaim_leases()
     plan = store.pool.plan_leftovers(1000)
     store.pool.punch(plan)
     store.pool.punched(plan)
