@@ -229,6 +229,7 @@ def check_memory(store: Store, punching: PunchPlan | None = None) -> None:
         store: The pool, between two steps.
         punching: The plan of a checkpoint whose punching has not ended.
     """
+    store.catch_up()  # what the data plane's own threads committed is in the log only from then on
     owned = list(_owned_addresses(store))
     live, busy = _members(store, "live"), _members(store, "busy")
     assert len(owned) == len(set(owned)), f"two owners: {_repeated(owned)}"
