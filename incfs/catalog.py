@@ -10,6 +10,7 @@ from typing import Any
 
 from incfs.codec import decode_record, encode_record, pack, unpack
 from incfs.errors import FormatError, SnapshotNotFound, StorageNotFound, VolumeNotFound
+from incfs.generations import Generations
 from incfs.model import Generation, MapId, Snapshot, Storage, StorageId, Volume, VolumeId, split_map_id
 from incfs.overlay import TableKey
 
@@ -41,14 +42,19 @@ def record_from(kind: Any, value: Any) -> Record:
     return decode_record(KINDS[kind], value)
 
 
+_NO_SNAPSHOTS = Generations()
+
+
 class Catalog:
     """The records of one pool.  Owner thread."""
 
     def __init__(self) -> None:
         self.volumes: dict[VolumeId, Volume] = {}
         self.storages: dict[StorageId, Storage] = {}
-        self._snapshots: dict[VolumeId, dict[Generation, Snapshot]] = {}
+        self._snapshots: dict[VolumeId, Generations] = {}
         self._names: dict[str, VolumeId] = {}
+        self._uuids: dict[str, VolumeId] = {}
+        self._to_reclaim: set[VolumeId] = set()
         self._unsaved: dict[RecordId, Record | None] = {}
         self.last_volume_id = VolumeId(0)
 
@@ -64,30 +70,45 @@ class Catalog:
         if isinstance(record, Volume):
             self._put_volume(record)
         elif isinstance(record, Snapshot):
-            generations = self._snapshots.setdefault(record.volume_id, {})
-            generations[record.generation] = record
+            self._snapshots.setdefault(record.volume_id, Generations()).put(record)
+            self._note_removed(record.volume_id)
         else:
             self.storages[record.id] = record
 
     def _put_volume(self, volume: Volume) -> None:
-        old = self.volumes.get(volume.id)
-        if old is not None and self._names.get(old.name) == volume.id:
-            del self._names[old.name]
+        self._unname(self.volumes.get(volume.id))
         self.volumes[volume.id] = volume
         self.last_volume_id = max(self.last_volume_id, volume.id)
         if volume.name:
             self._names[volume.name] = volume.id
+            self._uuids[volume.uuid] = volume.id
+        self._note_removed(volume.id)
+
+    def _unname(self, old: Volume | None) -> None:
+        if old is None:
+            return
+        for index, key in ((self._names, old.name), (self._uuids, old.uuid)):
+            if index.get(key) == old.id:
+                del index[key]
+
+    def _note_removed(self, volume_id: VolumeId) -> None:
+        """Keep ``_to_reclaim`` right after a change of a volume or of one of its snapshots."""
+        volume = self.volumes.get(volume_id)
+        if volume is not None and (not volume.name or self.oldest_removed(volume_id)):
+            self._to_reclaim.add(volume_id)
+        else:
+            self._to_reclaim.discard(volume_id)
 
     def drop(self, identity: RecordId) -> None:
         """Forget a record; of one that is not there, too."""
         kind, numbers = identity
         self._unsaved[identity] = None
         if kind == "volume":
-            volume = self.volumes.pop(VolumeId(numbers[0]), None)
-            if volume is not None and self._names.get(volume.name) == volume.id:
-                del self._names[volume.name]
+            self._unname(self.volumes.pop(VolumeId(numbers[0]), None))
+            self._note_removed(VolumeId(numbers[0]))
         elif kind == "snapshot":
-            self._snapshots.get(VolumeId(numbers[0]), {}).pop(Generation(numbers[1]), None)
+            self._generations(VolumeId(numbers[0])).drop(Generation(numbers[1]))
+            self._note_removed(VolumeId(numbers[0]))
         else:
             self.storages.pop(StorageId(numbers[0]), None)
 
@@ -97,7 +118,7 @@ class Catalog:
         if kind == "volume":
             return self.volumes.get(VolumeId(numbers[0]))
         if kind == "snapshot":
-            return self._snapshots.get(VolumeId(numbers[0]), {}).get(Generation(numbers[1]))
+            return self._generations(VolumeId(numbers[0])).get(Generation(numbers[1]))
         return self.storages.get(StorageId(numbers[0]))
 
     def __contains__(self, identity: RecordId) -> bool:
@@ -120,11 +141,9 @@ class Catalog:
         Raises:
             VolumeNotFound: No such volume.
         """
-        if name.startswith("uuid:"):
-            found = next((v for v in self.volumes.values() if v.uuid == name[5:] and v.name), None)
-            if found is not None:
-                return found
-        volume_id = self._names.get(name) if name else None
+        volume_id = self._uuids.get(name[5:]) if name.startswith("uuid:") else None
+        if volume_id is None and name:
+            volume_id = self._names.get(name)
         if volume_id is None:
             raise VolumeNotFound(f"there is no volume {name!r}; `incfs volume list` shows them", volume=name)
         return self.volumes[volume_id]
@@ -135,7 +154,15 @@ class Catalog:
 
     def snapshots(self, volume_id: VolumeId, *, removed: bool = False) -> list[Snapshot]:
         """List a volume's snapshots, oldest first; those being removed only if asked for."""
-        return [s for s in self._snapshots.get(volume_id, {}).values() if s.name or removed]
+        return self._generations(volume_id).listed(removed=removed)
+
+    def _generations(self, volume_id: VolumeId) -> Generations:
+        return self._snapshots.get(volume_id) or _NO_SNAPSHOTS
+
+    def has_snapshot_name(self, volume_id: VolumeId, name: str) -> bool:
+        """Tell whether a snapshot of the volume has that name."""
+        found = self._generations(volume_id).named(name)
+        return found is not None and found.name == name
 
     def snapshot(self, volume_id: VolumeId, name: str) -> Snapshot:
         """Look up a snapshot by name, or by ``uuid:...``.
@@ -143,9 +170,9 @@ class Catalog:
         Raises:
             SnapshotNotFound: No such snapshot.
         """
-        for snapshot in self.snapshots(volume_id):
-            if name in (snapshot.name, f"uuid:{snapshot.uuid}"):
-                return snapshot
+        found = self._generations(volume_id).named(name)
+        if found is not None:
+            return found
         volume = self.volumes.get(volume_id)
         whose = volume.name if volume else volume_id
         raise SnapshotNotFound(f"volume {whose} has no snapshot {name!r}", volume=whose, snapshot=name)
@@ -156,7 +183,7 @@ class Catalog:
         Raises:
             SnapshotNotFound: No such snapshot.
         """
-        found = self._snapshots.get(volume_id, {}).get(generation)
+        found = self._generations(volume_id).get(generation)
         if found is None:
             raise SnapshotNotFound(f"volume {volume_id} has no snapshot of generation {generation}")
         return found
@@ -174,22 +201,28 @@ class Catalog:
 
     def volumes_to_reclaim(self) -> list[VolumeId]:
         """List volumes that were removed, or of which a snapshot was."""
-        return [
-            volume.id
-            for volume in self.volumes.values()
-            if not volume.name or any(not s.name for s in self._snapshots.get(volume.id, {}).values())
-        ]
+        return sorted(self._to_reclaim)
+
+    def oldest_removed(self, volume_id: VolumeId) -> Generation:
+        """Give the oldest snapshot that is being removed, 0 without one."""
+        return self._generations(volume_id).oldest_removed
+
+    def newest_generation(self, volume_id: VolumeId) -> Generation:
+        """Give the newest snapshot that still has an increment, 0 without one."""
+        return self._generations(volume_id).newest
 
     def older_generation(self, volume_id: VolumeId, generation: Generation) -> Generation:
         """Give the next older snapshot that still has an increment, 0 without one."""
-        older = [g for g in self._snapshots.get(volume_id, {}) if g < generation]
-        return max(older, default=Generation(0))
+        return self._generations(volume_id).before(generation)
+
+    def increments(self, volume_id: VolumeId, generation: Generation) -> list[TableKey]:
+        """List the increments from a snapshot on, oldest first."""
+        return [TableKey(volume_id, g) for g in self._generations(volume_id).since(generation)]
 
     def chain(self, map_id: MapId) -> list[TableKey]:
         """List the tables that answer for a snapshot, in order; for a live volume just its own."""
         volume_id, generation = split_map_id(map_id)
-        newer = [g for g in self._snapshots.get(volume_id, {}) if g >= generation] if generation else []
-        return [*(TableKey(volume_id, g) for g in sorted(newer)), TableKey(volume_id)]
+        return [*(self.increments(volume_id, generation) if generation else ()), TableKey(volume_id)]
 
     def size_bytes(self, map_id: MapId) -> int:
         """Tell the size of a live volume or of a snapshot."""
@@ -203,7 +236,7 @@ class Catalog:
         yield from self.storages.values()
         yield from self.volumes.values()
         for generations in self._snapshots.values():
-            yield from generations.values()
+            yield from generations.listed(removed=True)
 
     def freeze(self) -> dict[RecordId, Record | None]:
         """Start a checkpoint: hand over what changed since the last one."""

@@ -6,8 +6,8 @@ Owns the encodings that ``docs/FORMAT.md`` documents.  Decoding any bytes gives 
 
 import struct
 from array import array
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -157,7 +157,7 @@ def _decode_runs(flat: Any) -> Entries:
 
 def encode_record(record: Any) -> dict[str, Any]:
     """Turn a frozen record of ``model`` into a plain map for ``pack``."""
-    return {name: dict(v) if isinstance(v, Mapping) else v for name, v in asdict(record).items()}
+    return {name: getattr(record, name) for name in _hints(type(record))}  # type: ignore[arg-type]
 
 
 def decode_record(kind: type[Record], value: Any) -> Record:

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -405,7 +406,8 @@ class IncrementalLog:
         """
         resolved: Entries = {}
         for table, entries in zip(chain, stored, strict=True):
-            resolved = {**self._overlay.compose(table, page_index, entries), **resolved}
+            if composed := self._overlay.compose(table, page_index, entries):
+                resolved = {**composed, **resolved}
         return resolved
 
     def page_indexes(self, table: TableKey, start: int = 0, limit: int | None = None) -> list[int]:
@@ -418,6 +420,17 @@ class IncrementalLog:
                     break
                 stored.append(index)
         return sorted({*changed, *stored})[:limit]
+
+    def next_page(self, chain: Sequence[TableKey], start: int) -> int | None:
+        """Find the first page at or after ``start`` that may hold mappings in one of several tables.
+
+        Cost: one look-up for each table.
+        """
+        found = {index for table in chain for index in self._overlay.pages(table) if index >= start}
+        with self._tables.reading() as reader:
+            for table in chain:
+                found.update(islice(reader.page_indexes(table, start), 1))
+        return min(found, default=None)
 
     def occupied_pages(self, table: TableKey, limit: int) -> list[int]:
         """List pages that do hold mappings, at most ``limit``, for a table that is being emptied.

@@ -193,10 +193,10 @@ def _zero_part(store: Store, table: MapId, offset_bytes: int, end_bytes: int, *,
 def _discard_page(store: Store, table: MapId, first_block: int, end_block: int) -> int:
     """Discard within the first page from ``first_block`` on that has mappings; give where it ended."""
     store.absorb()
-    found = store.log.page_indexes(store.catalog.chain(table)[-1], first_block // PAGE_BLOCKS, limit=1)
-    if not found or found[0] * PAGE_BLOCKS >= end_block:
+    found = store.log.next_page(store.catalog.chain(table), first_block // PAGE_BLOCKS)
+    if found is None or found * PAGE_BLOCKS >= end_block:
         return end_block
-    start = max(first_block, found[0] * PAGE_BLOCKS)
-    stop = min(end_block, (found[0] + 1) * PAGE_BLOCKS)
+    start = max(first_block, found * PAGE_BLOCKS)
+    stop = min(end_block, (found + 1) * PAGE_BLOCKS)
     store.plane.discard(table, start, stop - start)
     return stop

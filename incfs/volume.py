@@ -166,9 +166,8 @@ def reclaim(store: Store, volume_id: VolumeId, page_count: int) -> bool:
     """
     store.begin_change()
     volume = store.catalog.volume(volume_id)
-    removed = [s for s in store.catalog.snapshots(volume_id, removed=True) if not s.name]
-    if removed:
-        _fold_some(store, volume, min(s.generation for s in removed), page_count)
+    if removed := store.catalog.oldest_removed(volume_id):
+        _fold_some(store, volume, removed, page_count)
         return False
     if volume.name:
         return True
@@ -192,5 +191,5 @@ def _fold_some(store: Store, volume: Volume, generation: Generation, page_count:
         return
     store.evict(snapshot.map_id)
     store.drop(("snapshot", (volume.id, generation)))
-    newest = max((s.generation for s in store.catalog.snapshots(volume.id, removed=True)), default=Generation(0))
+    newest = store.catalog.newest_generation(volume.id)
     store.change(replace(store.catalog.volume(volume.id), newest_generation=newest))
