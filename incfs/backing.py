@@ -9,7 +9,8 @@ import ctypes
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ def translate(error: OSError, path: Path, action: str) -> IncfsError:
     if error.errno == errno.EEXIST:
         return AlreadyExists(text, path=str(path))
     return BackingError(text, path=str(path), host_errno=error.errno, action=action)
+
+
+@contextmanager
+def translated(path: Path, action: str) -> Iterator[None]:
+    """Turn an ``OSError`` of the body into an incfs error that names file and action."""
+    try:
+        yield
+    except OSError as error:
+        raise translate(error, path, action) from error
 
 
 class File:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import UUID
 
-from incfs.backing import Backing, translate
+from incfs.backing import Backing, translate, translated
 from incfs.blocks import bit_mask, split_address
 from incfs.catalog import KINDS, Catalog, Record, RecordId, record_from, record_id, record_puts
 from incfs.codec import Entries, encode_record, entry_runs, unpack
@@ -107,9 +107,14 @@ def write_dump(store: Store, path: Path) -> int:
 
     Returns:
         Its length in bytes.
+
+    Raises:
+        UsageError: There is a device or something else that must not be replaced.
     """
+    _require_replaceable(path)
     temporary = path.with_name(path.name + ".new")
-    temporary.unlink(missing_ok=True)
+    with translated(temporary, "replace"):
+        temporary.unlink(missing_ok=True)
     file = store.backing.create(temporary)
     try:
         position = 0
@@ -127,6 +132,13 @@ def write_dump(store: Store, path: Path) -> int:
     store.backing.replace(temporary, path)
     store.backing.sync_directory(path.parent)
     return position
+
+
+def _require_replaceable(path: Path) -> None:
+    with translated(path, "examine"):
+        is_replaceable = path.name and (path.is_file() or not path.exists())
+    if not is_replaceable:
+        raise UsageError(f"{path} is not an ordinary file, which a dump may replace; name another one")
 
 
 def _joined(lines: Iterable[str]) -> Iterator[bytes]:

@@ -57,4 +57,6 @@ def _fits(value: object, annotation: Any) -> bool:
         return isinstance(value, list) and all(_fits(item, part) for item in value)
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if annotation is str:
+        return isinstance(value, str) and "\0" not in value
     return isinstance(value, annotation)
