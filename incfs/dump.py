@@ -7,6 +7,7 @@ reader of the tables; restoring trusts nothing in it (I11) and writes the superb
 
 import gzip
 import json
+import os
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,7 @@ from incfs.journal import Journal
 from incfs.log import Puts, Reader, Tables, space_key
 from incfs.model import (
     HOLE,
+    MAX_GENERATION,
     MAX_VOLUME_BYTES,
     PAGE_BLOCKS,
     REDUNDANCIES,
@@ -274,7 +276,7 @@ class MetadataBuilder:
         self.catalog.put(record)
 
     def _placed(self, record: Storage) -> Storage:
-        path = self._images.get(record.id, self._directory / record.path).resolve()
+        path = Path(os.path.realpath(self._images.get(record.id, self._directory / record.path)))
         home = self._directory.resolve()
         return replace(record, path=str(path.relative_to(home) if path.is_relative_to(home) else path))
 
@@ -390,7 +392,9 @@ class MetadataBuilder:
             for storage in self.catalog.storages.values():
                 pool.attach(storage)
             for (storage_id, group), bits in self._owned.items():
-                pool.volume(StorageId(storage_id)).load(group, bits)
+                volume = pool.volume(StorageId(storage_id))
+                volume.require_grown(group, bits)  # before bitmaps are made for all blocks up to that one
+                volume.load(group, bits)
             pool.verify_lengths()
         finally:
             pool.close()
@@ -534,16 +538,19 @@ def _validate(record: Record, block_bytes: int) -> None:
             sound = sound and record.redundancy in REDUNDANCIES and "\0" not in record.path
         case Volume():
             sound = 1 <= record.id < 1 << 32 and 0 <= record.size_bytes <= MAX_VOLUME_BYTES
-            sound = sound and 0 <= record.mode <= 0o7777 and 0 <= record.last_generation < 1 << 32
+            sound = sound and 0 <= record.mode <= 0o7777 and 0 <= record.last_generation <= MAX_GENERATION
             sound = sound and 0 <= record.uid < 1 << 32 and 0 <= record.gid < 1 << 32
             sound = sound and all(isinstance(v, bytes) for v in record.xattrs.values())
             _validate_name(record.name, "volume")
         case Snapshot():
-            sound = 1 <= record.generation < 1 << 32 and 0 <= record.size_bytes <= MAX_VOLUME_BYTES
+            sound = 1 <= record.generation <= MAX_GENERATION and 0 <= record.size_bytes <= MAX_VOLUME_BYTES
             sound = sound and 0 <= record.mapped_blocks <= MAX_VOLUME_BYTES // block_bytes
             _validate_name(record.name, "snapshot")
+    values = encode_record(record)
+    sound = sound and all(0 <= value < 1 << 63 for value in values.values() if isinstance(value, int))
     try:
         UUID(record.uuid)
+        "".join([*(value for value in values.values() if isinstance(value, str)), *values.get("xattrs", ())]).encode()
     except ValueError:
         sound = False
     if not sound:
