@@ -216,11 +216,11 @@ class Backing:
             raise translate(error, path, "remove") from error
 
     def make_directory(self, path: Path) -> None:
-        """Create a directory, mode 0700, with its parents, unless it exists."""
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise translate(error, path, "create directory") from error
+        """Create a directory and its missing parents, each with mode 0700, unless it exists."""
+        with translated(path, "create directory"):
+            for directory in (*reversed(path.parents), path):
+                if not directory.is_dir():
+                    directory.mkdir(mode=0o700, exist_ok=True)
 
     def sync_directory(self, path: Path) -> None:
         """Make creations, renames and removals in a directory durable."""
