@@ -106,6 +106,8 @@ class Catalog:
         if kind == "volume":
             self._unname(self.volumes.pop(VolumeId(numbers[0]), None))
             self._note_removed(VolumeId(numbers[0]))
+            if not self._generations(VolumeId(numbers[0])).newest:
+                self._snapshots.pop(VolumeId(numbers[0]), None)
         elif kind == "snapshot":
             self._generations(VolumeId(numbers[0])).drop(Generation(numbers[1]))
             self._note_removed(VolumeId(numbers[0]))

@@ -352,6 +352,10 @@ class Pool:
                 return pack_address(candidate, first), found
         return None
 
+    def forget(self, cursor_key: int) -> None:
+        """Drop what ``allocate`` remembers of a key that will not ask again."""
+        self._cursors.pop(cursor_key, None)
+
     def release(self, addresses: Iterable[int]) -> None:
         """Take back leased blocks that no commit mentions: they are free at once."""
         for storage_id, group_index, members in _by_group(addresses):

@@ -303,6 +303,7 @@ class Store:
         self.absorb()
         self.plane.evict(table)
         self.pool.release(self.plane.revoke(table))
+        self.pool.forget(table)
         self._lease_blocks.pop(table, None)
 
     def grant(self, table: MapId, block_count: int) -> bool:
