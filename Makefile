@@ -17,7 +17,7 @@ C_SOURCES := $(wildcard incfs/*.c incfs/*.h)
 # Compared with mkfs and losetup, a user's PATH may lack the sbin directories; the tests call both.
 export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: help setup system system-demo system-test system-bench test lint sweep demo bench bench-quick wheel clean sanitize damage-long
+.PHONY: help setup system system-demo system-test system-bench test lint sweep demo bench bench-quick wheel clean sanitize damage-long soak
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,10 @@ sanitize: setup ## the C data plane under many threads, with ThreadSanitizer and
 
 damage-long: setup ## damage 20,000 tiny pools and judge what is made of each
 	INCFS_DAMAGE_CASES=20000 $(BIN)/python -m pytest -rP tests/damage/test_damage.py -k 'regions or lying'
+
+SOAK_MINUTES ?= 10
+soak: setup system-test sweep ## a day's work in SOAK_MINUTES=10: memory, descriptors, threads and space must not grow
+	INCFS_SOAK_MINUTES=$(SOAK_MINUTES) $(BIN)/python -m pytest -rP tests/system/test_soak.py $(PYTEST_ARGS)
 
 demo: setup system-demo ## the main job on this machine's own files: examples/quickstart.sh
 	examples/quickstart.sh
