@@ -150,6 +150,11 @@ class Catalog:
             raise VolumeNotFound(f"there is no volume {name!r}; `incfs volume list` shows them", volume=name)
         return self.volumes[volume_id]
 
+    @property
+    def volume_count(self) -> int:
+        """How many volumes have a name."""
+        return len(self._names)
+
     def has_name(self, name: str) -> bool:
         """Tell whether a volume has that name."""
         return name in self._names

@@ -93,6 +93,11 @@ class Service:
         """List the volumes by name."""
         return sorted((v for v in self._store.catalog.volumes.values() if v.name), key=lambda v: v.name)
 
+    @property
+    def volume_count(self) -> int:
+        """How many volumes have a name."""
+        return self._store.catalog.volume_count
+
     def volume(self, name: str) -> Volume:
         """Look up a volume by name or ``uuid:...``."""
         return self._store.catalog.volume_named(name)
