@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from incfs import extents
 from incfs import snapshot as snapshots
 from incfs import volume as volumes
 from incfs.errors import LimitExceeded, NoData
@@ -39,14 +40,14 @@ def test_huge_volume(plane: PlaneKind, size: int, pool_home: Path) -> None:
         assert [e.offset_bytes for e in diff(store, taken, snapshots.create(store, [(volume.id, "t")])[0])] == [
             size - BLOCK
         ]
-        stored = [e for e in volumes.extents(store, volume.map_id) if e.address > 1]
+        stored = [e for e in extents.extents(store, volume.map_id) if e.address > 1]
         assert sum(e.length_bytes for e in stored) == store.catalog.volume(volume.id).mapped_blocks * BLOCK
         # Searching skips what is empty: a step of it takes a bounded number of look-ups.
-        found, at = volumes.seek(store, volume.map_id, 1 << 30, data=True)
+        found, at = extents.seek(store, volume.map_id, 1 << 30, data=True)
         assert (found, at) == (True, size // 3 // BLOCK * BLOCK)
-        assert count_work(lambda: volumes.seek(store, volume.map_id, size // 3 + (1 << 30), data=True)) < 20_000
+        assert count_work(lambda: extents.seek(store, volume.map_id, size // 3 + (1 << 30), data=True)) < 20_000
         with pytest.raises(NoData):
-            volumes.seek(store, volume.map_id, size, data=True)
+            extents.seek(store, volume.map_id, size, data=True)
         discard(store, volume.map_id, BLOCK, size - BLOCK)
         assert read(store, volume.map_id, size // 3, len(EDGE)) == bytes(len(EDGE))
         assert read(store, volume.map_id, size - BLOCK, BLOCK) == b"x" * BLOCK
