@@ -18,7 +18,7 @@ from incfs.recovery import open_store
 from tests.damage.test_repair import change, hostile, lines_of
 from tests.support import damage, pools
 
-CASES = 20_000 if os.environ.get("INCFS_TEST_PROFILE") == "long" else 1500
+CASES = 20_000 if os.environ.get("INCFS_TEST_PROFILE") == "long" else 800
 MEMORY_BYTES = 2 << 30
 """Address space beyond what is mapped already; LMDB's map takes half of it."""
 

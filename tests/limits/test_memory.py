@@ -109,11 +109,11 @@ def in_a_child(work: Callable[[], None]) -> None:
 
 
 MIB = 1 << 20
-PAGES = 2048
-"""A quarter of the default page cache: costs are the same for each page."""
+PAGES = 1024
+"""An eighth of the default page cache: costs are the same for each page."""
 PAGE_COST = 9 << 10
 """OPERATING: 8 KiB for each resident page, and the allocator's waste."""
-OVERLAY_PAGES = 512
+OVERLAY_PAGES = 256
 OVERLAY_COST = 200 << 10
 """OPERATING: at most 200 KiB for each changed page until the checkpoint, when all 512 mappings of it changed."""
 

@@ -14,7 +14,7 @@ PLANES = ["python", "native"] if HAS_NATIVE else ["python"]
 OPEN_FILES = 200
 WRITERS = 64
 SPAN = 256 << 10
-NAMES = 10_000 if os.environ.get("INCFS_TEST_PROFILE") == "long" else 400
+NAMES = 10_000 if os.environ.get("INCFS_TEST_PROFILE") == "long" else 200
 
 
 @pytest.fixture(scope="module", params=PLANES)

@@ -22,7 +22,7 @@ from incfs.service import Service, open_service
 from tests.support.pools import check_memory, make_pool, tiny_options
 
 BLOCK = 64
-REQUESTS = 600
+REQUESTS = 300
 OPERATION_S = 20
 
 

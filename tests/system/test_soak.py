@@ -23,7 +23,7 @@ from tests.support.spawner import Spawner
 from tests.support.stamps import SECTOR, Model
 from tests.system.test_kill import SECTOR_COUNTS, VOLUMES, Setting, Target, Writer, killing
 
-MINUTES = float(os.environ.get("INCFS_SOAK_MINUTES", "0.2"))
+MINUTES = float(os.environ.get("INCFS_SOAK_MINUTES", "0.1"))
 SEED = os.environ.get("INCFS_SOAK_SEED", "1")
 MIB = 1 << 20
 LIVE_BYTES = sum(SECTOR_COUNTS) * SECTOR
