@@ -5,7 +5,6 @@ import os
 import random
 import resource
 import stat
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from incfs.errors import FormatError, ImageMismatch, IncfsError
 from incfs.recovery import open_store
 from tests.damage.test_repair import change, hostile, lines_of
 from tests.support import damage, pools
+from tests.support.child import in_a_child
 
 CASES = 20_000 if os.environ.get("INCFS_TEST_PROFILE") == "long" else 800
 MEMORY_BYTES = 2 << 30
@@ -69,20 +69,14 @@ def mutate(documents: list[dict[str, Any]], chance: random.Random) -> list[dict[
 
 
 def in_a_small_child(work: Callable[[], None]) -> None:
-    """Run in a process that may take little more memory; an exception fails the test."""
-    pid = os.fork()
-    if pid == 0:
+    """Run in a process that may take little more memory."""
+
+    def limited() -> None:
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY_BYTES, mapped + MEMORY_BYTES))
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        work()
+
+    in_a_child(limited)
 
 
 def restore_and_use(lines: list[bytes], directory: Path) -> bool:

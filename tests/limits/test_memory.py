@@ -2,9 +2,7 @@
 
 import gc
 import os
-import traceback
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from incfs.model import PAGE_BLOCKS
 from incfs.planes import HAS_NATIVE, PlaneKind
 from incfs.recovery import create_pool, open_store
 from incfs.store import Options, Store
+from tests.support.child import in_a_child
 from tests.support.pools import discard, new_volume, read, reclaim, write
 
 BLOCK = 512
@@ -91,21 +90,6 @@ def test_nothing_is_kept_of_volumes_and_snapshots_that_are_gone(plane: PlaneKind
 def resident_bytes() -> int:
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def in_a_child(work: Callable[[], None]) -> None:
-    """Run in a process of its own: what others allocated before does not count."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 MIB = 1 << 20
