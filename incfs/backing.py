@@ -9,7 +9,8 @@ import ctypes
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ def translate(error: OSError, path: Path, action: str) -> IncfsError:
     if error.errno == errno.EEXIST:
         return AlreadyExists(text, path=str(path))
     return BackingError(text, path=str(path), host_errno=error.errno, action=action)
+
+
+@contextmanager
+def translated(path: Path, action: str) -> Iterator[None]:
+    """Turn an ``OSError`` of the body into an incfs error that names file and action."""
+    try:
+        yield
+    except OSError as error:
+        raise translate(error, path, action) from error
 
 
 class File:
@@ -219,14 +229,14 @@ class Backing:
             raise translate(error, path, "remove") from error
 
     def make_directory(self, path: Path) -> None:
-        """Create a directory, mode 0700, with its parents, unless it exists.
+        """Create a directory and its missing parents, each with mode 0700, unless it exists.
 
         Durability: the names of all that were missing are durable on return.
         """
         missing = [level for level in (path, *path.parents) if not level.is_dir()]
         for level in reversed(missing):
             try:
-                level.mkdir(mode=0o700 if level == path else 0o777, exist_ok=True)
+                level.mkdir(mode=0o700, exist_ok=True)
             except OSError as error:
                 raise translate(error, level, "create directory") from error
             self.sync_directory(level.parent)

@@ -10,6 +10,7 @@ from typing import Any
 
 from incfs.codec import decode_record, encode_record, pack, unpack
 from incfs.errors import FormatError, SnapshotNotFound, StorageNotFound, VolumeNotFound
+from incfs.generations import Generations
 from incfs.model import (
     NO_ORIGIN,
     Facts,
@@ -65,6 +66,9 @@ def record_from(kind: Any, value: Any) -> Record:
     return decode_record(KINDS[kind], value)
 
 
+_NO_SNAPSHOTS = Generations()
+
+
 class Catalog:
     """The records of one pool.  Owner thread."""
 
@@ -72,10 +76,12 @@ class Catalog:
         self.volumes: dict[VolumeId, Volume] = {}
         self.storages: dict[StorageId, Storage] = {}
         self.policy: StoredPolicy | None = None
-        self._snapshots: dict[VolumeId, dict[Generation, Snapshot]] = {}
+        self._snapshots: dict[VolumeId, Generations] = {}
         self._names: dict[str, VolumeId] = {}
+        self._uuids: dict[str, VolumeId] = {}
         self._clones: dict[MapId, set[VolumeId]] = {}
         """Origin -> volumes that read from it."""
+        self._to_reclaim: set[VolumeId] = set()
         self._unsaved: dict[RecordId, Record | None] = {}
         self.last_volume_id = VolumeId(0)
 
@@ -91,8 +97,8 @@ class Catalog:
         if isinstance(record, Volume):
             self._put_volume(record)
         elif isinstance(record, Snapshot):
-            generations = self._snapshots.setdefault(record.volume_id, {})
-            generations[record.generation] = record
+            self._snapshots.setdefault(record.volume_id, Generations()).put(record)
+            self._note_removed(record.volume_id)
         elif isinstance(record, Storage):
             self.storages[record.id] = record
         else:
@@ -104,16 +110,27 @@ class Catalog:
         self.last_volume_id = max(self.last_volume_id, volume.id)
         if volume.name:
             self._names[volume.name] = volume.id
+            self._uuids[volume.uuid] = volume.id
         if volume.origin:
             self._clones.setdefault(volume.origin, set()).add(volume.id)
+        self._note_removed(volume.id)
 
     def _pop_volume(self, volume_id: VolumeId) -> None:
         volume = self.volumes.pop(volume_id, None)
         if volume is None:
             return
-        if self._names.get(volume.name) == volume_id:
-            del self._names[volume.name]
+        for index, key in ((self._names, volume.name), (self._uuids, volume.uuid)):
+            if index.get(key) == volume_id:
+                del index[key]
         self._clones.get(volume.origin, set()).discard(volume_id)
+
+    def _note_removed(self, volume_id: VolumeId) -> None:
+        """Keep ``_to_reclaim`` right after a change of a volume or of one of its snapshots."""
+        volume = self.volumes.get(volume_id)
+        if volume is not None and (not volume.name or volume.rollback_to or self._generations(volume_id).removed):
+            self._to_reclaim.add(volume_id)
+        else:
+            self._to_reclaim.discard(volume_id)
 
     def drop(self, identity: RecordId) -> None:
         """Forget a record; of one that is not there, too."""
@@ -121,8 +138,12 @@ class Catalog:
         self._unsaved[identity] = None
         if kind == "volume":
             self._pop_volume(VolumeId(numbers[0]))
+            self._note_removed(VolumeId(numbers[0]))
+            if not self._generations(VolumeId(numbers[0])).newest:
+                self._snapshots.pop(VolumeId(numbers[0]), None)
         elif kind == "snapshot":
-            self._snapshots.get(VolumeId(numbers[0]), {}).pop(Generation(numbers[1]), None)
+            self._generations(VolumeId(numbers[0])).drop(Generation(numbers[1]))
+            self._note_removed(VolumeId(numbers[0]))
         elif kind == "storage":
             self.storages.pop(StorageId(numbers[0]), None)
         elif kind == "policy":
@@ -134,7 +155,7 @@ class Catalog:
         if kind == "volume":
             return self.volumes.get(VolumeId(numbers[0]))
         if kind == "snapshot":
-            return self._snapshots.get(VolumeId(numbers[0]), {}).get(Generation(numbers[1]))
+            return self._generations(VolumeId(numbers[0])).get(Generation(numbers[1]))
         if kind == "storage":
             return self.storages.get(StorageId(numbers[0]))
         return self.policy
@@ -159,14 +180,17 @@ class Catalog:
         Raises:
             VolumeNotFound: No such volume.
         """
-        if name.startswith("uuid:"):
-            found = next((v for v in self.volumes.values() if v.uuid == name[5:] and v.name), None)
-            if found is not None:
-                return found
-        volume_id = self._names.get(name) if name else None
+        volume_id = self._uuids.get(name[5:]) if name.startswith("uuid:") else None
+        if volume_id is None and name:
+            volume_id = self._names.get(name)
         if volume_id is None:
             raise VolumeNotFound(f"there is no volume {name!r}; `incfs volume list` shows them", volume=name)
         return self.volumes[volume_id]
+
+    @property
+    def volume_count(self) -> int:
+        """How many volumes have a name."""
+        return len(self._names)
 
     def has_name(self, name: str) -> bool:
         """Tell whether a volume has that name."""
@@ -174,7 +198,15 @@ class Catalog:
 
     def snapshots(self, volume_id: VolumeId, *, removed: bool = False) -> list[Snapshot]:
         """List a volume's snapshots, oldest first; those being removed only if asked for."""
-        return [s for s in self._snapshots.get(volume_id, {}).values() if s.name or removed]
+        return self._generations(volume_id).listed(removed=removed)
+
+    def _generations(self, volume_id: VolumeId) -> Generations:
+        return self._snapshots.get(volume_id) or _NO_SNAPSHOTS
+
+    def has_snapshot_name(self, volume_id: VolumeId, name: str) -> bool:
+        """Tell whether a snapshot of the volume has that name."""
+        found = self._generations(volume_id).named(name)
+        return found is not None and found.name == name
 
     def snapshot(self, volume_id: VolumeId, name: str) -> Snapshot:
         """Look up a snapshot by name, or by ``uuid:...``.
@@ -182,9 +214,9 @@ class Catalog:
         Raises:
             SnapshotNotFound: No such snapshot.
         """
-        for snapshot in self.snapshots(volume_id):
-            if name in (snapshot.name, f"uuid:{snapshot.uuid}"):
-                return snapshot
+        found = self._generations(volume_id).named(name)
+        if found is not None:
+            return found
         volume = self.volumes.get(volume_id)
         whose = volume.name if volume else volume_id
         raise SnapshotNotFound(f"volume {whose} has no snapshot {name!r}", volume=whose, snapshot=name)
@@ -195,7 +227,7 @@ class Catalog:
         Raises:
             SnapshotNotFound: No such snapshot.
         """
-        found = self._snapshots.get(volume_id, {}).get(generation)
+        found = self._generations(volume_id).get(generation)
         if found is None:
             raise SnapshotNotFound(f"volume {volume_id} has no snapshot of generation {generation}")
         return found
@@ -213,21 +245,23 @@ class Catalog:
 
     def volumes_to_reclaim(self) -> list[VolumeId]:
         """List volumes that were removed or rolled back, or of which a snapshot was removed; clones before origins."""
-        return sorted(
-            (
-                volume.id
-                for volume in self.volumes.values()
-                if not volume.name
-                or volume.rollback_to
-                or any(not s.name for s in self._snapshots.get(volume.id, {}).values())
-            ),
-            reverse=True,
-        )
+        return sorted(self._to_reclaim, reverse=True)
+
+    def removed_generations(self, volume_id: VolumeId) -> list[Generation]:
+        """List the snapshots that are being removed, oldest first."""
+        return self._generations(volume_id).removed
+
+    def newest_generation(self, volume_id: VolumeId) -> Generation:
+        """Give the newest snapshot that still has an increment, 0 without one."""
+        return self._generations(volume_id).newest
 
     def older_generation(self, volume_id: VolumeId, generation: Generation) -> Generation:
         """Give the next older snapshot that still has an increment, 0 without one."""
-        older = [g for g in self._snapshots.get(volume_id, {}) if g < generation]
-        return max(older, default=Generation(0))
+        return self._generations(volume_id).before(generation)
+
+    def increments(self, volume_id: VolumeId, generation: Generation) -> list[TableKey]:
+        """List the increments from a snapshot on, oldest first."""
+        return [TableKey(volume_id, g) for g in self._generations(volume_id).since(generation)]
 
     def chain(self, map_id: MapId) -> Chain:
         """List the tables that answer for a volume or a snapshot: its own, then those of its origin, and so on."""
@@ -243,7 +277,7 @@ class Catalog:
         volume_id, generation = split_map_id(map_id)
         if not volume_id:
             return (TableKey(0, generation),)  # a baseline
-        newer = sorted(g for g in self._snapshots.get(volume_id, {}) if g >= generation) if generation else []
+        newer = self._generations(volume_id).since(generation) if generation else []
         volume = self.volumes.get(volume_id)
         if volume is not None and not 0 < generation < volume.rollback_mark:
             newer += self.undone(volume_id)
@@ -254,7 +288,7 @@ class Catalog:
         volume = self.volume(volume_id)
         if not volume.rollback_to:
             return []
-        return sorted(g for g in self._snapshots[volume_id] if volume.rollback_to <= g < volume.rollback_mark)
+        return [g for g in self._generations(volume_id).since(volume.rollback_to) if g < volume.rollback_mark]
 
     def readers(self, volume_id: VolumeId) -> list[MapId]:
         """List the tables through which blocks of a volume can be seen: its own, and those of its clones."""
@@ -291,7 +325,7 @@ class Catalog:
         yield from self.storages.values()
         yield from self.volumes.values()
         for generations in self._snapshots.values():
-            yield from generations.values()
+            yield from generations.listed(removed=True)
         if self.policy is not None:
             yield self.policy
 

@@ -53,6 +53,7 @@ class Committer:
         self._next = _Round()
         self._wake = trio.Event()
         self._wants_checkpoint = False
+        self._checkpoints_begun = 0
         self._checkpoint_done = trio.Event()
         self._checkpoint_done.set()
         self.is_closing = False
@@ -87,9 +88,11 @@ class Committer:
         Raises:
             PoolReadOnly, BackingError: As ``commit``.
         """
-        await self._checkpoint_done.wait()
-        self._wants_checkpoint = True
-        await self.commit()
+        begun = self._checkpoints_begun
+        while self._checkpoints_begun == begun:  # one that is under way may have frozen less than is there now
+            await self._checkpoint_done.wait()
+            self._wants_checkpoint = True
+            await self.commit()
         await self._checkpoint_done.wait()
         self._store.require_writable()
 
@@ -137,6 +140,7 @@ class Committer:
         if self._wants_checkpoint and not store.is_checkpointing:
             self._wants_checkpoint = False
             checkpoint = store.begin_checkpoint(new_nonce())
+            self._checkpoints_begun += 1
             await offload(checkpoint.run_commit)
             store.end_checkpoint_commit(checkpoint)
             self._checkpoint_done = done = trio.Event()

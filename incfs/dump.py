@@ -7,6 +7,7 @@ reader of the tables; restoring trusts nothing in it (I11) and writes the superb
 
 import gzip
 import json
+import os
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ from types import NoneType
 from typing import IO, Any
 from uuid import UUID
 
-from incfs.backing import Backing, translate
+from incfs.backing import Backing, translate, translated
 from incfs.baseline import BaselineFacts
 from incfs.blocks import bit_mask, split_address
 from incfs.catalog import KINDS, Catalog, Record, RecordId, record_from, record_id, record_puts
@@ -28,6 +29,7 @@ from incfs.journal import Journal
 from incfs.log import Puts, Reader, Tables, space_key
 from incfs.model import (
     HOLE,
+    MAX_GENERATION,
     MAX_POLICY_BYTES,
     MAX_VOLUME_BYTES,
     PAGE_BLOCKS,
@@ -112,9 +114,14 @@ def write_dump(store: Store, path: Path) -> int:
 
     Returns:
         Its length in bytes.
+
+    Raises:
+        UsageError: There is a device or something else that must not be replaced.
     """
+    _require_replaceable(path)
     temporary = path.with_name(path.name + ".new")
-    temporary.unlink(missing_ok=True)
+    with translated(temporary, "replace"):
+        temporary.unlink(missing_ok=True)
     file = store.backing.create(temporary)
     try:
         position = 0
@@ -132,6 +139,13 @@ def write_dump(store: Store, path: Path) -> int:
     store.backing.replace(temporary, path)
     store.backing.sync_directory(path.parent)
     return position
+
+
+def _require_replaceable(path: Path) -> None:
+    with translated(path, "examine"):
+        is_replaceable = path.name and (path.is_file() or not path.exists())
+    if not is_replaceable:
+        raise UsageError(f"{path} is not an ordinary file, which a dump may replace; name another one")
 
 
 def _joined(lines: Iterable[str]) -> Iterator[bytes]:
@@ -267,7 +281,7 @@ class MetadataBuilder:
         self.catalog.put(record)
 
     def _placed(self, record: Storage) -> Storage:
-        path = self._images.get(record.id, self._directory / record.path).resolve()
+        path = Path(os.path.realpath(self._images.get(record.id, self._directory / record.path)))
         home = self._directory.resolve()
         return replace(record, path=str(path.relative_to(home) if path.is_relative_to(home) else path))
 
@@ -401,7 +415,9 @@ class MetadataBuilder:
             for storage in self.catalog.storages.values():
                 pool.attach(storage)
             for (storage_id, group), bits in self._owned.items():
-                pool.volume(StorageId(storage_id)).load(group, bits)
+                volume = pool.volume(StorageId(storage_id))
+                volume.require_grown(group, bits)  # before bitmaps are made for all blocks up to that one
+                volume.load(group, bits)
             pool.verify_lengths()
         finally:
             pool.close()
@@ -545,12 +561,12 @@ def _validate(record: Record, block_bytes: int) -> None:
             sound = sound and record.redundancy in REDUNDANCIES and "\0" not in record.path
         case Volume():
             sound = 1 <= record.id < 1 << 32 and 0 <= record.size_bytes <= MAX_VOLUME_BYTES
-            sound = sound and 0 <= record.mode <= 0o7777 and 0 <= record.last_generation < 1 << 32
+            sound = sound and 0 <= record.mode <= 0o7777 and 0 <= record.last_generation <= MAX_GENERATION
             sound = sound and 0 <= record.uid < 1 << 32 and 0 <= record.gid < 1 << 32
             sound = sound and all(isinstance(v, bytes) for v in record.xattrs.values())
             _validate_name(record.name, "volume")
         case Snapshot():
-            sound = 1 <= record.generation < 1 << 32 and 0 <= record.size_bytes <= MAX_VOLUME_BYTES
+            sound = 1 <= record.generation <= MAX_GENERATION and 0 <= record.size_bytes <= MAX_VOLUME_BYTES
             sound = sound and 0 <= record.mapped_blocks <= MAX_VOLUME_BYTES // block_bytes
             sound = sound and all(type(when) in {int, NoneType} for when in record.holds.values())
             for name in (record.name, *record.holds):
@@ -558,7 +574,14 @@ def _validate(record: Record, block_bytes: int) -> None:
         case StoredPolicy():
             size = len(record.text.encode("utf-8", "surrogatepass"))
             sound = size <= MAX_POLICY_BYTES and all(type(when) is int for when in record.runs.values())
-    if not sound or not (isinstance(record, StoredPolicy) or _is_uuid(record.uuid)):
+    values = encode_record(record)
+    sound = sound and all(0 <= value < 1 << 63 for value in values.values() if isinstance(value, int))
+    sound = sound and (isinstance(record, StoredPolicy) or _is_uuid(record.uuid))
+    try:
+        "".join([*(value for value in values.values() if isinstance(value, str)), *values.get("xattrs", ())]).encode()
+    except ValueError:
+        sound = False
+    if not sound:
         raise FormatError(f"a record holds a value that cannot be: {str(record)[:200]}")
 
 

@@ -11,8 +11,8 @@ from incfs.errors import NoData
 from incfs.model import HOLE, INHERIT, PAGE_BLOCKS, MapId
 from incfs.store import Store
 
-_SEEK_PAGES = 32
-"""Pages that one step of a search may look at."""
+_SEEK_TABLES = 1024
+"""Tables that one step of a search may look into for pages, about 4 us each: many for an old snapshot's page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +78,7 @@ def page_entries(store: Store, table: MapId, page_index: int) -> Entries:
 
 def next_page(store: Store, table: MapId, page_index: int) -> int | None:
     """Find the first page at or after ``page_index`` that may hold mappings."""
-    tables = [key for link in store.catalog.chain(table) for key in link]
-    found = [index for key in tables for index in store.log.page_indexes(key, page_index, limit=1)]
-    return min(found, default=None)
+    return store.log.next_page(store.catalog.chain(table), page_index)
 
 
 def seek(store: Store, table: MapId, offset_bytes: int, *, data: bool) -> tuple[bool, int]:
@@ -97,7 +95,7 @@ def seek(store: Store, table: MapId, offset_bytes: int, *, data: bool) -> tuple[
     if offset_bytes >= size:
         raise NoData(f"offset {offset_bytes} is at or behind the end of {size} bytes")
     position = offset_bytes // block
-    for _ in range(_SEEK_PAGES):
+    for _ in range(1 + _SEEK_TABLES // (32 + len(store.catalog.chain(table)))):
         page_index = position // PAGE_BLOCKS
         if data:
             following = next_page(store, table, page_index)

@@ -323,7 +323,7 @@ class Operations(FileHandlers):
         data.f_blocks = facts["capacity_bytes"] // self._block_bytes
         data.f_bfree = data.f_bavail = facts["free_bytes"] // self._block_bytes
         data.f_files = _MAX_FILES
-        data.f_ffree = data.f_favail = _MAX_FILES - len(self.service.volumes())
+        data.f_ffree = data.f_favail = _MAX_FILES - self.service.volume_count
         data.f_namemax = MAX_NAME_BYTES
         return data
 

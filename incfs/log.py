@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -444,7 +445,8 @@ class IncrementalLog:
         for link, pages in zip(chain, stored, strict=True):
             own: Entries = {}
             for table, entries in zip(link, pages, strict=True):
-                own = {**self._overlay.compose(table, page_index, entries), **own}
+                if composed := self._overlay.compose(table, page_index, entries):
+                    own = {**composed, **own}
             resolved = {**own, **{index: entry for index, entry in resolved.items() if entry[0] != INHERIT}}
         return resolved
 
@@ -466,6 +468,21 @@ class IncrementalLog:
                     break
                 stored.append(index)
         return sorted({*changed, *stored})[:limit]
+
+    def next_page(self, chain: Chain, start: int) -> int | None:
+        """Find the first page at or after ``start`` that may hold mappings in one of several tables.
+
+        Cost: one look-up for each table.
+        """
+        found: set[int] = set()
+        with self._tables.reading() as reader:
+            for table in (table for link in chain for table in link):
+                if not table.volume_id:
+                    found.update(self.page_indexes(table, start, 1))
+                    continue
+                found.update(index for index in self._overlay.pages(table) if index >= start)
+                found.update(islice(reader.page_indexes(table, start), 1))
+        return min(found, default=None)
 
     def occupied_pages(self, table: TableKey, limit: int) -> list[int]:
         """List pages that do hold mappings, at most ``limit``, for a table that is being emptied.

@@ -49,6 +49,7 @@ class Overlay:
     def __init__(self) -> None:
         self._active: Layer = {}
         self._frozen: Layer = {}
+        self._active_count = self._frozen_count = 0
 
     def patch(self, table: TableKey, page_index: int) -> Patch:
         """Return the active patch of a page, made empty when there is none."""
@@ -56,11 +57,14 @@ class Overlay:
         found = pages.get(page_index)
         if found is None:
             found = pages[page_index] = Patch()
+            self._active_count += 1
         return found
 
     def replace(self, table: TableKey, page_index: int, entries: Entries) -> None:
         """Let the page be exactly ``entries`` from now on."""
-        self._active.setdefault(table, {})[page_index] = Patch(entries, is_whole=True)
+        pages = self._active.setdefault(table, {})
+        self._active_count += page_index not in pages
+        pages[page_index] = Patch(entries, is_whole=True)
 
     def compose(self, table: TableKey, page_index: int, stored: Entries) -> Entries:
         """Give the page as it stands, over its stored form."""
@@ -87,13 +91,15 @@ class Overlay:
         """Start a checkpoint: what is active becomes frozen, and is returned."""
         assert not self._frozen, "one checkpoint at a time"
         self._frozen, self._active = self._active, {}
+        self._frozen_count, self._active_count = self._active_count, 0
         return self._frozen
 
     def thaw(self) -> None:
         """Forget the frozen layer: a checkpoint has made it durable."""
         self._frozen = {}
+        self._frozen_count = 0
 
     @property
     def page_count(self) -> int:
         """Changed pages held in memory."""
-        return sum(len(pages) for layer in (self._frozen, self._active) for pages in layer.values())
+        return self._frozen_count + self._active_count

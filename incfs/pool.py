@@ -17,6 +17,7 @@ Invariants:
 """
 
 import logging
+import os
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -273,6 +274,24 @@ class StorageVolume:
                 return group_index * GROUP_BLOCKS + self.live[group_index].bit_length() - 1
         return -1
 
+    def require_grown(self, group_index: int, bits: int) -> None:
+        """Refuse a bitmap that has blocks behind the image's end.
+
+        Raises:
+            ImageMismatch: It has.
+        """
+        highest = group_start(group_index) + bits.bit_length() - 1
+        if highest >= self.grown_blocks:
+            raise self.truncated(highest)
+
+    def truncated(self, block_index: int) -> ImageMismatch:
+        """Say that the image ends before a block that is in use."""
+        return ImageMismatch(
+            f"storage volume {self.record.id}: {self.file.path} is truncated to "
+            f"{self.file.length_bytes()} bytes, but block {block_index} is in use",
+            storage=self.record.id,
+        )
+
     def grow(self, block_count: int, *, reserve_bytes: int) -> None:
         """Make the image longer by up to ``block_count`` blocks.  Any thread.
 
@@ -419,7 +438,9 @@ class Pool:
         Raises:
             ImageMismatch: Missing, truncated, damaged, or of another storage volume.
         """
-        if not path.exists():
+        if os.path.lexists(path) and not os.path.isfile(path):  # opening a device may do harm, a pipe may hang
+            raise ImageMismatch(f"storage volume {record.id}: {path} is not an ordinary file", storage=record.id)
+        if not os.path.exists(path):
             raise ImageMismatch(
                 f"storage volume {record.id}: image {path} is missing; mount its disk or restore it; "
                 f"to read what is on the others, mount with -o degraded",
@@ -451,7 +472,7 @@ class Pool:
         """Have the storage volume without its image: its blocks cannot be read."""
         path = self.image_path(record)
         volume = StorageVolume(record, AbsentImage(path, reason), self._block_bytes)
-        volume.state = "mismatch" if path.exists() else "missing"
+        volume.state = "mismatch" if os.path.exists(path) else "missing"
         self.volumes[record.id] = volume
 
     def verify_lengths(self) -> None:
@@ -466,11 +487,7 @@ class Pool:
                 volume.state = "truncated"
         for volume in self.volumes.values():
             if volume.state == "truncated":
-                raise ImageMismatch(
-                    f"storage volume {volume.record.id}: {volume.file.path} is truncated to "
-                    f"{volume.file.length_bytes()} bytes, but block {volume.highest_live_block()} is in use",
-                    storage=volume.record.id,
-                )
+                raise volume.truncated(volume.highest_live_block())
 
     def retire(self, storage_id: StorageId) -> None:
         """Have a storage volume no more; reads that are under way still find its file."""
@@ -525,6 +542,10 @@ class Pool:
                 self._cursors[cursor_key] = candidate, runs[-1][0] + runs[-1][1]
                 return [(pack_address(candidate, first), found) for first, found in runs]
         return []
+
+    def forget(self, cursor_key: int) -> None:
+        """Drop what ``allocate`` remembers of a key that will not ask again."""
+        self._cursors.pop(cursor_key, None)
 
     def release(self, addresses: Iterable[int]) -> None:
         """Take back leased blocks that no commit mentions: they are free at once."""

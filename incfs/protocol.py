@@ -50,7 +50,7 @@ async def receive_frame(stream: trio.abc.ReceiveStream, *, limit_bytes: int) -> 
     body = await _receive_bytes(stream, length)
     try:
         message = msgpack.unpackb(body, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, msgpack.UnpackException) as error:  # TypeError: a key that cannot be one
         raise DaemonError("a message on the admin socket is not msgpack") from error
     if not isinstance(message, dict):
         raise DaemonError("a message on the admin socket is not a map")

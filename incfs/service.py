@@ -135,6 +135,11 @@ class Service:
         named = (v for v in self._store.catalog.volumes.values() if v.name and not v.is_hidden)
         return sorted(named, key=lambda v: v.name)
 
+    @property
+    def volume_count(self) -> int:
+        """How many volumes have a name."""
+        return self._store.catalog.volume_count
+
     def volume(self, name: str) -> Volume:
         """Look up a volume by name or ``uuid:...``."""
         found = self._store.catalog.volume_named(name)
@@ -314,7 +319,8 @@ class Service:
     async def resize_volume(self, volume_id: VolumeId, size_bytes: int, *, shrink: bool = False) -> Volume:
         """Set a volume's size; what lies behind a smaller one is lost."""
         await self._driver.drive(lambda _: volume.resize(self._store, volume_id, size_bytes, shrink=shrink))
-        await self._driver.trim(volume_id)
+        with trio.CancelScope(shield=True):  # until it is trimmed, a volume that shrank is served by Python alone
+            await self._driver.trim(volume_id)
         await self.commit()
         return self.volume_by_id(volume_id)
 
@@ -587,8 +593,12 @@ class Service:
         """Wait until the blocks of everything that was removed are free."""
         await self._reclaimer.wait_idle()
 
-    async def run(self) -> None:
-        """Do the background work; never returns."""
+    async def run(self, scope: trio.CancelScope) -> None:
+        """Do the background work until ``scope`` is cancelled."""
+        with scope:
+            await self._run()
+
+    async def _run(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._committer.run)
             nursery.start_soon(self._committer.run_timers)
@@ -654,10 +664,14 @@ async def open_service(
         async with trio.open_nursery() as nursery:
             service = Service(store, nursery)
             service.policies.load()
-            nursery.start_soon(service.run)
-            yield service
-            with trio.CancelScope(shield=True):
-                await service.close()
-            nursery.cancel_scope.cancel()
+            # Closing needs the background work: it outlives a cancellation that comes as the caller ends.
+            background = trio.CancelScope(shield=True)
+            nursery.start_soon(service.run, background)
+            try:
+                yield service
+                with trio.CancelScope(shield=True):
+                    await service.close()
+            finally:
+                background.cancel()
     finally:
         store.abandon()

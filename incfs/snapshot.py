@@ -81,7 +81,7 @@ def _snapshot_of(store: Store, volume_id: VolumeId, name: str, now: int, tag: st
 
 
 def _require_free_name(store: Store, volume_id: VolumeId, name: str) -> None:
-    if any(snapshot.name == name for snapshot in store.catalog.snapshots(volume_id)):
+    if store.catalog.has_snapshot_name(volume_id, name):
         volume = store.catalog.volume(volume_id).name
         raise AlreadyExists(f"volume {volume} has a snapshot {name!r} already", volume=volume, snapshot=name)
 
@@ -128,11 +128,8 @@ def _increments_between(store: Store, older: Snapshot, newer: Snapshot) -> list[
         raise UsageError(f"snapshot {older.name} is newer than {newer.name}; swap them")
     mark = store.catalog.volume(newer.volume_id).rollback_mark
     undone = store.catalog.undone(newer.volume_id) if newer.generation >= mark else []
-    return [
-        TableKey(newer.volume_id, taken.generation)
-        for taken in store.catalog.snapshots(newer.volume_id, removed=True)
-        if older.generation <= taken.generation < newer.generation and taken.generation not in undone
-    ]
+    increments = store.catalog.increments(newer.volume_id, older.generation)
+    return [table for table in increments if table.generation < newer.generation and table.generation not in undone]
 
 
 def changed_pages(store: Store, older: Snapshot | None, newer: Snapshot, start: int = 0) -> Iterator[int]:

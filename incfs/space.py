@@ -116,7 +116,8 @@ class Space:
         self._extend_bytes = extend_bytes
         self._host_reserve_bytes = host_reserve_bytes
         self._reserve_blocks = reserve_blocks
-        self._lease_blocks: dict[MapId, int] = {}
+        self._lease_blocks: dict[VolumeId, dict[MapId, int]] = {}
+        """Volume -> its leases -> the blocks that they asked for last."""
         self._owed: dict[VolumeId, int] = {}
         """Volumes with reservations -> blocks of it that they do not occupy yet."""
         self._refusals: dict[StorageId, NoSpace] = {}
@@ -253,8 +254,8 @@ class Space:
 
         Leases double while a table keeps asking, so that sequential writes stay sequential.
         """
-        wanted = max(block_count, min(MAX_LEASE_BLOCKS, 2 * self._lease_blocks.get(lease, 8)))
-        self._lease_blocks[lease] = wanted
+        leases = self._lease_blocks.setdefault(split_map_id(lease)[0], {})
+        wanted = leases[lease] = max(block_count, min(MAX_LEASE_BLOCKS, 2 * leases.get(lease, 8)))
         left = self.quota_left(split_map_id(lease)[0])
         if left is not None:
             wanted = max(block_count, min(wanted, left))
@@ -304,9 +305,9 @@ class Space:
     def revoke(self, table: MapId) -> None:
         """Take back what a live table and its columns leased and do not use."""
         volume_id, generation = split_map_id(table)
-        for lease in [lease for lease in self._lease_blocks if split_map_id(lease)[0] == volume_id and not generation]:
+        for lease in self._lease_blocks.pop(volume_id, {}) if not generation else ():
             self._pool.release(self._plane.revoke(lease))
-            del self._lease_blocks[lease]
+            self._pool.forget(lease)
             self._assigned.pop(lease, None)
 
     def revoke_all(self) -> None:

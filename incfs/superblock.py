@@ -87,6 +87,9 @@ def decode_fields(text: bytes, path: Path) -> Superblock:
         numbers = superblock.block_bytes, superblock.journal_bytes, superblock.created_ns, superblock.lmdb_lib_version
         if not all(type(number) is int for number in numbers) or not is_block_size(superblock.block_bytes):
             raise ValueError(f"sizes {numbers}")
+        features: tuple[Any, ...] = superblock.incompatible, superblock.compatible, superblock.autoclear
+        if not all(isinstance(names, tuple) and all(isinstance(n, str) for n in names) for names in features):
+            raise ValueError(f"features {features}")
     except (TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise FormatError(f"{path} is damaged: {error}") from error
     if superblock.incompatible:

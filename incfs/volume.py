@@ -17,6 +17,7 @@ from incfs.model import (
     MapId,
     Volume,
     VolumeId,
+    map_id,
     validate_name,
 )
 from incfs.overlay import TableKey
@@ -203,8 +204,8 @@ def reclaim(store: Store, volume_id: VolumeId, page_count: int) -> bool:
     if volume.rollback_to:
         unroll(store, volume_id, page_count)
         return False
-    removed = [s for s in store.catalog.snapshots(volume_id, removed=True) if not s.name]
-    unneeded = [s.generation for s in removed if not store.catalog.clones(s.map_id)]
+    removed = store.catalog.removed_generations(volume_id)
+    unneeded = [generation for generation in removed if not store.catalog.clones(map_id(volume_id, generation))]
     if unneeded:
         _fold_some(store, volume, min(unneeded), page_count)
         return False
@@ -230,7 +231,7 @@ def _fold_some(store: Store, volume: Volume, generation: Generation, page_count:
         return
     store.evict(snapshot.map_id)
     store.drop(("snapshot", (volume.id, generation)))
-    newest = max((s.generation for s in store.catalog.snapshots(volume.id, removed=True)), default=Generation(0))
+    newest = store.catalog.newest_generation(volume.id)
     store.change(without_origin(store, replace(store.catalog.volume(volume.id), newest_generation=newest)))
 
 

@@ -57,6 +57,8 @@ def _check_arguments(verb: str, parameters: typing.Mapping[str, inspect.Paramete
     for key, value in arguments.items():
         if key not in wanted or not _fits(value, wanted[key].annotation):
             raise UsageError(f"{verb} does not take {key} = {value!r}")
+    if (arguments.get("rate_bytes") or 1) < 1:
+        raise UsageError(f"a rate must be at least 1 byte in a second, not {arguments['rate_bytes']}")
     for key, parameter in wanted.items():
         if parameter.default is inspect.Parameter.empty and key not in arguments:
             raise UsageError(f"{verb} needs {key}")
@@ -70,4 +72,6 @@ def _fits(value: object, annotation: Any) -> bool:
         return isinstance(value, list) and all(_fits(item, part) for item in value)
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if annotation is str:
+        return isinstance(value, str) and "\0" not in value
     return isinstance(value, annotation)

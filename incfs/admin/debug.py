@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Final
 
 from incfs.admin.verb import Verb
 from incfs.documents import Document
+from incfs.errors import UsageError
+from incfs.model import MAX_VOLUME_BYTES
 from incfs.targets import find_table
 
 if TYPE_CHECKING:
@@ -17,6 +19,8 @@ async def debug_dump(service: "Service") -> Document:
 
 async def debug_map(service: "Service", *, target: str, page_index: int) -> Document:
     """Report the mappings of one map page."""
+    if not 0 <= page_index < MAX_VOLUME_BYTES:
+        raise UsageError(f"there is no page {page_index}")
     volume, snapshot = find_table(service, target)
     table = volume if snapshot is None else snapshot
     mappings = await service.debug_map(table.map_id, page_index)

@@ -9,6 +9,7 @@ from incfs.cli import output
 from incfs.cli.options import Columns, DryRun, Exact, Json, NoHeader, Rate, Size, new_noun, verb
 from incfs.cli.session import Admin, call, run
 from incfs.documents import Document
+from incfs.errors import UsageError
 from incfs.units import parse_size
 
 _COLUMNS: Final = ("name", "size_bytes", "mapped_bytes", "held_bytes", "snapshot_count", "created")
@@ -39,6 +40,8 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Create an empty volume; it takes no space until it is written."""
+    if size is None and origin is None:
+        raise UsageError("say how large the volume is to be, or what it lies over (--origin FILE)")
     striping = _striping(stripe_columns, stripe_unit)
     below = None if origin is None else str(origin.absolute())
     _report(call(context, "volume.create", name=name, size_bytes=size, origin=below, **striping), as_json)

@@ -23,8 +23,8 @@ from tests.support.cli import Cli, environment
         ["volume", "frobnicate"],
         ["volume", "list", "--frobnicate"],
         ["volume", "create", "x"],
-        ["volume", "clone", "x", "y"],
-        ["send", "x@y"],
+        ["volume", "clone", "x"],
+        ["send", "--rate", "much", "x@y"],
         ["debug", "map", "x", "-1"],
     ],
 )

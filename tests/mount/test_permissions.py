@@ -6,8 +6,7 @@ import os
 import pytest
 
 from tests.mount.conftest import mounted_pool
-
-NOBODY = 65534
+from tests.support.users import NOBODY, as_nobody
 
 
 @pytest.fixture
@@ -17,24 +16,6 @@ def shared(tmp_path):
         os.chmod(parent, 0o755)
     with mounted_pool(tmp_path, "allow_other") as pool:
         yield pool
-
-
-def as_nobody(function, *args):
-    """Call a function as another user in a child; returns the errno it failed with, 0 when it did not."""
-    pid = os.fork()
-    if pid == 0:
-        code = 255
-        try:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            function(*args)
-            code = 0
-        except OSError as error:
-            code = error.errno or 255
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_nobody_else_gets_in_by_default(mounted):
@@ -110,3 +91,30 @@ def errno_of_capability(path):
     except OSError as error:
         return error.errno
     return 0
+
+
+def test_status_files_and_their_directory_are_for_reading_only(shared):
+    (shared / "db").write_bytes(b"x")
+    for name in ("stats.json", "metrics"):
+        status = shared / ".incfs" / name
+        assert as_nobody(os.open, status, os.O_RDONLY) == 0
+        assert as_nobody(os.open, status, os.O_WRONLY) == errno.EACCES
+        assert as_nobody(os.unlink, status) in (errno.EACCES, errno.EPERM)
+        assert as_nobody(os.chmod, status, 0o777) == errno.EPERM
+        with pytest.raises(OSError, match="Permission denied"):
+            os.open(status, os.O_WRONLY)
+    assert as_nobody(os.open, shared / ".incfs/new", os.O_CREAT | os.O_WRONLY) == errno.EACCES
+    assert as_nobody(os.open, shared / ".snapshots/new", os.O_CREAT | os.O_WRONLY) == errno.EACCES
+
+
+def test_a_group_gets_what_its_bits_say(shared):
+    (shared / "db").write_bytes(b"x")
+    os.chown(shared / "db", 0, NOBODY)
+    for mode, may_read, may_write in ((0o600, False, False), (0o640, True, False), (0o660, True, True)):
+        os.chmod(shared / "db", mode)
+        assert (as_nobody(os.open, shared / "db", os.O_RDONLY) == 0) is may_read
+        assert (as_nobody(os.open, shared / "db", os.O_RDWR) == 0) is may_write
+        assert (as_nobody(os.truncate, shared / "db", 0) == 0) is may_write
+        assert (as_nobody(os.setxattr, shared / "db", "user.a", b"1") == 0) is may_write
+        taking = as_nobody(os.open, shared / f".snapshots/db/s{mode:o}", os.O_CREAT | os.O_RDONLY)
+        assert (taking == 0) is may_write

@@ -59,6 +59,10 @@ class FakeService:
     def volumes(self):
         return sorted((v for v in self._volumes.values() if v.name), key=lambda v: v.name)
 
+    @property
+    def volume_count(self):
+        return len(self.volumes())
+
     def volume(self, name):
         for volume in self.volumes():
             if volume.name == name:

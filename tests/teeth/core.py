@@ -173,8 +173,8 @@ CORE: Final = (
         "diff-misses-an-increment",
         "I7",
         "incfs/snapshot.py",
-        "        if older.generation <= taken.generation < newer.generation",
-        "        if older.generation < taken.generation < newer.generation",
+        "increments = store.catalog.increments(newer.volume_id, older.generation)",
+        "increments = store.catalog.increments(newer.volume_id, older.generation + 1)",
         "tests/unit/test_store.py::test_a_diff_has_what_changed_and_nothing_else",
     ),
     Breakage(
