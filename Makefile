@@ -18,7 +18,8 @@ C_SOURCES := $(wildcard incfs/*.c incfs/*.h)
 # Compared with mkfs and losetup, a user's PATH may lack the sbin directories; the tests call both.
 export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: help setup system system-demo system-test system-bench test lint sweep demo bench bench-quick wheel clean sanitize damage-long teeth
+.PHONY: help setup system system-demo system-test system-bench test lint sweep demo bench bench-quick wheel clean sanitize damage-long \
+	crash-long teeth
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +71,9 @@ damage-long: setup ## damage 20,000 tiny pools and judge what is made of each
 
 teeth: setup system-test ## break a copy of the product in each way known; every time a named test must turn red (TEETH=part-of-a-name)
 	$(BIN)/python -m tests.teeth $(TEETH)
+
+crash-long: setup ## cut the power in more than 300,000 ways, and let every operation of the host fail
+	INCFS_TEST_PROFILE=long INCFS_CRASH_SEEDS=30 $(BIN)/python -m pytest -o timeout=7200 tests/crash $(PYTEST_ARGS)
 
 demo: setup system-demo ## the main job on this machine's own files: examples/quickstart.sh
 	examples/quickstart.sh
