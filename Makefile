@@ -18,7 +18,8 @@ C_SOURCES := $(wildcard incfs/*.c incfs/*.h)
 # Compared with mkfs and losetup, a user's PATH may lack the sbin directories; the tests call both.
 export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: help setup system system-demo system-test system-bench test lint sweep demo bench bench-quick wheel clean sanitize damage-long teeth soak
+.PHONY: help setup system system-demo system-test system-bench test lint sweep demo bench bench-quick wheel clean sanitize damage-long \
+	crash-long teeth soak
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +75,9 @@ teeth: setup system-test ## break a copy of the product in each way known; every
 SOAK_MINUTES ?= 10
 soak: setup system-test sweep ## a day's work in SOAK_MINUTES=10: memory, descriptors, threads and space must not grow
 	INCFS_SOAK_MINUTES=$(SOAK_MINUTES) $(BIN)/python -m pytest -rP tests/system/test_soak.py $(PYTEST_ARGS)
+
+crash-long: setup ## cut the power in more than 300,000 ways, and let every operation of the host fail
+	INCFS_TEST_PROFILE=long INCFS_CRASH_SEEDS=30 $(BIN)/python -m pytest -o timeout=7200 tests/crash $(PYTEST_ARGS)
 
 demo: setup system-demo ## the main job on this machine's own files: examples/quickstart.sh
 	examples/quickstart.sh

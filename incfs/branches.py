@@ -55,6 +55,7 @@ class Branches:
             Busy: It is being flattened.
             NoSpace: The pool is full.
         """
+        require_ordinary(self._store.catalog.volume(volume_id), "be flattened")
         if volume_id in self._flattening:
             raise Busy(f"volume {self._store.catalog.volume(volume_id).name} is being flattened already")
         self._flattening.add(volume_id)

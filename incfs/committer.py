@@ -54,8 +54,11 @@ class Committer:
         self._wake = trio.Event()
         self._wants_checkpoint = False
         self._checkpoints_begun = 0
-        self._checkpoint_done = trio.Event()
-        self._checkpoint_done.set()
+        self._fold_told = trio.Event()
+        """The last checkpoint begun has ended, or waits for room: those who wait for it may look."""
+        self._fold_told.set()
+        self._no_room: NoSpace | None = None
+        """Why it waits; None when it does not."""
         self.is_closing = False
         """Set for the last checkpoint: it does not wait for a full disk to get room."""
 
@@ -86,15 +89,22 @@ class Committer:
         """Wait until a checkpoint that begins after the call has ended, its freed blocks included.
 
         Raises:
+            NoSpace: The metadata's disk is full.  Nothing is harmed; the checkpoint is tried again
+                in the background until there is room.
             PoolReadOnly, BackingError: As ``commit``.
         """
         begun = self._checkpoints_begun
         while self._checkpoints_begun == begun:  # one that is under way may have frozen less than is there now
-            await self._checkpoint_done.wait()
+            await self._wait_for_fold()
             self._wants_checkpoint = True
             await self.commit()
-        await self._checkpoint_done.wait()
+        await self._wait_for_fold()
         self._store.require_writable()
+
+    async def _wait_for_fold(self) -> None:
+        await self._fold_told.wait()
+        if self._no_room is not None:
+            raise type(self._no_room)(self._no_room.message, **self._no_room.facts)
 
     async def run(self) -> None:
         """Commit whenever asked; never returns."""
@@ -143,16 +153,17 @@ class Committer:
             self._checkpoints_begun += 1
             await offload(checkpoint.run_commit)
             store.end_checkpoint_commit(checkpoint)
-            self._checkpoint_done = done = trio.Event()
-            self._nursery.start_soon(self._fold, checkpoint, done)
+            self._fold_told = trio.Event()
+            self._nursery.start_soon(self._fold, checkpoint)
         elif (commit := store.begin_commit()) is not None:
             await offload(commit.run)
             store.end_commit(commit)
 
-    async def _fold(self, checkpoint: Checkpoint, done: trio.Event) -> None:
+    async def _fold(self, checkpoint: Checkpoint) -> None:
         try:
             with trio.CancelScope(shield=True):
-                await self._wait_for_room(checkpoint)
+                if not await self._wait_for_room(checkpoint):
+                    return
                 await offload(checkpoint.run_fold)
                 plan = self._store.end_checkpoint(checkpoint)
                 await offload(lambda: self._store.pool.punch(plan))
@@ -163,7 +174,7 @@ class Committer:
         except Exception as error:  # noqa: BLE001 - as in run
             self._store.fail(_unexpected("a checkpoint", error))
         finally:
-            done.set()
+            self._fold_told.set()
 
     async def _dump_if_due(self) -> None:
         """Keep a copy of the metadata beside the images; that it fails is said, and harms nothing else."""
@@ -175,16 +186,21 @@ class Committer:
         except IncfsError as error:
             logger.warning("the copy of the metadata beside the images could not be written: %s", error)
 
-    async def _wait_for_room(self, checkpoint: Checkpoint) -> None:
-        """A full metadata disk harms nothing: the journal has everything until there is room."""
-        told = False
+    async def _wait_for_room(self, checkpoint: Checkpoint) -> bool:
+        """A full metadata disk harms nothing: the journal has everything until there is room; False at the end."""
         while True:
             try:
-                return await offload(checkpoint.reserve)
+                await offload(checkpoint.reserve)
             except NoSpace as error:
-                if self.is_closing:
-                    raise
-                if not told:
+                if self._no_room is None:
                     logger.warning("checkpoint waits for room: %s", error)
-                told = True
+                self._no_room = error
+                self._fold_told.set()
+                if self.is_closing:
+                    return False
                 await trio.sleep(_NO_SPACE_RETRY_S)
+            else:
+                if self._no_room is not None:
+                    logger.info("checkpoint found room")
+                    self._no_room, self._fold_told = None, trio.Event()
+                return True

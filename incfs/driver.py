@@ -136,7 +136,14 @@ class Driver:
         elif step is Step.RECLAIM:
             await self._reclaimer.wait_idle()
         else:
+            await self._checkpoint()
+
+    async def _checkpoint(self) -> None:
+        """Free what a checkpoint frees; without room for it in the metadata the images may still grow."""
+        try:
             await self._committer.checkpoint()
+        except NoSpace as error:
+            self._store.space.checkpoint_refusal = error
 
     async def _wait_for_space(self, refusal: LeaseExhausted, deadline: float) -> None:
         """Wait until another try may end otherwise."""

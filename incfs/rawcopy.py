@@ -83,7 +83,7 @@ async def create_on_baseline(service: "Service", name: str, path: Path) -> Volum
     validate_name(name)
     if any(volume.name == name for volume in service.volumes()):
         raise AlreadyExists(f"there is a volume {name!r} already", volume=name)
-    await offload(lambda: require_foreign(path, [Path(storage["path"]) for storage in service.storages()]))
+    await offload(lambda: require_foreign(path, _images(service)))
     scratch = name.encode()[:_SCRATCH_BYTES].decode(errors="ignore") + _SCRATCH_SUFFIX
     await _remove_left(service, scratch)
     volume = await service.branches.create_on_baseline(scratch, path)
@@ -96,6 +96,12 @@ async def create_on_baseline(service: "Service", name: str, path: Path) -> Volum
         with trio.CancelScope(shield=True):
             await service.remove_volume(volume.id)
         raise
+
+
+def _images(service: "Service") -> list[Path]:
+    """List the pool's image files, those of mirrors' legs included."""
+    facts = service.storages()
+    return [Path(part["path"]) for storage in facts for part in (storage, *storage["legs"])]
 
 
 def _read_tail(path: Path, start_bytes: int, end_bytes: int) -> bytes:
@@ -247,7 +253,7 @@ async def _export(
     base: Snapshot | None,
     force: bool,
 ) -> None:
-    images = [Path(storage["path"]) for storage in service.storages()]
+    images = _images(service)
     pinned = [taken.map_id for taken in (snapshot, base) if taken is not None]
     for table in pinned:
         service.open_handle(table, "export")

@@ -23,10 +23,12 @@ from incfs.errors import (
     IncfsError,
     JournalDamaged,
     LimitExceeded,
+    NotAPool,
     UsageError,
 )
-from incfs.journal import Journal, JournalRecord
-from incfs.lock import PoolLock
+from incfs.image import DATA_OFFSET_BYTES
+from incfs.journal import Journal, JournalRecord, journal_paths
+from incfs.lock import LOCK_NAME, PoolLock
 from incfs.log import LMDB_LIB_VERSION, Puts, Tables
 from incfs.model import (
     DEFAULT_BLOCK_BYTES,
@@ -45,7 +47,15 @@ from incfs.model import (
 from incfs.overlay import TableKey
 from incfs.pool import Pool
 from incfs.store import TABLES_NAME, Options, Store, new_nonce
-from incfs.superblock import SUPERBLOCK_NAME, Superblock, is_block_size, read_superblock, write_superblock
+from incfs.superblock import (
+    ANNOUNCED_NAME,
+    SUPERBLOCK_NAME,
+    Superblock,
+    announce_superblock,
+    is_block_size,
+    publish_superblock,
+    read_superblock,
+)
 
 DEFAULT_JOURNAL_BYTES = 16 << 20
 MIN_JOURNAL_BYTES = 64 << 10
@@ -66,7 +76,8 @@ def create_pool(
     """Make a pool with one storage volume in each image directory.
 
     Args:
-        directory: Made if missing; must be empty otherwise.
+        directory: Made if missing; otherwise it may hold empty directories, and what a creation
+            left that was cut off.
         block_bytes: A power of two, 64 to 65536.
         capacity_bytes: Most that all storage volumes together may grow to; None for no limit.
         directories: Where the images go; ``DIRECTORY/images`` without any.
@@ -79,6 +90,7 @@ def create_pool(
     Raises:
         UsageError: A size makes no sense.
         AlreadyExists: The directory is not empty.
+        PoolLocked: Another process creates a pool there.
         BackingError, NoSpace: The host failed.
     """
     if not is_block_size(block_bytes):
@@ -90,13 +102,26 @@ def create_pool(
     backing = backing or Backing()
     backing.make_directory(directory)
     backing.sync_directory(directory.parent)
-    if any(directory.iterdir()):
-        kind = "a pool already" if (directory / SUPERBLOCK_NAME).exists() else "not empty"
-        raise AlreadyExists(f"{directory} is {kind}; choose another directory", path=str(directory))
-    superblock = Superblock(str(uuids.uuid4()), block_bytes, journal_bytes, LMDB_LIB_VERSION, time.time_ns())
-    pool = Pool(directory, UUID(superblock.uuid), block_bytes, backing)
-    records = []
     places = list(directories) or [directory / IMAGES_NAME]
+    _require_empty(directory)
+    lock = PoolLock(directory)
+    try:
+        _clear_half_made(backing, directory, places)
+        _require_empty(directory)
+        superblock = Superblock(str(uuids.uuid4()), block_bytes, journal_bytes, LMDB_LIB_VERSION, time.time_ns())
+        announce_superblock(backing, directory, superblock)
+        _create_files(backing, directory, superblock, places, capacity_bytes)
+        publish_superblock(backing, directory)
+    finally:
+        lock.release()
+    return superblock
+
+
+def _create_files(
+    backing: Backing, directory: Path, superblock: Superblock, places: Sequence[Path], capacity_bytes: int | None
+) -> None:
+    pool = Pool(directory, UUID(superblock.uuid), superblock.block_bytes, backing)
+    records = []
     for number, place in enumerate(places, 1):
         backing.make_directory(place)
         backing.sync_directory(place.parent)
@@ -104,15 +129,49 @@ def create_pool(
         record = new_storage(superblock, directory, place, StorageId(number), capacity_bytes=capacity)
         pool.create_image(record)
         records.append(record)
-    Journal.create(backing, directory, UUID(superblock.uuid), segment_bytes=journal_bytes, nonce=new_nonce())
+    Journal.create(backing, directory, UUID(superblock.uuid), segment_bytes=superblock.journal_bytes, nonce=new_nonce())
     tables = Tables(directory / TABLES_NAME, backing, create=True)
     try:
         values = record_puts({("storage", (record.id,)): record for record in records})
         tables.write({}, Puts(values, {"sequence": 0, "segment": 1, "last_volume": 0}))
     finally:
         tables.close()
-    write_superblock(backing, directory, superblock)
-    return superblock
+
+
+def _is_half_made(directory: Path) -> bool:
+    return not (directory / SUPERBLOCK_NAME).exists() and (directory / ANNOUNCED_NAME).exists()
+
+
+def _require_empty(directory: Path) -> None:
+    """Refuse a directory that holds a file, but for what a creation left that was cut off."""
+    found = [path for path in directory.iterdir() if path.name != LOCK_NAME]
+    if not _is_half_made(directory) and any(not path.is_dir() or any(path.iterdir()) for path in found):
+        kind = "a pool already" if (directory / SUPERBLOCK_NAME).exists() else "not empty"
+        raise AlreadyExists(f"{directory} is {kind}; choose another directory", path=str(directory))
+
+
+def _clear_half_made(backing: Backing, directory: Path, places: Sequence[Path]) -> None:
+    """Remove the files of a pool that never was one: its announcement last, for this may be cut off, too."""
+    if not _is_half_made(directory):
+        return
+    tables = directory / TABLES_NAME
+    doomed = [*journal_paths(directory), tables, tables.with_name(f"{TABLES_NAME}-lock")]
+    try:
+        uuid = read_superblock(backing, directory, ANNOUNCED_NAME).uuid
+    except (NotAPool, FormatError):
+        uuid = ""  # it is durable before an image is made
+    for place in places if uuid else ():
+        doomed += place.glob(_image_name(uuid, "*"))
+    for path in doomed:
+        if path.exists():
+            backing.remove(path)
+            backing.sync_directory(path.parent)
+    backing.remove(directory / ANNOUNCED_NAME)
+    backing.sync_directory(directory)
+
+
+def _image_name(uuid: str, storage_id: StorageId | str, leg: int = 0) -> str:
+    return f"incfs-{uuid[:8]}-{storage_id}{f'.leg{leg}' if leg else ''}.img"
 
 
 def new_storage(
@@ -138,12 +197,13 @@ def new_storage(
         redundancy: What lies below it.
         mirrors: Further image files, or directories for them: legs of a mirror.
     """
-    name = f"incfs-{superblock.uuid[:8]}-{storage_id}"
-    stored = stored_path(directory, path, f"{name}.img")
-    legs = tuple(stored_path(directory, leg, f"{name}.leg{i}.img") for i, leg in enumerate(mirrors, 1))
+    stored, *legs = (
+        stored_path(directory, leg, _image_name(superblock.uuid, storage_id, number))
+        for number, leg in enumerate((path, *mirrors))
+    )
     blocks = UNLIMITED_BLOCKS if capacity_bytes is None else capacity_bytes // superblock.block_bytes
     return Storage(
-        storage_id, str(uuids.uuid4()), stored, blocks, time.time_ns(), storage_class, redundancy, mirrors=legs
+        storage_id, str(uuids.uuid4()), stored, blocks, time.time_ns(), storage_class, redundancy, mirrors=tuple(legs)
     )
 
 
@@ -199,6 +259,7 @@ def make_storage(
     )
     if mirrors:
         _require_separate_legs(store, record, force=force)
+    _clear_half_added(store, record)
     store.pool.create_image(record)
     return record
 
@@ -214,6 +275,20 @@ def _require_separate_legs(store: Store, record: Storage, *, force: bool) -> Non
             f"the legs {', '.join(map(str, paths))} lie on one filesystem, whose failure would take all of them; "
             f"choose directories on different disks, or say --force"
         )
+
+
+def _clear_half_added(store: Store, record: Storage) -> None:
+    """Remove images without blocks that have the names of the next ones: an addition was cut off."""
+    for leg, path in enumerate(store.pool.leg_paths(record)):
+        if path.name != _image_name(store.superblock.uuid, record.id, leg) or not path.is_file():
+            continue
+        file = store.backing.open(path)
+        try:
+            is_empty = file.length_bytes() <= DATA_OFFSET_BYTES
+        finally:
+            file.close()
+        if is_empty:
+            store.backing.remove(path)
 
 
 def open_store(directory: Path, options: Options | None = None, backing: Backing | None = None) -> Store:

@@ -122,6 +122,8 @@ class Space:
         """Volumes with reservations -> blocks of it that they do not occupy yet."""
         self._refusals: dict[StorageId, NoSpace] = {}
         """Images that could not grow when space was last made."""
+        self.checkpoint_refusal: NoSpace | None = None
+        """Why a checkpoint could not free anything then."""
         self.targets: dict[MapId, StorageId] = {}
         """Leases whose blocks should come from a certain storage volume."""
         self.settings = PoolSettings()
@@ -346,9 +348,10 @@ class Space:
             NoSpace: Nothing is left to do, and it has not.
         """
         self._refusals.clear()
+        self.checkpoint_refusal = None
         may_add = bool(self.settings.directories)
         while not self.grant(lease, block_count, urgent=urgent):
-            if self._pool.freed_blocks * self._block_bytes >= self.extend_bytes:
+            if self._frees_much():
                 yield Step.CHECKPOINT
                 continue
             growth = self.next_growth(lease)
@@ -370,6 +373,10 @@ class Space:
         if not self.grant(lease, block_count, urgent=urgent):
             raise self._full(lease)
 
+    def _frees_much(self) -> bool:
+        """Tell whether a checkpoint frees as much as an image would grow, if there is room for one."""
+        return self.checkpoint_refusal is None and self._pool.freed_blocks * self._block_bytes >= self.extend_bytes
+
     def _full(self, lease: MapId) -> NoSpace:
         settings = self.settings_of(split_map_id(lease)[0])
         rules = [*settings.place, *([f"copies={settings.copies}"] if settings.copies > 1 else [])]
@@ -378,6 +385,8 @@ class Space:
         reasons = [str(error) for error in self._refusals.values()] or [
             "its storage volumes are at their capacity limits"
         ]
+        if self.checkpoint_refusal is not None:
+            reasons.append(f"freed blocks wait for a checkpoint: {self.checkpoint_refusal}")
         return NoSpace("the pool is full: " + "; ".join(reasons) + "; add one with `incfs storage add`, or remove data")
 
 

@@ -435,7 +435,7 @@ class Store:
 
         The caller runs ``Commit.run`` in any thread, then ``end_commit`` here.
         """
-        self.require_writable()
+        self.require_writable()  # first: a commit that failed stays
         assert self._commit is None, "one commit at a time"
         self.absorb()
         self.note_failed_legs()
@@ -575,6 +575,7 @@ class Store:
 
     def checkpoint(self) -> None:
         """Commit, and fold everything into the tables."""
+        self.require_writable()  # the one that is unfinished may be what failed
         if self._checkpoint is not None:
             self._finish(self._checkpoint)
         checkpoint = self.begin_checkpoint(new_nonce())

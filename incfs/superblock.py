@@ -18,6 +18,8 @@ from incfs.model import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES
 
 FORMAT_VERSION = 1
 SUPERBLOCK_NAME = "superblock"
+ANNOUNCED_NAME = "superblock.creating"
+_NEW_NAME = "superblock.new"
 _MAX_BYTES = 65536
 
 
@@ -99,14 +101,14 @@ def decode_fields(text: bytes, path: Path) -> Superblock:
     return superblock
 
 
-def read_superblock(backing: Backing, directory: Path) -> Superblock:
-    """Read the superblock of the pool in ``directory``.
+def read_superblock(backing: Backing, directory: Path, name: str = SUPERBLOCK_NAME) -> Superblock:
+    """Read the superblock of the pool in ``directory``, or what announces one.
 
     Raises:
         NotAPool: There is none.
         UnsupportedFormat, FormatError: As ``decode_superblock``.
     """
-    path = directory / SUPERBLOCK_NAME
+    path = directory / name
     if not path.is_file():
         raise NotAPool(f"{directory} is not an incfs pool: it has no {SUPERBLOCK_NAME} file", path=str(directory))
     file = backing.open(path)
@@ -119,14 +121,37 @@ def read_superblock(backing: Backing, directory: Path) -> Superblock:
 def write_superblock(backing: Backing, directory: Path, superblock: Superblock) -> None:
     """Write the superblock; a directory is a pool once this returned.
 
-    Atomicity: the file appears whole or not at all.
+    Atomicity: the file appears whole or not at all, and not before the other files.
     """
-    temporary = directory / f"{SUPERBLOCK_NAME}.new"
-    file = backing.create(temporary)
+    _write_file(backing, directory / _NEW_NAME, superblock)
+    _publish(backing, directory, _NEW_NAME)
+
+
+def announce_superblock(backing: Backing, directory: Path, superblock: Superblock) -> None:
+    """Say that this pool is being created here, before anything of it is made.
+
+    Durability: durable on return, so whatever a creation that is cut off leaves can be told
+    from a pool that has lost its superblock.
+    """
+    _write_file(backing, directory / ANNOUNCED_NAME, superblock)
+    backing.sync_directory(directory)
+
+
+def publish_superblock(backing: Backing, directory: Path) -> None:
+    """End what ``announce_superblock`` began: the directory is a pool once this returned."""
+    _publish(backing, directory, ANNOUNCED_NAME)
+
+
+def _write_file(backing: Backing, path: Path, superblock: Superblock) -> None:
+    file = backing.create(path)
     try:
         file.pwrite(0, encode_superblock(superblock))
         file.sync()
     finally:
         file.close()
-    backing.replace(temporary, directory / SUPERBLOCK_NAME)
+
+
+def _publish(backing: Backing, directory: Path, name: str) -> None:
+    backing.sync_directory(directory)  # the names of the other files are durable before this one
+    backing.replace(directory / name, directory / SUPERBLOCK_NAME)
     backing.sync_directory(directory)

@@ -8,10 +8,13 @@ import pytest
 from incfs import legs, recovery, relocation
 from incfs.model import StorageId, Volume
 from incfs.store import Store
-from tests.crash.test_power_cut import Recorder, pattern, picture
+from tests.crash.test_power_cut import pattern
 from tests.support import pools
-from tests.support.recording import CHOICES, Choice
+from tests.support.recorder import Recorder, make_media
+from tests.support.simulator import Simulator
 
+LIMIT = 64
+"""States of one cut."""
 MIRROR = StorageId(2)
 
 
@@ -70,27 +73,22 @@ def write(store: Store, volume: Volume, offset: int, length: int) -> None:
         store.commit()
 
 
+class Scrubber(Simulator):
+    """Compares the legs of what was recovered, too."""
+
+    @staticmethod
+    def _examine(store: Store) -> bytes:
+        found = Simulator._examine(store)
+        for table in relocation.tables(store):
+            for page_index in store.log.page_indexes(table):
+                scrubbed = legs.scrub_blocks(store, legs.page_blocks(store, table, page_index))
+                assert not scrubbed.wrong_blocks
+        return found
+
+
 @pytest.mark.parametrize("small_commit_bytes", [0, 65536], ids=["flush-images", "data-in-record"])
 def test_a_leg_that_counts_as_sound_has_everything(pool_home: Path, small_commit_bytes: int) -> None:
     options = pools.tiny_options(small_commit_bytes=small_commit_bytes)
-    with Recorder(pool_home / "real", options) as recorder:
+    with Recorder(pool_home / "real", make_media(pool_home / "real"), options) as recorder:
         work(recorder)
-    oldest = newest = tried = 0
-    for number, event in enumerate(recorder.backing.events):
-        recorder.cut.play(event)
-        if event.kind == "mark":
-            kind, point = event.note
-            oldest, newest = (point, newest) if kind == "durable" else (oldest, point)
-        for kind in CHOICES:
-            recorder.cut.make(pool_home / "cut", Choice(kind, number))
-            store = pools.open_tiny(pool_home / "cut" / recorder.pool.name, options)
-            where = f"event {number} ({event.kind} {event.path.name}), unsynced writes {kind}"
-            assert picture(store) in recorder.points[oldest : newest + 1], where
-            for table in relocation.tables(store):
-                for page_index in store.log.page_indexes(table):
-                    found = legs.scrub_blocks(store, legs.page_blocks(store, table, page_index))
-                    assert not found.wrong_blocks, where
-            pools.check_clean(store)
-            store.abandon()
-            tried += 1
-    print(f"{len(recorder.backing.events)} events, {tried} states")
+    Scrubber(pool_home / "cut", options).try_all(recorder.cuts(), LIMIT)

@@ -4,135 +4,54 @@ import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Self
 
+import lmdb
 import pytest
 
 from incfs import clone as clones
-from incfs import relocation
+from incfs import ranges, relocation
 from incfs import volume as volumes
-from incfs.checkpoint import Commit
 from incfs.errors import Busy, NoSpace
 from incfs.model import Snapshot, StorageId, StoredPolicy, VolumeId
-from incfs.pool import PUNCH_BYTES
-from incfs.store import Options, Store, new_nonce
-from tests.support import pools
-from tests.support.recording import CHOICES, Choice, PowerCut, RecordingBacking
+from incfs.pool import PUNCH_BYTES, Pool
+from incfs.store import Store
+from tests.support import pools, simulator
+from tests.support.figures import Figures
+from tests.support.media import MemoryFile
+from tests.support.recorder import Recorder, make_media
+from tests.support.simulator import Simulator
 
-Picture = dict[str, bytes]
-"""Everything a user can see: the bytes of each volume and snapshot by name, and the policy."""
-
-
-def picture(store: Store) -> Picture:
-    seen: Picture = {"[policy]": repr(store.catalog.policy).encode()}
-    for volume in store.catalog.volumes.values():
-        if volume.name:
-            seen[volume.name] = pools.read(store, volume.map_id)
-            for taken in store.catalog.snapshots(volume.id):
-                seen[f"{volume.name}@{taken.name}"] = pools.read(store, taken.map_id)
-    return seen
-
-
-class Recorder:
-    """Runs a workload and notes what each commit must bring back."""
-
-    def __init__(self, home: Path, options: Options, *, storages: int = 1, capacity_bytes: int | None = None) -> None:
-        self.backing = RecordingBacking()
-        self.pool = pools.make_pool(home, storages=storages, capacity_bytes=capacity_bytes)
-        self.cut = PowerCut(home)
-        self.points: list[Picture] = [{"[policy]": b"None"}]
-        self._recording = self.backing.recording_tables()
-        self._recording.__enter__()
-        self.store = pools.open_tiny(self.pool, options, self.backing)
-        self._watch_commits(self.store)
-
-    def _watch_commits(self, store: Store) -> None:
-        """Commits happen inside other operations too, to make space."""
-        begin_commit, end_commit = store.begin_commit, store.end_commit
-
-        def begin() -> Commit | None:
-            commit = begin_commit()
-            if commit is not None:
-                self.points.append(picture(store))
-                self.backing.mark(("begun", len(self.points) - 1))
-            return commit
-
-        def end(commit: Commit) -> None:
-            end_commit(commit)
-            self.backing.mark(("durable", len(self.points) - 1))
-
-        store.begin_commit = begin  # type: ignore[method-assign]
-        store.end_commit = end  # type: ignore[method-assign]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._recording.__exit__(None, None, None)
-        self.store.abandon()
-
-    def checkpoint(self, between: Callable[[], None]) -> None:
-        """A checkpoint, with work and commits between its parts."""
-        checkpoint = self.store.begin_checkpoint(new_nonce())
-        checkpoint.run_commit()
-        self.store.end_checkpoint_commit(checkpoint)
-        between()
-        checkpoint.run_fold()
-        plan = self.store.end_checkpoint(checkpoint)
-        between()
-        self.store.pool.punch(plan)
-        self.store.pool.punched(plan)
-
-
-def cut_everywhere(recorder: Recorder, target: Path, seeds: int, every: int = 1, skip: int = 0) -> int:
-    """Cut the power after each event in each way; give how many states were tried."""
-    oldest = newest = tried = 0
-    for number, event in enumerate(recorder.backing.events):
-        recorder.cut.play(event)
-        if event.kind == "mark":
-            kind, point = event.note
-            oldest, newest = (point, newest) if kind == "durable" else (oldest, point)
-        if number % every != skip % every:
-            continue
-        for kind in CHOICES:
-            for seed in range(seeds if kind == "mixed" else 1):
-                recorder.cut.make(target, Choice(kind, number * 1000 + seed))
-                where = f"event {number} ({event.kind} {event.path.name}), unsynced writes {kind}, seed {seed}"
-                verify(recorder, target, recorder.points[oldest : newest + 1], where)
-                tried += 1
-    return tried
-
-
-def verify(recorder: Recorder, target: Path, allowed: list[Picture], where: str) -> None:
-    pool = target / recorder.pool.name
-    first = None
-    for _ in range(2):
-        try:
-            store = pools.open_tiny(pool, recorder.store.options)
-        except Exception as error:
-            raise AssertionError(f"{where}: cannot be opened") from error
-        try:
-            report = pools.run_check(store)
-            assert report.is_clean, f"{where}: {report.problems}"
-            found = picture(store)
-            assert found in allowed, f"{where}: no allowed commit point"
-            pools.check_memory(store)
-        finally:
-            store.abandon()
-        assert first in (None, found), f"{where}: a second recovery gives something else"
-        first = found
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+LONG = os.environ.get("INCFS_TEST_PROFILE") == "long"
+LIMIT = 10240 if LONG else 5120
+"""States of one cut; where there are not more, all of them are tried."""
+SECOND = 40 if LONG else 300
+"""After so many states one has its recovery cut off, too."""
+SEEDS = int(os.environ.get("INCFS_CRASH_SEEDS", "3"))
 
 
 def pattern(seed: int, length: int) -> bytes:
     return Random(seed).randbytes(length)
 
 
+def write_and_commit(store: Store, volume_id: VolumeId, offset_bytes: int, data: bytes) -> None:
+    pools.write(store, store.catalog.volume(volume_id).map_id, offset_bytes, data)
+    store.commit()
+
+
+def set_policy(store: Store, policy: StoredPolicy) -> None:
+    store.begin_change()
+    store.change(policy)
+
+
 @pytest.mark.parametrize("small_commit_bytes", [0, 65536], ids=["flush-images", "data-in-record"])
 def test_every_cut_of_a_small_workload_gives_a_commit_point(pool_home: Path, small_commit_bytes: int) -> None:
     options = pools.tiny_options(small_commit_bytes=small_commit_bytes)
-    with Recorder(pool_home / "real", options) as recorder:
+    media = make_media(pool_home / "real")
+    with Recorder(pool_home / "real", media, options) as recorder:
         store = recorder.store
         volume = pools.new_volume(store, "a", 5000)
         pools.write(store, volume.map_id, 100, pattern(1, 700))
@@ -154,14 +73,58 @@ def test_every_cut_of_a_small_workload_gives_a_commit_point(pool_home: Path, sma
         store.checkpoint()
         pools.write(store, volume.map_id, 0, pattern(9, 2000))
         store.commit()
-    tried = cut_everywhere(recorder, pool_home / "cut", seeds=4)
-    print(f"{len(recorder.backing.events)} events, {tried} states")
+    Simulator(pool_home / "cut", options).try_all(recorder.cuts(), LIMIT, second_cut_every=SECOND)
+
+
+@pytest.mark.parametrize("small_commit_bytes", [0, 65536], ids=["flush-images", "data-in-record"])
+def test_every_cut_of_a_full_pool_gives_a_commit_point(pool_home: Path, small_commit_bytes: int) -> None:
+    """Each write needs blocks that an earlier one freed (I3)."""
+    options = pools.tiny_options(small_commit_bytes=small_commit_bytes)
+    media = make_media(pool_home / "real", capacity_bytes=36 * pools.BLOCK)
+    with Recorder(pool_home / "real", media, options) as recorder:
+        volume = pools.new_volume(recorder.store, "a")
+        for step in range(5):
+            pools.write(recorder.store, volume.map_id, step % 2 * 64, pattern(step + 50, 15 * 64))
+            recorder.store.absorb()
+            write_and_commit(recorder.store, volume.id, step % 3 * 64, pattern(step, 15 * 64))
+    Simulator(pool_home / "cut", options).try_all(recorder.cuts(), LIMIT, second_cut_every=SECOND)
+
+
+@pytest.mark.parametrize("small_commit_bytes", [0, 500], ids=["flush-images", "both-ways"])
+def test_every_cut_while_volumes_grow_shrink_and_go_gives_a_commit_point(
+    pool_home: Path, small_commit_bytes: int
+) -> None:
+    """Images grow and are punched, a shrink is trimmed and a removed snapshot folded in steps, each committed."""
+    options = pools.tiny_options(small_commit_bytes=small_commit_bytes, extend_bytes=1024)
+    media = make_media(pool_home / "real", storages=2)
+    with Recorder(pool_home / "real", media, options) as recorder:
+        store = recorder.store
+        first, second = pools.new_volume(store, "a"), pools.new_volume(store, "b", 640)
+        for step, start in enumerate((0, 1300, 32_768)):
+            pools.take_snapshots(store, [(first.id, f"s{step}"), (second.id, f"s{step}")])
+            write_and_commit(store, first.id, start, pattern(step, 1500))
+        ranges.drive(store, lambda _: volumes.resize(store, first.id, 700, shrink=True))
+        store.commit()
+        while not ranges.drive(store, lambda wait: ranges.trim(store, first.id, wait=wait)):
+            store.commit()
+        for name in ("s1", "s0", "s2"):
+            pools.remove_snapshot(store, first.id, name)
+            store.commit()
+        while not volumes.reclaim(store, first.id, 1):
+            store.commit()
+        recorder.checkpoint(lambda: write_and_commit(store, second.id, 0, pattern(len(recorder.points), 600)))
+        volumes.remove(store, second.id, snapshots=True)
+        pools.reclaim(store)
+        store.checkpoint()
+        write_and_commit(store, first.id, 0, pattern(7, 3000))
+    Simulator(pool_home / "cut", options).try_all(recorder.cuts(), LIMIT, second_cut_every=SECOND)
 
 
 @pytest.mark.parametrize("small_commit_bytes", [0, 65536], ids=["flush-images", "data-in-record"])
 def test_every_cut_of_clone_and_rollback_gives_a_commit_point(pool_home: Path, small_commit_bytes: int) -> None:
     options = pools.tiny_options(small_commit_bytes=small_commit_bytes)
-    with Recorder(pool_home / "real", options) as recorder:
+    media = make_media(pool_home / "real")
+    with Recorder(pool_home / "real", media, options) as recorder:
         store = recorder.store
         volume = pools.new_volume(store, "a")
         pools.write(store, volume.map_id, 0, pattern(1, 33_500))
@@ -188,14 +151,14 @@ def test_every_cut_of_clone_and_rollback_gives_a_commit_point(pool_home: Path, s
         store.commit()
         pools.reclaim(store)
         store.commit()
-    tried = cut_everywhere(recorder, pool_home / "cut", seeds=2)
-    print(f"{len(recorder.backing.events)} events, {tried} states")
+    Simulator(pool_home / "cut", options).try_all(recorder.cuts(), LIMIT // 40, second_cut_every=SECOND)
 
 
 @pytest.mark.parametrize("small_commit_bytes", [0, 65536], ids=["flush-images", "data-in-record"])
 def test_every_cut_of_an_evacuation_gives_a_commit_point(pool_home: Path, small_commit_bytes: int) -> None:
     options = pools.tiny_options(small_commit_bytes=small_commit_bytes)
-    with Recorder(pool_home / "real", options, storages=2) as recorder:
+    media = make_media(pool_home / "real", storages=2)
+    with Recorder(pool_home / "real", media, options) as recorder:
         store = recorder.store
         volume = pools.new_volume(store, "a")
         pools.write(store, volume.map_id, 0, pattern(1, 6_500))
@@ -215,36 +178,7 @@ def test_every_cut_of_an_evacuation_gives_a_commit_point(pool_home: Path, small_
         store.commit()
         pools.write(store, volume.map_id, 0, pattern(4, 900))
         store.checkpoint()
-    tried = cut_everywhere(recorder, pool_home / "cut", seeds=2, every=2)
-    print(f"{len(recorder.backing.events)} events, {tried} states")
-
-
-@pytest.mark.parametrize("small_commit_bytes", [0, 65536], ids=["flush-images", "data-in-record"])
-def test_every_cut_of_a_full_pool_gives_a_commit_point(pool_home: Path, small_commit_bytes: int) -> None:
-    """Each write needs blocks that an earlier one freed (I3)."""
-    options = pools.tiny_options(small_commit_bytes=small_commit_bytes)
-    with Recorder(pool_home / "real", options, capacity_bytes=36 * pools.BLOCK) as recorder:
-        volume = pools.new_volume(recorder.store, "a")
-        for step in range(5):
-            pools.write(recorder.store, volume.map_id, step % 2 * 64, pattern(step + 50, 15 * 64))
-            recorder.store.absorb()
-            write_and_commit(recorder.store, volume.id, step % 3 * 64, pattern(step, 15 * 64))
-    tried = cut_everywhere(recorder, pool_home / "cut", seeds=2)
-    print(f"{len(recorder.backing.events)} events, {tried} states")
-
-
-def set_policy(store: Store, policy: StoredPolicy) -> None:
-    store.begin_change()
-    store.change(policy)
-
-
-def write_and_commit(store: Store, volume_id: VolumeId, offset_bytes: int, data: bytes) -> None:
-    pools.write(store, store.catalog.volume(volume_id).map_id, offset_bytes, data)
-    store.commit()
-
-
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-SEEDS = int(os.environ.get("INCFS_CRASH_SEEDS", "3"))
+    Simulator(pool_home / "cut", options).try_all(recorder.cuts(), LIMIT // 40, second_cut_every=SECOND)
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -252,13 +186,12 @@ def test_cuts_of_a_random_workload_give_commit_points(pool_home: Path, seed: int
     random = Random(seed)
     options = pools.tiny_options(small_commit_bytes=random.choice([0, 500, 65536]), page_cache_pages=4)
     capacity = random.choice([None, 2 * PUNCH_BYTES])
-    with Recorder(pool_home / "real", options, storages=1 + seed % 2, capacity_bytes=capacity) as recorder:
+    media = make_media(pool_home / "real", storages=1 + seed % 2, capacity_bytes=capacity)
+    with Recorder(pool_home / "real", media, options) as recorder:
         for step in range(60):
             with contextlib.suppress(NoSpace, Busy):
                 random_step(recorder, random, step)
-    every = max(1, len(recorder.backing.events) // 60)
-    tried = cut_everywhere(recorder, pool_home / "cut", seeds=3, every=every, skip=seed)
-    print(f"{len(recorder.backing.events)} events, {tried} states")
+    Simulator(pool_home / "cut", options).try_all(recorder.cuts(), LIMIT // 8, seed=seed, second_cut_every=SECOND)
 
 
 def random_step(recorder: Recorder, random: Random, step: int) -> None:
@@ -301,3 +234,31 @@ def branch_step(store: Store, kind: str, taken: Snapshot, step: int) -> None:
             pools.roll_back(store, taken.volume_id, taken.name, force=True)
         case _:
             clones.create(store, taken, f"k{step}")
+
+
+def no_image_sync(patched: pytest.MonkeyPatch) -> None:
+    patched.setattr(Pool, "sync", lambda pool: None)
+
+
+def no_journal_sync(patched: pytest.MonkeyPatch) -> None:
+    sync = MemoryFile.sync
+    patched.setattr(MemoryFile, "sync", lambda file: None if "journal" in file.path.name else sync(file))
+
+
+def no_sync_of_tables(patched: pytest.MonkeyPatch) -> None:
+    patched.setattr(lmdb, "open", partial(lmdb.open, sync=False))
+
+
+def no_sync_of_roots(patched: pytest.MonkeyPatch) -> None:
+    patched.setattr(lmdb, "open", partial(lmdb.open, metasync=False))
+
+
+@pytest.mark.parametrize("broken", [no_image_sync, no_journal_sync, no_sync_of_tables, no_sync_of_roots])
+def test_the_simulator_notices(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch, broken: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    monkeypatch.setattr(simulator, "FIGURES", Figures())  # these are not the product's
+    monkeypatch.setitem(globals(), "LIMIT", 48)
+    broken(monkeypatch)
+    with pytest.raises(AssertionError, match="event"):
+        test_every_cut_of_a_small_workload_gives_a_commit_point(pool_home, 0 if broken is no_image_sync else 65536)

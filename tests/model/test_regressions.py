@@ -1,5 +1,8 @@
 """Bugs that the state machine, the power cuts or a reading found, each as its shortest story."""
 
+import contextlib
+import errno
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,11 @@ from incfs import volume as volumes
 from incfs.backing import Backing, File
 from incfs.errors import BackingError, IncfsError, NoSpace, PoolReadOnly
 from incfs.model import HOLE
+from incfs.store import Store
 from tests.support import pools
+from tests.support.faults import Fault, FaultyBacking
+from tests.support.media import MemoryBacking
+from tests.support.recorder import make_media
 
 
 class FailingBacking(Backing):
@@ -145,6 +152,40 @@ def test_a_checkpoint_without_host_space_may_be_tried_again(pool_home: Path, mon
             assert store.failure is None
         pools.write(store, volume.map_id, 64, b"y" * 64)
         pools.check_clean(store)
+
+
+def test_a_commit_after_one_that_failed_is_refused(pool_home: Path) -> None:
+    """It ended in an assertion: one commit at a time."""
+    with _failing_once(pool_home, Fault("write", 1, errno.ENOSPC)) as store:
+        with pytest.raises(NoSpace):
+            store.commit()
+        with pytest.raises(PoolReadOnly):
+            store.commit()
+
+
+def test_a_checkpoint_that_failed_is_not_folded_by_the_next(pool_home: Path) -> None:
+    """The tables then named a journal segment that had never been started: the pool could not be opened."""
+    with _failing_once(pool_home, Fault("write", 3, errno.EIO)) as store:
+        with pytest.raises(BackingError):
+            store.checkpoint()
+        with pytest.raises(PoolReadOnly):
+            store.checkpoint()
+        media = store.backing.media()  # type: ignore[attr-defined]
+    backing = MemoryBacking(pool_home)
+    backing.load(media)
+    pools.open_tiny(pool_home / "pool", backing=backing).close()
+
+
+@contextlib.contextmanager
+def _failing_once(home: Path, fault: Fault) -> Iterator[Store]:
+    """Give a pool with something to commit, where one operation will fail: block, record, acknowledgement, segment."""
+    backing = FaultyBacking(home)
+    backing.load(make_media(home))
+    store = pools.open_tiny(home / "pool", backing=backing)
+    backing.arm(fault)
+    pools.write(store, pools.new_volume(store, "a").map_id, 0, b"x" * 64)
+    yield store
+    store.abandon()
 
 
 def _no_space(*_: object, **__: object) -> None:

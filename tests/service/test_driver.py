@@ -115,20 +115,20 @@ async def test_a_checkpoint_waits_for_room_and_harms_nothing(pool_home: Path, mo
         raise NoSpace("the host is full")
 
     monkeypatch.setattr(committer, "_NO_SPACE_RETRY_S", 0.001)
-    async with (
-        open_service(pools.make_pool(pool_home), pools.tiny_options()) as service,
-        trio.open_nursery() as nursery,
-    ):
+    async with open_service(pools.make_pool(pool_home), pools.tiny_options()) as service:
         volume = await service.create_volume("a", 640)
         with monkeypatch.context() as patched, trio.fail_after(10):
             patched.setattr(Checkpoint, "reserve", no_room)
-            nursery.start_soon(service.checkpoint)
+            with pytest.raises(NoSpace):
+                await service.checkpoint()
             while refused < 3:
                 await trio.sleep(0.001)
             await service.write(volume.map_id, 0, b"x" * 64)
             await service.commit()
             assert service._store.is_checkpointing
         with trio.fail_after(10):
+            while service._store.is_checkpointing:
+                await trio.sleep(0.001)
             await service.checkpoint()
         assert not service._store.has_unfolded
 

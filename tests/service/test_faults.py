@@ -1,0 +1,227 @@
+"""A disk that hangs, or is full: everything else goes on, and what waits is told or comes right in the end."""
+
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+from typing import Any, get_args
+
+import pytest
+import trio
+
+from incfs.backing import File
+from incfs.errors import NoSpace
+from incfs.log import Tables
+from incfs.model import Volume
+from incfs.planes import HAS_NATIVE, PlaneKind
+from incfs.pool import PUNCH_BYTES
+from incfs.recovery import create_pool
+from incfs.service import Service, open_service
+from incfs.store import TABLES_NAME, Options
+
+PLANES: list[PlaneKind] = [kind for kind in get_args(PlaneKind) if kind != "auto" and (HAS_NATIVE or kind != "native")]
+PATIENCE_S = 30
+DATA = Random(1).randbytes(3 * PUNCH_BYTES)
+
+
+class Hang:
+    """One method of the host that blocks until it is released; with ``once`` only its first call does."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, owner: type, method: str, suffix: str, *, once: bool = False
+    ) -> None:
+        self._entered = threading.Event()
+        self._released = threading.Event()
+        original: Callable[..., Any] = getattr(owner, method)
+
+        def hang(receiver: Any, *arguments: Any, **options: Any) -> Any:
+            path = receiver.path if isinstance(receiver, File) else receiver._path
+            is_over = self._released.is_set() or (once and self._entered.is_set())
+            if not is_over and path.name.endswith(suffix):
+                self._entered.set()
+                assert self._released.wait(PATIENCE_S), "nobody releases it"
+            return original(receiver, *arguments, **options)
+
+        monkeypatch.setattr(owner, method, hang)
+
+    async def entered(self) -> None:
+        """Wait until somebody hangs."""
+        with trio.fail_after(PATIENCE_S):
+            assert await trio.to_thread.run_sync(self._entered.wait, PATIENCE_S)
+
+    def release(self) -> None:
+        """Let it go on, and never hang again."""
+        self._released.set()
+
+
+def options(plane: PlaneKind, extend_bytes: int) -> Options:
+    return Options(
+        data_plane=plane,
+        extend_bytes=extend_bytes,
+        host_reserve_bytes=0,
+        commit_interval_s=1e6,
+        checkpoint_interval_s=1e6,
+    )
+
+
+@asynccontextmanager
+async def two_volumes(
+    home: Path, plane: PlaneKind = "python", extend_bytes: int = 8 * len(DATA)
+) -> AsyncIterator[tuple[Service, Volume, Volume]]:
+    if not (home / "pool").exists():
+        create_pool(home / "pool", journal_bytes=1 << 20)
+    async with open_service(home / "pool", options(plane, extend_bytes)) as service:
+        if not service.volumes():
+            for name in "ab":
+                made = await service.create_volume(name, 4 * len(DATA))
+                await service.write(made.map_id, 0, DATA)
+            await service.checkpoint()
+        first, second = service.volumes()
+        yield service, first, second
+
+
+async def rewrite(service: Service, volume: Volume) -> None:
+    await service.write(volume.map_id, 0, DATA[::-1])
+
+
+HANGS: dict[str, tuple[type, str, str, Callable[[Service, Volume], Any]]] = {
+    "record": (File, "sync", "journal.0", lambda s, v: s.commit()),
+    "images": (File, "sync", ".img", lambda s, v: s.commit()),
+    "segment": (File, "pwrite", "journal.1", lambda s, v: s.checkpoint()),
+    "reserve": (File, "allocate", TABLES_NAME, lambda s, v: s.checkpoint()),
+    "fold": (Tables, "write", TABLES_NAME, lambda s, v: s.checkpoint()),
+    "punch": (File, "punch", ".img", lambda s, v: s.checkpoint()),
+    "growth": (File, "allocate", ".img", lambda s, v: s.write(v.map_id, len(DATA), 8 * DATA)),
+}
+
+
+@pytest.mark.parametrize("plane", PLANES)
+@pytest.mark.parametrize("what", HANGS)
+async def test_others_go_on_while_the_host_hangs(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch, what: str, plane: PlaneKind
+) -> None:
+    owner, method, suffix, operation = HANGS[what]
+    with trio.fail_after(2 * PATIENCE_S):
+        async with two_volumes(pool_home, plane) as (service, first, second), trio.open_nursery() as nursery:
+            await rewrite(service, first)
+            await service.write(second.map_id, 0, b"y" * 4096)  # leaves it with room for more
+            hang = Hang(monkeypatch, owner, method, suffix)
+            finished: list[str] = []
+            nursery.start_soon(_run, finished, operation, service, first)
+            await hang.entered()
+            await go_on(service, first, second)
+            assert not finished, "it said that it was done while the host hung"
+            nursery.start_soon(_run, finished, lambda s, v: s.commit(), service, first)
+            hang.release()
+        assert len(finished) == 2
+    monkeypatch.undo()
+    async with two_volumes(pool_home, plane) as (service, first, second):
+        await go_on(service, first, second)
+        assert (await service.check(True)).is_clean
+
+
+async def _run(finished: list[str], operation: Callable[..., Any], service: Service, volume: Volume) -> None:
+    await operation(service, volume)
+    finished.append(volume.name)
+
+
+async def go_on(service: Service, first: Volume, second: Volume) -> None:
+    """Read both volumes, and write what needs no more room."""
+    with trio.fail_after(PATIENCE_S):
+        assert await service.read(first.map_id, 0, len(DATA)) == DATA[::-1]
+        assert (await service.read(second.map_id, 0, len(DATA)))[:4096] in (DATA[:4096], b"y" * 4096)
+        await service.write(second.map_id, 0, b"y" * 4096)
+        assert await service.read(second.map_id, 0, 4096) == b"y" * 4096
+        assert await service.read(second.map_id, 4096, 4096) == DATA[4096:8192]
+        assert [v.name for v in service.volumes()] == ["a", "b"]
+
+
+async def test_a_read_that_hangs_holds_up_nobody_else(pool_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with two_volumes(pool_home) as (service, first, second), trio.open_nursery() as nursery:
+        hang = Hang(monkeypatch, File, "pread", ".img", once=True)
+        cached = File.pread_cached
+        cold = [True]
+
+        monkeypatch.setattr(File, "pread_cached", lambda f, o, n: None if cold and cold.pop() else cached(f, o, n))
+        finished: list[str] = []
+        nursery.start_soon(_run, finished, lambda s, v: s.read(v.map_id, 0, 4096), service, first)
+        await hang.entered()
+        with trio.fail_after(PATIENCE_S):
+            assert await service.read(second.map_id, 0, len(DATA)) == DATA
+            await service.write(second.map_id, 0, b"z" * 4096)
+            await service.commit()
+        assert not finished
+        hang.release()
+
+
+def without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = File.allocate
+
+    def allocate(file: File, *arguments: Any, **keywords: Any) -> None:
+        if file.path.name == TABLES_NAME:
+            raise NoSpace(f"cannot grow {file.path}: No space left on device", path=str(file.path))
+        original(file, *arguments, **keywords)
+
+    monkeypatch.setattr(File, "allocate", allocate)
+
+
+async def test_who_waits_for_a_checkpoint_is_told_that_there_is_no_room(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``pool check`` waited without end when the metadata's disk was full."""
+    async with two_volumes(pool_home) as (service, first, _):
+        await rewrite(service, first)
+        without_room(monkeypatch)
+        with trio.fail_after(PATIENCE_S):
+            for ask in (
+                service.checkpoint(),
+                service.check(False),
+                service.dump(pool_home / "dump"),
+                service.checkpoint(),
+            ):
+                with pytest.raises(NoSpace, match="tables"):
+                    await ask
+            await service.commit()
+            await service.write(first.map_id, len(DATA), DATA)
+            assert await service.read(first.map_id, 0, 2 * len(DATA)) == DATA[::-1] + DATA
+            assert not service.facts()["read_only"]
+        monkeypatch.undo()
+        with trio.fail_after(PATIENCE_S):
+            await folded(service)
+            assert (await service.check(True)).is_clean
+
+
+async def folded(service: Service) -> None:
+    """The checkpoint in the background tries again by itself."""
+    while True:
+        try:
+            return await service.checkpoint()
+        except NoSpace:
+            await trio.sleep(0.05)
+
+
+async def test_closing_without_room_says_so_and_loses_nothing(pool_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with trio.fail_after(PATIENCE_S), pytest.RaisesGroup(NoSpace, flatten_subgroups=True, allow_unwrapped=True):
+        async with two_volumes(pool_home) as (service, first, _):
+            await rewrite(service, first)
+            without_room(monkeypatch)
+    monkeypatch.undo()
+    async with two_volumes(pool_home) as (service, first, _):
+        assert await service.read(first.map_id, 0, len(DATA)) == DATA[::-1]
+        assert (await service.check(True)).is_clean
+
+
+async def test_a_write_finds_room_by_growing_when_a_checkpoint_finds_none(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was freed waits for a checkpoint that the full disk of the metadata holds up; the images have room."""
+    async with two_volumes(pool_home, extend_bytes=len(DATA)) as (service, first, _):
+        without_room(monkeypatch)
+        with trio.fail_after(PATIENCE_S):
+            for turn in range(6):
+                await service.write(first.map_id, 0, DATA[::-1] if turn % 2 else DATA)
+                await service.commit()
+        assert await service.read(first.map_id, 0, len(DATA)) == DATA[::-1]
+        monkeypatch.undo()
+        await folded(service)
