@@ -160,10 +160,12 @@ class Committer:
             store.end_commit(commit)
 
     async def _fold(self, checkpoint: Checkpoint) -> None:
+        told = self._fold_told
         try:
             with trio.CancelScope(shield=True):
                 if not await self._wait_for_room(checkpoint):
                     return
+                told = self._fold_told  # the next checkpoint, which has its own, may begin before this one is through
                 await offload(checkpoint.run_fold)
                 plan = self._store.end_checkpoint(checkpoint)
                 await offload(lambda: self._store.pool.punch(plan))
@@ -174,7 +176,7 @@ class Committer:
         except Exception as error:  # noqa: BLE001 - as in run
             self._store.fail(_unexpected("a checkpoint", error))
         finally:
-            self._fold_told.set()
+            told.set()
 
     async def _dump_if_due(self) -> None:
         """Keep a copy of the metadata beside the images; that it fails is said, and harms nothing else."""

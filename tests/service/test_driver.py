@@ -1,5 +1,6 @@
 """What tasks wait for: pages fetched in worker threads, commits that several share, commits that fail."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +15,7 @@ from incfs.backing import File
 from incfs.checkpoint import Checkpoint
 from incfs.errors import BackingError, NoSpace, PoolReadOnly
 from incfs.model import VolumeId
+from incfs.pool import Pool, PunchPlan
 from incfs.reclaimer import Reclaimer
 from incfs.service import open_service
 from incfs.store import Store
@@ -131,6 +133,39 @@ async def test_a_checkpoint_waits_for_room_and_harms_nothing(pool_home: Path, mo
                 await trio.sleep(0.001)
             await service.checkpoint()
         assert not service._store.has_unfolded
+
+
+async def test_who_waits_for_a_checkpoint_is_told_although_the_next_has_begun(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one may begin while host space is given back; whoever waited then waited for ever."""
+    punch, plans, go_on = Pool.punch, [], threading.Event()
+
+    def slow_punch(pool: Pool, plan: PunchPlan) -> None:
+        plans.append(plan)
+        if len(plans) == 1:
+            go_on.wait()
+        punch(pool, plan)
+
+    async with (
+        open_service(pools.make_pool(pool_home), pools.tiny_options()) as service,
+        trio.open_nursery() as nursery,
+    ):
+        volume = await service.create_volume("a", 640)
+        monkeypatch.setattr(Pool, "punch", slow_punch)
+        with trio.fail_after(10):
+            try:
+                nursery.start_soon(service.checkpoint)
+                while not plans:
+                    await trio.sleep(0.001)
+                await service.write(volume.map_id, 0, b"x" * 64)
+                service._committer.checkpoint_soon()
+                while len(plans) < 2:
+                    await trio.sleep(0.001)
+            finally:
+                go_on.set()
+            while nursery.child_tasks:
+                await trio.sleep(0.001)
 
 
 async def test_what_is_being_removed_counts_as_space(pool_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
