@@ -4,12 +4,13 @@ Each function is one step of the owner thread.  They raise ``Refused`` before an
 happened when a page, a lease or the disk is missing (``drive`` sees to it).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
 from incfs import legs
 from incfs.blocks import split_pages
+from incfs.codec import entry_runs
 from incfs.dataplane import LeaseExhausted, LegFailed, NotResident, ReadWouldWait, Refused
 from incfs.errors import BackingError, ChecksumMismatch, IncfsError, LimitExceeded, NoSpace, NotSupported
 from incfs.extents import next_page, page_entries
@@ -270,14 +271,18 @@ def _discard_page(store: Store, table: MapId, first_block: int, end_block: int) 
         return end_block
     start = max(first_block, found * PAGE_BLOCKS)
     stop = min(end_block, (found + 1) * PAGE_BLOCKS)
-    if store.catalog.volume(split_map_id(table)[0]).origin and not _has_data(store, table, start, stop):
-        return stop  # no need to cover with holes what is none
-    store.plane.discard(table, start, stop - start)
+    for first, count in _to_discard(store, table, start, stop):
+        store.plane.discard(table, first, count)
     return stop
 
 
-def _has_data(store: Store, table: MapId, first_block: int, end_block: int) -> bool:
-    page_index = first_block // PAGE_BLOCKS
-    indexes = range(first_block - page_index * PAGE_BLOCKS, end_block - page_index * PAGE_BLOCKS)
-    entries = page_entries(store, table, page_index)
-    return any(entry[0] > HOLE and index in indexes for index, entry in entries.items())
+def _to_discard(store: Store, table: MapId, first_block: int, end_block: int) -> Iterator[tuple[int, int]]:
+    """Yield (first block, count) of what to discard within a page; of a clone only data: zeros need no cover."""
+    if not store.catalog.volume(split_map_id(table)[0]).origin:
+        yield first_block, end_block - first_block
+        return
+    base = first_block // PAGE_BLOCKS * PAGE_BLOCKS
+    for slot, count, address in entry_runs(page_entries(store, table, base // PAGE_BLOCKS)):
+        start, end = max(first_block, base + slot), min(end_block, base + slot + count)
+        if address > HOLE and start < end:
+            yield start, end - start

@@ -235,6 +235,9 @@ class Store:
             self.baselines.need(record.baseline)
         if isinstance(record, Storage) and record.id in self.pool.volumes:
             self.pool.renew(record)
+        if isinstance(record, Volume) and before is not None and record.origin != before.origin:
+            for table in self.catalog.readers(record.id):  # what they have of the origin is loaded as their own now
+                self.plane.evict(table)
         if isinstance(record, Volume) and record.stripes != (before.stripes if before is not None else ()):
             self._stripe(record)
         if isinstance(record, Volume | Snapshot) and self._served:

@@ -345,3 +345,40 @@ def test_going_back_to_before_a_clone_was_flat_inherits_again(pool_home: Path) -
         pools.reclaim(store)
         assert not store.catalog.volume(made.id).origin
         pools.check_clean(store)
+
+
+def test_a_shrunk_clone_covers_only_what_it_inherited(pool_home: Path) -> None:
+    """The whole map page became holes: a diff then listed blocks that nobody had written."""
+    with pools.open_tiny(pools.make_pool(pool_home)) as store:
+        _, taken = origin_with(store, b"x" * 64)
+        made = clones.create(store, taken, "c")
+        (before,) = pools.take_snapshots(store, [(made.id, "before")])
+        pools.resize(store, made.id, 0)
+        pools.write(store, made.map_id, 64 * 64, b"y")
+        (after,) = pools.take_snapshots(store, [(made.id, "after")])
+        found = [(extent.offset_bytes, extent.length_bytes) for extent in pools.diff(store, before, after)]
+        assert found == [(0, 64), (64 * 64, 1)]
+        assert pools.read(store, made.map_id) == bytes(64 * 64) + b"y"
+        pools.check_clean(store)
+
+
+def test_a_flattened_clone_is_resident_as_a_volume_of_its_own(pool_home: Path) -> None:
+    """Its pages kept the holes that they had from the origin, which the log has no more."""
+    with pools.open_tiny(pools.make_pool(pool_home)) as store:
+        _, taken = origin_with(store, b"x" * 192)
+        branch = clones.create(store, taken, "b")
+        pools.discard(store, branch.map_id, 0, 64)
+        (inner,) = pools.take_snapshots(store, [(branch.id, "t")])
+        made = clones.create(store, inner, "c")
+        expected = pools.read(store, made.map_id)
+        position: int | None = 0
+        while position is not None:
+            start = position
+            position = ranges.drive(
+                store, lambda wait, start=start: clones.flatten_step(store, made.id, start, wait=wait)
+            )  # type: ignore[misc]
+        assert clones.cut_origin(store, made.id)
+        pools.check_memory(store)
+        assert pools.read(store, made.map_id) == expected == bytes(64) + b"x" * 128
+        pools.check_memory(store)
+        pools.check_clean(store)

@@ -242,9 +242,6 @@ class CoreMachine(RuleBasedStateMachine):
         assert volume.id not in self.given_out, "a volume id was used twice"
         self.state[volume.id] = VolumeModel(name, bytearray(size))
 
-    # Only in long runs: a diff over a shrunk baseline lists more than was written, and flattening a clone of one meets
-    # the memory check.  Both are open.
-    @precondition(lambda self: os.environ.get("INCFS_TEST_PROFILE") == "long")
     @rule(name=st.sampled_from(NAMES), blocks=st.integers(0, 600), seed=st.integers(0, 50))
     def create_on_baseline(self, name: str, blocks: int, seed: int) -> None:
         if any(model.name == name for model in self.state.values()) or len(self.store.baselines) > 3:
