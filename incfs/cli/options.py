@@ -1,11 +1,15 @@
 """What commands share: the pool they work on and the options that shape their output."""
 
+import functools
+import inspect
 from collections.abc import Callable
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar, cast
 
 import typer
 
+from incfs.cli.output import TableStyle
 from incfs.errors import UsageError
 from incfs.units import parse_size
 
@@ -57,3 +61,31 @@ def verb(app: typer.Typer, name: str, *aliases: str) -> Callable[[_Command], _Co
         return function
 
     return register
+
+
+_TABLE_OPTIONS: Final = {
+    "as_json": (Json, False),
+    "no_header": (NoHeader, False),
+    "exact": (Exact, False),
+    "columns": (Columns, None),
+}
+
+
+def table(function: _Command) -> _Command:
+    """Give a verb that lists something the options of a list; it gets them as its argument ``style``."""
+    signature = inspect.signature(function, eval_str=True)
+    own = [parameter for name, parameter in signature.parameters.items() if name != "style"]
+    options = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in _TABLE_OPTIONS.items()
+    ]
+
+    @functools.wraps(function)
+    def listed(**arguments: Any) -> Any:
+        style = TableStyle(*(arguments.pop(name) for name in _TABLE_OPTIONS))
+        return function(**arguments, style=style)
+
+    # What typer reads: the signature, and the hints beside it.
+    listed.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    listed.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *options]}
+    return cast("_Command", listed)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from incfs.cli import output
-from incfs.cli.options import Columns, Exact, Json, NoHeader, new_noun, verb
+from incfs.cli.options import Json, new_noun, table, verb
 from incfs.cli.session import call
 from incfs.documents import Document
 from incfs.errors import BackingError, InvalidPolicy
@@ -26,25 +26,23 @@ app = new_noun("policy", "Rules that the pool follows by itself.")
 
 
 @verb(app, "show")
+@table
 def show(
     context: typer.Context,
     *,
     effective: Annotated[
         str | None, typer.Option("--effective", metavar="VOL", help="What holds for a volume, and where it is said.")
     ] = None,
-    as_json: Json = False,
-    no_header: NoHeader = False,
-    exact: Exact = False,
-    columns: Columns = None,
+    style: output.TableStyle,
 ) -> None:
     """Print the policy as it was set."""
     document = call(context, "policy.show", effective=effective)
-    if as_json or effective is None:
-        _print_text(document, as_json)
+    if style.json or effective is None:
+        _print_text(document, style.json)
         return
     for row in document["effective"]:
         row["value"] = json.dumps(row["value"])
-    output.print_list(document, "effective", _EFFECTIVE, output.TableStyle(as_json, no_header, exact, columns))
+    output.print_list(document, "effective", _EFFECTIVE, style)
 
 
 def _print_text(document: Document, as_json: bool) -> None:
@@ -74,47 +72,42 @@ def check(file: File, as_json: Json = False) -> None:
 
 
 @verb(app, "run")
+@table
 def run(
     context: typer.Context,
     *,
     dry_run: Annotated[bool, typer.Option("-n", "--dry-run", help="Change nothing; say what is due, and why.")] = False,
     hooks: Annotated[bool, typer.Option("--hooks", help="Run the programs that the policy names.")] = False,
-    as_json: Json = False,
-    no_header: NoHeader = False,
-    exact: Exact = False,
-    columns: Columns = None,
+    style: output.TableStyle,
 ) -> None:
     """Do once what is due by the policy."""
     document = call(context, "policy.run", dry_run=dry_run, hooks=hooks)
     done: dict[str, Any] = document["run"]
     for note in done["notes"]:
         typer.echo(f"incfs: {note}", err=True)
-    style = output.TableStyle(as_json, no_header, exact, columns)
-    if as_json:
+    if style.json:
         output.print_json(document)
     elif done["actions"]:
         output.print_list(done, "actions", _ACTIONS, style)
     for item in done["actions"]:
         for error in [item.get("error"), *(refused["error"] for refused in item.get("refused", ()))]:
-            if error and not as_json:
+            if error and not style.json:
                 typer.echo(f"incfs: {item['subject']}: {error}", err=True)
     if any(item["result"] not in {"done", "planned"} for item in done["actions"]):
         raise typer.Exit(EXIT_SKIPPED)
 
 
 @verb(app, "explain")
+@table
 def explain(
     context: typer.Context,
     volume: Annotated[str, typer.Argument(metavar="VOL", help="A volume: its name, or uuid:UUID.")],
     *,
-    as_json: Json = False,
-    no_header: NoHeader = False,
-    exact: Exact = False,
-    columns: Columns = None,
+    style: output.TableStyle,
 ) -> None:
     """Tell for each snapshot of a volume whether it stays, and why."""
     document = call(context, "policy.explain", volume=volume)
-    output.print_list(document, "snapshots", _EXPLAINED, output.TableStyle(as_json, no_header, exact, columns))
+    output.print_list(document, "snapshots", _EXPLAINED, style)
 
 
 def _read(name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 import typer
 
 from incfs.cli import output
-from incfs.cli.options import Columns, Exact, Json, NoHeader, new_noun, verb
+from incfs.cli.options import Json, new_noun, table, verb
 from incfs.cli.session import call
 from incfs.replication import DEFAULT_PROGRAM
 from incfs.units import format_size, parse_size
@@ -44,15 +44,13 @@ def add(
 
 
 @verb(app, "list", "ls")
+@table
 def list_(
     context: typer.Context,
-    as_json: Json = False,
-    no_header: NoHeader = False,
-    exact: Exact = False,
-    columns: Columns = None,
+    *,
+    style: output.TableStyle,
 ) -> None:
     """List the replicas, with the time of the last success and the last error."""
-    style = output.TableStyle(as_json, no_header, exact, columns)
     output.print_list(call(context, "replica.list"), "replicas", _COLUMNS, style)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from incfs.cli import output
-from incfs.cli.options import Columns, DryRun, Exact, Json, NoHeader, new_noun, verb
+from incfs.cli.options import DryRun, Json, new_noun, table, verb
 from incfs.cli.session import Admin, call, run
 from incfs.documents import Document
 from incfs.units import parse_duration, parse_size
@@ -35,17 +35,14 @@ def create(
 
 
 @verb(app, "list", "ls")
+@table
 def list_(
     context: typer.Context,
     volume: Annotated[str | None, typer.Argument(metavar="VOL", help="Only this volume's snapshots.")] = None,
     *,
-    as_json: Json = False,
-    no_header: NoHeader = False,
-    exact: Exact = False,
-    columns: Columns = None,
+    style: output.TableStyle,
 ) -> None:
     """List the snapshots, oldest first."""
-    style = output.TableStyle(as_json, no_header, exact, columns)
     document = call(context, "snapshot.list", volume=volume)
     output.print_list(document, "snapshots", _COLUMNS, style)
 
@@ -115,21 +112,19 @@ def release(context: typer.Context, tag: Tag, targets: Targets, as_json: Json = 
 
 
 @verb(app, "holds")
+@table
 def holds(
     context: typer.Context,
     target: Annotated[str | None, typer.Argument(metavar="VOL[@SNAP]", help="Only of these.")] = None,
     *,
-    as_json: Json = False,
-    no_header: NoHeader = False,
-    exact: Exact = False,
-    columns: Columns = None,
+    style: output.TableStyle,
 ) -> None:
     """List who holds which snapshot, and until when."""
-    style = output.TableStyle(as_json, no_header, exact, columns)
     output.print_list(call(context, "snapshot.holds", target=target), "holds", _HOLD_COLUMNS, style)
 
 
 @verb(app, "diff")
+@table
 def diff(
     context: typer.Context,
     target: Snapshot,
@@ -144,16 +139,12 @@ def diff(
     max_results: Annotated[
         int | None, typer.Option("--max-results", metavar="N", min=1, help="Stop after so many ranges.")
     ] = None,
-    as_json: Json = False,
-    no_header: NoHeader = False,
-    exact: Exact = False,
-    columns: Columns = None,
+    style: output.TableStyle,
 ) -> None:
     """List the ranges that differ between two snapshots of a volume.
 
     In JSON, `next_offset` is where a listing that stopped goes on with `--start`; it is null at the end.
     """
-    style = output.TableStyle(as_json, no_header, exact, columns)
 
     async def collect(admin: Admin) -> Document:
         return await _all_ranges(admin, max_results, target=target, from_snapshot=from_snapshot, start_bytes=start or 0)

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 import typer
 
 from incfs.cli import output
-from incfs.cli.options import Columns, Exact, Json, NoHeader, Rate, new_noun, verb
+from incfs.cli.options import Json, Rate, new_noun, table, verb
 from incfs.cli.session import call
 from incfs.errors import UsageError
 from incfs.units import parse_size
@@ -67,15 +67,13 @@ def add(
 
 
 @verb(app, "list", "ls")
+@table
 def list_(
     context: typer.Context,
-    as_json: Json = False,
-    no_header: NoHeader = False,
-    exact: Exact = False,
-    columns: Columns = None,
+    *,
+    style: output.TableStyle,
 ) -> None:
     """List the storage volumes."""
-    style = output.TableStyle(as_json, no_header, exact, columns)
     output.print_list(call(context, "storage.list"), "storages", _COLUMNS, style)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from incfs.cli import output
-from incfs.cli.options import Columns, Exact, Json, NoHeader, new_noun, verb
+from incfs.cli.options import Json, new_noun, table, verb
 from incfs.cli.pipes import open_input, require_stream_output, write_stream
 from incfs.documents import Document
 from incfs.errors import StreamTruncated, UsageError
@@ -27,16 +27,13 @@ app = new_noun("stream", "Send streams: look at them, prove them, join them, wit
 
 
 @verb(app, "info")
+@table
 def info(
     source: Source = "-",
     *,
-    as_json: Json = False,
-    no_header: NoHeader = False,
-    exact: Exact = False,
-    columns: Columns = None,
+    style: output.TableStyle,
 ) -> None:
     """List the snapshots that a stream carries; reads and proves all of it."""
-    style = output.TableStyle(as_json, no_header, exact, columns)
     output.print_list(_summary(source), "snapshots", _COLUMNS, style)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from incfs.cli import output
-from incfs.cli.options import Columns, DryRun, Exact, Json, NoHeader, Rate, Size, new_noun, verb
+from incfs.cli.options import DryRun, Json, Rate, Size, new_noun, table, verb
 from incfs.cli.session import Admin, call, run
 from incfs.documents import Document
 from incfs.errors import UsageError
@@ -75,15 +75,13 @@ def migrate(context: typer.Context, volume: Volume, *, rate: Rate = None, as_jso
 
 
 @verb(app, "list", "ls")
+@table
 def list_(
     context: typer.Context,
-    as_json: Json = False,
-    no_header: NoHeader = False,
-    exact: Exact = False,
-    columns: Columns = None,
+    *,
+    style: output.TableStyle,
 ) -> None:
     """List the volumes."""
-    style = output.TableStyle(as_json, no_header, exact, columns)
     output.print_list(call(context, "volume.list"), "volumes", _COLUMNS, style)
 
 
@@ -167,17 +165,14 @@ def remove(
 
 
 @verb(app, "map")
+@table
 def map_(
     context: typer.Context,
     target: Annotated[str, typer.Argument(metavar="VOL[@SNAP]", help="A volume or a snapshot.")],
     *,
-    as_json: Json = False,
-    no_header: NoHeader = False,
-    exact: Exact = False,
-    columns: Columns = None,
+    style: output.TableStyle,
 ) -> None:
     """Show where the data is: offset, length and kind of each extent, and its storage address."""
-    style = output.TableStyle(as_json, no_header, exact, columns)
 
     async def collect(admin: Admin) -> Document:
         return await _all_extents(admin, target)
