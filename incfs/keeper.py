@@ -4,9 +4,9 @@ One background task.  What it does by itself it records as an event with its rea
 """
 
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import trio
 
@@ -26,20 +26,17 @@ _PUNCH_RUNS = 500
 _PUNCH_BATCHES = 10
 
 
-class AddStorage(Protocol):
-    """Makes an image and lets the pool allocate from it, under the space lock."""
-
-    def __call__(self, path: str, *, capacity_bytes: int | None = None) -> Awaitable[dict[str, Any]]:
-        """Make one in the directory ``path``."""
+AddImage = Callable[[str], Awaitable[dict[str, Any]]]
+"""Makes an image in a directory and lets the pool allocate from it; called under the space lock."""
 
 
 class Keeper:
     """The task that looks after space."""
 
-    def __init__(self, store: Store, space_lock: trio.Lock, add_storage: AddStorage) -> None:
+    def __init__(self, store: Store, space_lock: trio.Lock, add_image: AddImage) -> None:
         self._store = store
         self._space_lock = space_lock
-        self._add_storage = add_storage
+        self._add_image = add_image
         self._wake = trio.Event()
         self._refused: set[str] = set()
         """Directories in which no image could be made; told once."""
@@ -140,7 +137,7 @@ class Keeper:
         if directory is None:
             return
         try:
-            made = await self._add_storage(str(directory))
+            made = await self._add_image(str(directory))
         except IncfsError as error:
             self._refused.add(str(directory))
             self._store.events.record("image-refused", f"directory {directory}", str(error))

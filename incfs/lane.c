@@ -331,21 +331,6 @@ static void make_head(unsigned char *head, const char *magic, uint32_t length, u
     memcpy(head + HEAD_BYTES - 4, &checksum, 4);
 }
 
-static int write_all(int fd, const unsigned char *data, size_t length, uint64_t offset)
-{
-    while (length) {
-        ssize_t count = pwrite(fd, data, length, offset);
-        if (count < 0 && errno == EINTR)
-            continue;
-        if (count <= 0)
-            return count < 0 ? errno : EIO;
-        data += count;
-        length -= count;
-        offset += count;
-    }
-    return 0;
-}
-
 /* Writes the record and flushes it; *end_bytes moves behind it.  Returns an errno. */
 static int write_record(const struct lane_journal *journal, struct record *record, uint64_t *end_bytes)
 {
@@ -356,7 +341,7 @@ static int write_record(const struct lane_journal *journal, struct record *recor
         return ENOMEM;
     memset(rest, 0, padding);
     make_head(bytes->start, "JREC", body, record->sequence, journal->nonce, crc32c(bytes->start + HEAD_BYTES, body));
-    int error = write_all(journal->fd, bytes->start, bytes->length, *end_bytes);
+    int error = write_fully(journal->fd, bytes->start, bytes->length, *end_bytes);
     if (!error && fdatasync(journal->fd))
         error = errno;
     if (error)
@@ -365,7 +350,7 @@ static int write_record(const struct lane_journal *journal, struct record *recor
     /* Nobody waits for it: see encode_ack in journal.py. */
     unsigned char ack[SECTOR_BYTES] = {0};
     make_head(ack, "JACK", 0, record->sequence, journal->nonce, 0);
-    return write_all(journal->fd, ack, sizeof ack, *end_bytes);
+    return write_fully(journal->fd, ack, sizeof ack, *end_bytes);
 }
 
 /* ---- Commits ------------------------------------------------------------------------------------------------ */

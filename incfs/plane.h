@@ -179,6 +179,8 @@ uint64_t plane_take_written(struct plane *plane, uint64_t map_id);
 void plane_fail(struct plane *plane, int host_errno, uint64_t address);
 /* What plane_fail was told first; 0 if nothing failed. */
 int plane_failure(struct plane *plane, uint64_t *address);
+/* Writes all of it.  Returns an errno. */
+int write_fully(int fd, const void *bytes, size_t length, uint64_t offset);
 /* Reads one block, waiting for the disk.  Returns an errno. */
 int plane_read_stored(struct plane *plane, uint64_t address, char *block);
 void plane_batch_free(struct plane_batch *batch);

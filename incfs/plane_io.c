@@ -72,9 +72,9 @@ static enum plane_status read_extent(struct plane *plane, uint64_t address, size
     return read_waiting(file, offset, buffer, length, &why->host_errno);
 }
 
-/* Gives the host's error, 0 for none. */
-static int write_leg(int fd, off_t offset, const char *data, size_t length)
+int write_fully(int fd, const void *bytes, size_t length, uint64_t offset)
 {
+    const char *data = bytes;
     while (length) {
         ssize_t count = pwrite(fd, data, length, offset);
         if (count < 0 && errno == EINTR)
@@ -94,7 +94,7 @@ static enum plane_status write_extent(struct plane *plane, uint64_t address, siz
     struct file *file = file_of(plane, address);
     off_t offset = file_offset(plane, file, address);
     for (unsigned leg = 0; leg < file->fd_count; leg++) {
-        int error = write_leg(file->fds[leg], offset, data, block_count * plane->block_bytes);
+        int error = write_fully(file->fds[leg], data, block_count * plane->block_bytes, offset);
         if (!error)
             continue;
         why->address = address;

@@ -226,9 +226,9 @@ def make_storage(
     store: Store,
     path: Path,
     *,
-    capacity_bytes: int | None,
-    storage_class: str,
-    redundancy: str,
+    capacity_bytes: int | None = None,
+    storage_class: str = "",
+    redundancy: str = "none",
     mirrors: Sequence[Path] = (),
     force: bool = False,
 ) -> Storage:

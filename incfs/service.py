@@ -5,7 +5,7 @@ thread; only what may block on a disk runs in worker threads.
 """
 
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from incfs.events import KEPT_EVENTS
 from incfs.extents import Extent
 from incfs.histogram import Histogram
 from incfs.keeper import Keeper
-from incfs.model import PAGE_BLOCKS, Facts, Generation, MapId, Snapshot, Volume, VolumeId, split_map_id
+from incfs.model import PAGE_BLOCKS, Facts, Generation, MapId, Snapshot, Storage, Volume, VolumeId, split_map_id
 from incfs.policies import Policies
 from incfs.reclaimer import Reclaimer
 from incfs.scrubstate import last_end_ns
@@ -80,7 +80,7 @@ class Service:
         self._handles: dict[MapId, list[str]] = {}
         self._reclaimer = Reclaimer(store, self._committer, self._handles.__contains__)
         self._driver = Driver(store, self._committer, self._reclaimer)
-        self._keeper = self._driver.keeper = Keeper(store, self._driver.space_lock, self._add_storage)
+        self._keeper = self._driver.keeper = Keeper(store, self._driver.space_lock, self._add_image)
         self.branches = Branches(store, self._committer, self._driver, self._reclaimer)
         """Clones, holds, going back."""
         self.upkeep = Upkeep(store, self._committer, self._driver)
@@ -490,36 +490,23 @@ class Service:
             AlreadyExists: The file is there already.
         """
         async with self._driver.space_lock:
-            return await self._add_storage(
-                path,
-                capacity_bytes=capacity_bytes,
-                storage_class=storage_class,
-                redundancy=redundancy,
-                mirrors=mirrors,
-                force=force,
+            return await self._add_made(
+                lambda: recovery.make_storage(
+                    self._store,
+                    Path(path),
+                    capacity_bytes=capacity_bytes,
+                    storage_class=storage_class,
+                    redundancy=redundancy,
+                    mirrors=[Path(leg) for leg in mirrors],
+                    force=force,
+                )
             )
 
-    async def _add_storage(
-        self,
-        path: str,
-        *,
-        capacity_bytes: int | None = None,
-        storage_class: str = "",
-        redundancy: str = "none",
-        mirrors: Sequence[str] = (),
-        force: bool = False,
-    ) -> dict[str, Any]:
-        record = await offload(
-            lambda: recovery.make_storage(
-                self._store,
-                Path(path),
-                capacity_bytes=capacity_bytes,
-                storage_class=storage_class,
-                redundancy=redundancy,
-                mirrors=[Path(leg) for leg in mirrors],
-                force=force,
-            )
-        )
+    async def _add_image(self, directory: str) -> dict[str, Any]:
+        return await self._add_made(lambda: recovery.make_storage(self._store, Path(directory)))
+
+    async def _add_made(self, make: Callable[[], Storage]) -> dict[str, Any]:
+        record = await offload(make)
         self._store.begin_change()
         self._store.pool.attach(record)
         self._store.change(record)
