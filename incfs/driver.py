@@ -4,7 +4,7 @@ The asynchronous twin of ``ranges.drive``: pages are fetched, the disk is read a
 grow in worker threads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Protocol, TypeVar
 
@@ -69,6 +69,7 @@ class Driver:
             IncfsError: Whatever the request raises.
         """
         healed: set[object] = set()
+        needs: dict[MapId, int] = {}
         for attempt in count():
             try:
                 return request(attempt - len(healed) > _CACHED_READ_TRIES)
@@ -81,7 +82,8 @@ class Driver:
             except NotResident as refusal:
                 await self._load(refusal.map_id, refusal.page_index)
             except LeaseExhausted as refusal:
-                await self.make_space(refusal)
+                needs[refusal.map_id] = refusal.block_count  # of a striped volume each column has a lease
+                await self.make_space(needs, urgent=refusal.is_urgent)
             except ReadWouldWait as refusal:
                 await offload(refusal.warm)
             except TrimPending as refusal:
@@ -109,15 +111,15 @@ class Driver:
         if epoch == log.epoch and chain == catalog.chain(table):
             self._store.install(table, page_index, self._store.resolve(chain, page_index, stored))
 
-    async def make_space(self, refusal: LeaseExhausted) -> None:
-        """Get blocks; in a full pool wait as long as the settings say."""
+    async def make_space(self, needs: Mapping[MapId, int], *, urgent: bool = False) -> None:
+        """Get the blocks that a request needs (lease -> how many); in a full pool wait as long as the settings say."""
         space = self._store.space
         deadline = trio.current_time() + space.settings.queue_s
         while True:
             try:
                 async with self.space_lock:
                     self._store.absorb()
-                    for step in space.steps(refusal.map_id, refusal.block_count, urgent=refusal.is_urgent):
+                    for step in space.steps(needs, urgent=urgent):
                         await self._perform(step)
                 return self._leave_queue()
             except NoSpace as error:
@@ -125,7 +127,7 @@ class Driver:
                     self._tell_full(error)
                     raise
                 self._enter_queue(error)
-            await self._wait_for_space(refusal, deadline)
+            await self._wait_for_space(needs, deadline, urgent=urgent)
 
     async def _perform(self, step: Step | Growth) -> None:
         if isinstance(step, Growth):
@@ -145,17 +147,15 @@ class Driver:
         except NoSpace as error:
             self._store.space.checkpoint_refusal = error
 
-    async def _wait_for_space(self, refusal: LeaseExhausted, deadline: float) -> None:
+    async def _wait_for_space(self, needs: Mapping[MapId, int], deadline: float, *, urgent: bool) -> None:
         """Wait until another try may end otherwise."""
         store = self._store
         while trio.current_time() < deadline and store.failure is None:
             await trio.sleep(_LOOK_EVERY_S)
-            if store.pool.freed_blocks or store.space.grant(
-                refusal.map_id, refusal.block_count, urgent=refusal.is_urgent
-            ):
+            if store.pool.freed_blocks or store.space.grant_all(needs, urgent=urgent):
                 return
             await offload(store.pool.measure_hosts)
-            if store.space.can_grow(refusal.map_id):
+            if any(store.space.can_grow(lease) for lease in needs):
                 return
 
     def _enter_queue(self, error: NoSpace) -> None:

@@ -4,7 +4,7 @@ Each function is one step of the owner thread.  They raise ``Refused`` before an
 happened when a page, a lease or the disk is missing (``drive`` sees to it).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -51,6 +51,7 @@ def drive(store: Store, request: Callable[[bool], Result]) -> Result:
     """
     wait = False
     healed: set[object] = set()
+    needs: dict[MapId, int] = {}
     while True:
         try:
             return request(wait)
@@ -62,7 +63,8 @@ def drive(store: Store, request: Callable[[bool], Result]) -> Result:
         except NotResident as refusal:
             store.load(refusal.map_id, refusal.page_index)
         except LeaseExhausted as refusal:
-            make_space(store, refusal)
+            needs[refusal.map_id] = refusal.block_count  # of a striped volume each column has a lease
+            make_space(store, needs, urgent=refusal.is_urgent)
         except ReadWouldWait:
             wait = True
         except TrimPending as refusal:
@@ -80,14 +82,14 @@ def is_news(healed: set[object], error: IncfsError) -> bool:
     return not known
 
 
-def make_space(store: Store, refusal: LeaseExhausted) -> None:
-    """Get the blocks that a request lacks.
+def make_space(store: Store, needs: Mapping[MapId, int], *, urgent: bool = False) -> None:
+    """Get the blocks that a request needs: lease -> how many.
 
     Raises:
         NoSpace: There are none.
     """
     store.absorb()
-    for step in store.space.steps(refusal.map_id, refusal.block_count, urgent=refusal.is_urgent):
+    for step in store.space.steps(needs, urgent=urgent):
         if isinstance(step, Growth):
             step.run()
         elif step is Step.CHECKPOINT and store.pool.freed_blocks:

@@ -10,7 +10,7 @@ Invariants:
        has room.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -251,10 +251,10 @@ class Space:
 
     # Leases
 
-    def grant(self, lease: MapId, block_count: int, *, urgent: bool = False) -> bool:
+    def grant(self, lease: MapId, block_count: int, *, urgent: bool = False, is_scarce: bool = False) -> bool:
         """Lease blocks to a table until it has ``block_count``; False when too few are free.
 
-        Leases double while a table keeps asking, so that sequential writes stay sequential.
+        Leases double while a table keeps asking, so that sequential writes stay sequential; not where space is scarce.
         """
         leases = self._lease_blocks.setdefault(split_map_id(lease)[0], {})
         wanted = leases[lease] = max(block_count, min(MAX_LEASE_BLOCKS, 2 * leases.get(lease, 8)))
@@ -263,7 +263,7 @@ class Space:
             wanted = max(block_count, min(wanted, left))
         missing = block_count - self._plane.leased_blocks(lease)
         while missing > 0:
-            found = self._allocate(lease, min(wanted, self._allowance(lease, urgent=urgent)))
+            found = self._allocate(lease, min(missing if is_scarce else wanted, self._allowance(lease, urgent=urgent)))
             if found is None:
                 return False
             missing -= found
@@ -341,16 +341,27 @@ class Space:
             for volume in volumes
         )
 
-    def steps(self, lease: MapId, block_count: int, *, urgent: bool = False) -> Iterator[Step | Growth]:
-        """Yield what to do, one after the other, until the lease has ``block_count`` blocks.
+    def _lacking(self, needs: Mapping[MapId, int], *, urgent: bool, is_scarce: bool = False) -> MapId | None:
+        """Grant what is needed; give the first lease that it is too little for."""
+        for lease, block_count in needs.items():
+            if not self.grant(lease, block_count, urgent=urgent, is_scarce=is_scarce):
+                return lease
+        return None
+
+    def grant_all(self, needs: Mapping[MapId, int], *, urgent: bool = False) -> bool:
+        """Grant what several leases need; False when too few blocks are free."""
+        return self._lacking(needs, urgent=urgent) is None
+
+    def steps(self, needs: Mapping[MapId, int], *, urgent: bool = False) -> Iterator[Step | Growth]:
+        """Yield what to do, one after the other, until every lease has the blocks that it needs, all at once.
 
         Raises:
-            NoSpace: Nothing is left to do, and it has not.
+            NoSpace: Nothing is left to do, and they have not.
         """
         self._refusals.clear()
         self.checkpoint_refusal = None
         may_add = bool(self.settings.directories)
-        while not self.grant(lease, block_count, urgent=urgent):
+        while (lease := self._lacking(needs, urgent=urgent)) is not None:
             if self._frees_much():
                 yield Step.CHECKPOINT
                 continue
@@ -367,10 +378,10 @@ class Space:
         else:
             return
         self.revoke_all()
-        if not self.grant(lease, block_count, urgent=urgent):
+        if self._lacking(needs, urgent=urgent, is_scarce=True) is not None:
             yield Step.RECLAIM
             yield Step.CHECKPOINT
-        if not self.grant(lease, block_count, urgent=urgent):
+        if (lease := self._lacking(needs, urgent=urgent, is_scarce=True)) is not None:
             raise self._full(lease)
 
     def _frees_much(self) -> bool:

@@ -13,7 +13,6 @@ import trio
 
 from incfs import relocation, stripes
 from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
-from incfs.dataplane import LeaseExhausted
 from incfs.driver import Driver
 from incfs.errors import BackingError, Busy, IncfsError, UsageError
 from incfs.mirrors import Mirrors, Progress, throttle, walk_pages
@@ -214,7 +213,7 @@ class Upkeep:
         try:
             for lease, slots in planned.slots.items():
                 while len([slot for slot in slots if slot in planned.targets]) < len(slots):
-                    await self._driver.make_space(LeaseExhausted(lease, len(slots)))
+                    await self._driver.make_space({lease: len(slots)})
                     relocation.take_targets(store, planned, lease)
             with trio.CancelScope(shield=True):
                 await offload(lambda: planned.copy(store))

@@ -2,12 +2,13 @@
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from incfs import extents, ranges
+from incfs import extents, ranges, stripes
 from incfs import volume as volumes
 from incfs.backing import Backing, File
 from incfs.errors import BackingError, IncfsError, NoSpace, PoolReadOnly
@@ -17,6 +18,8 @@ from tests.support import pools
 from tests.support.faults import Fault, FaultyBacking
 from tests.support.media import MemoryBacking
 from tests.support.recorder import make_media
+
+BLOCK = pools.BLOCK
 
 
 class FailingBacking(Backing):
@@ -203,4 +206,23 @@ def test_shrinking_to_a_part_of_a_block_works_in_a_full_pool(pool_home: Path) ->
         assert store.catalog.volume(volume.id).trim_from_bytes is None
         ranges.drive(store, lambda _: volumes.resize(store, volume.id, 12 * 64, shrink=False))
         assert pools.read(store, volume.map_id, 0, 12 * 64) == b"x" * (10 * 64 + 7) + bytes(57 + 64)
+        pools.check_clean(store)
+
+
+@pytest.mark.timeout(30)
+def test_a_write_over_two_columns_of_a_full_pool_ends(pool_home: Path) -> None:
+    """Each column in turn took back the blocks that the other one had just been given, for ever."""
+    pool = pools.make_pool(pool_home, capacity_bytes=200 * BLOCK, storages=2)
+    with pools.open_tiny(pool) as store:
+        volume = pools.new_volume(store, "v")
+        stripes.set_count(store, volume.id, 2, unit_bytes=BLOCK)
+        for first in range(0, 200, 40):
+            pools.write(store, volume.map_id, first * BLOCK, os.urandom(40 * BLOCK))
+        with pytest.raises(NoSpace):
+            pools.write(store, volume.map_id, 200 * BLOCK, os.urandom(40 * BLOCK))
+        pools.discard(store, volume.map_id, 0, 30 * BLOCK)
+        store.checkpoint()
+        with pytest.raises(NoSpace):
+            pools.write(store, volume.map_id, 0, os.urandom(40 * BLOCK))
+        pools.write(store, volume.map_id, 0, os.urandom(30 * BLOCK))
         pools.check_clean(store)

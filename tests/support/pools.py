@@ -13,7 +13,7 @@ from incfs.backing import Backing
 from incfs.baseline import describe
 from incfs.blocks import split_address
 from incfs.check import Checker, CheckReport
-from incfs.dataplane import LeaseExhausted, PlaneState
+from incfs.dataplane import PlaneState
 from incfs.errors import NoSpace
 from incfs.model import HOLE, Generation, MapId, Snapshot, Volume, VolumeId, map_id, split_map_id
 from incfs.overlay import TableKey
@@ -184,7 +184,7 @@ def _carry_out(store: Store, planned: Relocation) -> int:
     for lease, slots in planned.slots.items():
         while len([slot for slot in slots if slot in planned.targets]) < len(slots):
             try:
-                ranges.make_space(store, LeaseExhausted(lease, len(slots)))
+                ranges.make_space(store, {lease: len(slots)})
             except NoSpace:
                 relocation.abandon(store, planned)
                 return 0
