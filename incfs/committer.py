@@ -59,6 +59,7 @@ class Committer:
         self._fold_told.set()
         self._no_room: NoSpace | None = None
         """Why it waits; None when it does not."""
+        self._is_dumping = False
         self.is_closing = False
         """Set for the last checkpoint: it does not wait for a full disk to get room."""
 
@@ -181,12 +182,16 @@ class Committer:
     async def _dump_if_due(self) -> None:
         """Keep a copy of the metadata beside the images; that it fails is said, and harms nothing else."""
         interval = self._store.options.dump_interval_s
-        if interval is None or self.is_closing or not dump.copies_are_due(self._store, interval):
+        if interval is None or self.is_closing or self._is_dumping:
             return
+        self._is_dumping = True  # the next checkpoint may come this far before the copies are written
         try:
-            await offload(lambda: dump.write_copies(self._store))
+            if dump.copies_are_due(self._store, interval):
+                await offload(lambda: dump.write_copies(self._store))
         except IncfsError as error:
             logger.warning("the copy of the metadata beside the images could not be written: %s", error)
+        finally:
+            self._is_dumping = False
 
     async def _wait_for_room(self, checkpoint: Checkpoint) -> bool:
         """A full metadata disk harms nothing: the journal has everything until there is room; False at the end."""

@@ -171,10 +171,22 @@ def copy_path(store: Store, storage: Storage) -> Path:
 
 
 def copies_are_due(store: Store, interval_s: float) -> bool:
-    """Tell whether an image has no copy that is younger than ``interval_s``."""
+    """Tell whether an image has no copy that is younger than ``interval_s``.
+
+    Raises:
+        BackingError: The host does not tell.
+    """
     oldest = time.time() - interval_s
-    paths = [copy_path(store, storage) for storage in store.catalog.storages.values()]
-    return any(not path.exists() or path.stat().st_mtime < oldest for path in paths)
+    return any(_is_older(copy_path(store, storage), oldest) for storage in store.catalog.storages.values())
+
+
+def _is_older(path: Path, oldest: float) -> bool:
+    try:
+        return path.stat().st_mtime < oldest
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise translate(error, path, "examine") from error
 
 
 def write_copies(store: Store) -> None:
