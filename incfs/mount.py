@@ -7,7 +7,8 @@ Owns the order of events.  Everything is built up in ``_run`` and taken down in 
 1. The pool is closed after the last request was answered, and the process ends after the pool is closed.
 2. A daemon that dies leaves its mount behind: ENOTCONN, never an empty directory.  Only a clean end unmounts.
 3. The kernel's own pages are written before a clean end and before a snapshot.
-4. No thread of the daemon waits for the daemon's own mount: another process does that (``outside``).
+4. No thread of the daemon waits for the daemon's own mount: another process does that (``outside``).  After the last
+   request nobody waits for that process either.
 """
 
 import contextlib
@@ -128,33 +129,40 @@ def _run_trio(pool: Path, mountpoint: Path, options: MountOptions, parent: Paren
 
 async def _run(pool: Path, mountpoint: Path, options: MountOptions, parent: Parent, outside: Outside) -> None:
     """Serve the mount from its first to its last request."""
-    async with open_service(pool, _store_options(options)) as service:
-        if service.facts()["read_only"]:
-            # Degraded: the kernel must not take writes that nobody could carry out.
-            options = replace(options, read_only=True)
-        operations = Operations(service, options.cache)
-        service.durations = operations.durations
-        with _fuse_session(operations, pool, mountpoint, options) as session:
-            async with trio.open_nursery() as nursery:
-                fusext.start(nursery, operations, service.server)
-                with _hooked(service, operations, KernelHook(mountpoint, outside)) as hook:
-                    stopping = _Stopping(service, hook, mountpoint, outside)
-                    await nursery.start(serve_control, service)
-                    await nursery.start(stopping.watch_signals)
-                    if options.metrics is not None:
-                        await nursery.start(serve_metrics, options.metrics, lambda: metrics.render(service))
-                    if not options.read_only:
-                        service.policies.may_hook = options.hooks
-                        nursery.start_soon(enforce, service)
-                    nursery.start_soon(_tell_ready, mountpoint, session, parent, outside)
-                    aborted = await _serve_requests(mountpoint, outside, stopping)
-                notify_systemd("STOPPING=1")
-                logger.info("%s: no more requests; closing the pool", mountpoint)
-                nursery.cancel_scope.cancel()
+    # The outer nursery minds signals until the pool is closed: one that comes meanwhile must not cut that off.
+    async with trio.open_nursery() as minding:
+        async with open_service(pool, _store_options(options)) as service:
+            if service.facts()["read_only"]:
+                # Degraded: the kernel must not take writes that nobody could carry out.
+                options = replace(options, read_only=True)
+            operations = Operations(service, options.cache)
+            service.durations = operations.durations
+            with _fuse_session(operations, pool, mountpoint, options) as session:
+                async with trio.open_nursery() as nursery:
+                    fusext.start(nursery, operations, service.server)
+                    with _hooked(service, operations, KernelHook(mountpoint, outside)) as hook:
+                        stopping = _Stopping(service, hook, mountpoint, outside)
+                        await _start_tasks(nursery, service, options)
+                        await minding.start(stopping.watch_signals)
+                        nursery.start_soon(_tell_ready, mountpoint, session, parent, outside)
+                        aborted = await _serve_requests(mountpoint, outside, stopping)
+                    notify_systemd("STOPPING=1")
+                    logger.info("%s: no more requests; closing the pool", mountpoint)
+                    nursery.cancel_scope.cancel()
+        minding.cancel_scope.cancel()
     logger.info("%s: the pool is closed", mountpoint)
     failure = stopping.refused or aborted
     if failure is not None:
         raise failure
+
+
+async def _start_tasks(nursery: trio.Nursery, service: "Service", options: MountOptions) -> None:
+    await nursery.start(serve_control, service)
+    if options.metrics is not None:
+        await nursery.start(serve_metrics, options.metrics, lambda: metrics.render(service))
+    if not options.read_only:
+        service.policies.may_hook = options.hooks
+        nursery.start_soon(enforce, service)
 
 
 async def _serve_requests(mountpoint: Path, outside: Outside, stopping: "_Stopping") -> IncfsError | None:
@@ -259,15 +267,21 @@ class _Stopping:
         self._hook = hook
         self._mountpoint = mountpoint
         self._outside = outside
+        self._is_asked = False
         self.refused: IncfsError | None = None
         """Why the mount was left in place, dead."""
 
     async def watch_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Unmount at the first SIGTERM or SIGINT."""
+        """Unmount at the first SIGTERM or SIGINT; the end is under way when others come."""
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
             task_status.started()
             async for number in received:
-                logger.info("%s: unmounting because of %s", self._mountpoint, signal.Signals(number).name)
+                name = signal.Signals(number).name
+                if self._is_asked:
+                    logger.info("%s: %s changes nothing: the mount is ending already", self._mountpoint, name)
+                    continue
+                self._is_asked = True
+                logger.info("%s: unmounting because of %s", self._mountpoint, name)
                 await self._unmount()
 
     async def _unmount(self) -> None:
@@ -279,6 +293,8 @@ class _Stopping:
             self.refused = error
             await self._write_open_volumes()
             pyfuse3.terminate()
+            # Snapshots under way wait for answers of the mount: their handlers, and so the end, would wait for ever.
+            self._outside.give_up()
 
     async def _write_open_volumes(self) -> None:
         """Take over what the kernel has not written yet (syncfs does not wait for FUSE)."""

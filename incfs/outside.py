@@ -39,16 +39,36 @@ class Outside:
     def __init__(self, connections: list[Connection]) -> None:
         self._idle = list(connections)
         self._limiter = trio.CapacityLimiter(len(connections))
+        self._waiting: set[trio.CancelScope] = set()
+        self._is_given_up = False
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """Call a module's function there and return its result.
 
+        Concurrency: may be cancelled; the call goes on without anybody waiting for it.
+
         Raises:
-            DaemonError: The process has gone.
+            DaemonError: The process has gone, or ``give_up`` was called.
             Exception: What the function raised.
         """
-        result: T = await trio.to_thread.run_sync(self._exchange, function, args, limiter=self._limiter)
-        return result
+        with trio.CancelScope() as scope:
+            self._waiting.add(scope)
+            if self._is_given_up:
+                scope.cancel()
+            try:
+                result: T = await trio.to_thread.run_sync(
+                    self._exchange, function, args, limiter=self._limiter, abandon_on_cancel=True
+                )
+                return result
+            finally:
+                self._waiting.discard(scope)
+        raise DaemonError("the mount is ending, and answers nothing any more")
+
+    def give_up(self) -> None:
+        """Wait for no call any more: the mount that they wait for answers nothing from now on."""
+        self._is_given_up = True
+        for scope in self._waiting:
+            scope.cancel()
 
     def _exchange(self, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
         connection = self._idle.pop()
