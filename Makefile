@@ -19,7 +19,7 @@ C_SOURCES := $(wildcard incfs/*.c incfs/*.h)
 export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 .PHONY: help setup system system-demo system-test system-bench test lint sweep demo bench bench-quick wheel clean sanitize damage-long \
-	crash-long teeth soak
+	crash-long kill-long teeth soak
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +78,14 @@ soak: setup system-test sweep ## a day's work in SOAK_MINUTES=10: memory, descri
 
 crash-long: setup ## cut the power in more than 300,000 ways, and let every operation of the host fail
 	INCFS_TEST_PROFILE=long INCFS_CRASH_SEEDS=30 $(BIN)/python -m pytest -o timeout=7200 tests/crash $(PYTEST_ARGS)
+
+# Thousands of rounds, an hour or more: `make kill-long KILL_ROUNDS=500` for fewer.
+KILL_ROUNDS ?= 3000
+kill-long: setup system-test sweep ## end the daemon, or cut the power under it, thousands of times; judge what is left
+	INCFS_KILL_ROUNDS=$(KILL_ROUNDS) INCFS_CUT_STATES=$(KILL_ROUNDS) INCFS_CUT_CLONES=$$(($(KILL_ROUNDS) / 50 + 1)) \
+	    $(BIN)/python -m pytest -rP -o timeout=7200 tests/system/test_kill.py tests/system/test_failpoints.py \
+	    tests/system/test_signals.py tests/system/test_out_of_memory.py tests/system/test_restart.py \
+	    tests/system/test_below_process.py tests/system/test_power_loss.py $(PYTEST_ARGS)
 
 demo: setup system-demo ## the main job on this machine's own files: examples/quickstart.sh
 	examples/quickstart.sh

@@ -1,18 +1,25 @@
 """Starts daemons quickly: ``python -m tests.support.spawner`` has everything imported and forks one for each line.
 
-A line of stdin is a JSON list [pool, mount point, options, log file, notify socket]; the answer is the daemon's
-process id.  The daemon is the product's own ``mount_pool`` in the foreground.
+A line of stdin is a JSON list [pool, mount point, options, log file, notify socket, preparations]; the answer is the
+daemon's process id.  The daemon is the product's own ``mount_pool`` in the foreground, after the preparations: calls of
+functions of the tests, each ["module:function", arguments...].
 """
 
 import contextlib
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.support.cli import environment
+
+Preparation = tuple[str | int | float, ...]
+"""("module:function", argument, ...)."""
 
 
 class Spawner:
@@ -24,11 +31,13 @@ class Spawner:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
         )  # fmt: skip
 
-    def mount(self, pool: Path, mountpoint: Path, options: str, log: Path, notify: Path) -> int:
+    def mount(
+        self, pool: Path, mountpoint: Path, options: str, log: Path, notify: Path, prepare: Sequence[Preparation] = ()
+    ) -> int:
         """Begin to mount; ``notify`` hears READY=1 when the mount answers."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        request = [str(pool), str(mountpoint), options, str(log), str(notify)]
+        request: list[object] = [str(pool), str(mountpoint), options, str(log), str(notify), list(prepare)]
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
@@ -45,12 +54,18 @@ def _serve() -> None:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass  # daemons that were killed
-        pool, mountpoint, options, log, notify = json.loads(line)
+        pool, mountpoint, options, log, notify, prepare = json.loads(line)
+        # Python ignores what a signal raises in the hooks of a fork.
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
         pid = os.fork()
         if pid == 0:
             _become_daemon(Path(log), notify)
             code = 1
             try:
+                signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+                for function, *arguments in prepare:
+                    module, _, name = function.partition(":")
+                    getattr(importlib.import_module(module), name)(*arguments)
                 mount_pool(Path(pool), Path(mountpoint), options, foreground=True)
                 code = 0
             except BaseException:
@@ -58,6 +73,7 @@ def _serve() -> None:
             finally:
                 sys.stderr.flush()
                 os._exit(code)
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         print(pid, flush=True)
 
 

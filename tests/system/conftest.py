@@ -2,9 +2,12 @@
 
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.spawner import Spawner
 
 SWEEP = Path(__file__).resolve().parents[2] / "tools" / "sweep-mounts.sh"
 
@@ -23,3 +26,11 @@ def machine() -> None:
         (pytest.fail if os.environ.get("INCFS_REQUIRE_MOUNT") == "1" else pytest.skip)(f"needs {lacking}")
     # What a run that was killed left behind must not be in the way of this one.
     subprocess.run([SWEEP], check=True, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def spawner() -> Iterator[Spawner]:
+    """Starts daemons."""
+    spawner = Spawner()
+    yield spawner
+    spawner.close()

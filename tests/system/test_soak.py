@@ -19,9 +19,10 @@ from pathlib import Path
 import pytest
 
 from incfs.unmount import unmount
+from tests.support.fire import SECTOR_COUNTS, VOLUMES, Setting, Target, killing
 from tests.support.spawner import Spawner
 from tests.support.stamps import SECTOR, Model
-from tests.system.test_kill import SECTOR_COUNTS, VOLUMES, Setting, Target, Writer, killing
+from tests.support.writer import Writer
 
 MINUTES = float(os.environ.get("INCFS_SOAK_MINUTES", "0.1"))
 SEED = os.environ.get("INCFS_SOAK_SEED", "1")
