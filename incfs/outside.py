@@ -26,6 +26,8 @@ from incfs.errors import DaemonError
 MAX_CALLS: Final = 16
 """Calls at one time; further ones wait."""
 
+_ENDS: Final = (signal.SIGTERM, signal.SIGINT)
+
 T = TypeVar("T")
 
 
@@ -91,9 +93,12 @@ def fork_outside() -> Iterator[Outside]:
     Concurrency: while this process has one thread, before it opens the pool and ``/dev/fuse``.
     """
     pairs = [Pipe() for _ in range(MAX_CALLS + 1)]
+    # A SIGINT in the hooks of a fork would be lost: Python ignores what is raised there.
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
     pid = os.fork()
     if pid == 0:
         _live([theirs for _, theirs in pairs])
+    signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     for _, theirs in pairs:
         theirs.close()
     ours = [connection for connection, _ in pairs]
@@ -108,8 +113,9 @@ def fork_outside() -> Iterator[Outside]:
 def _live(connections: list[Connection]) -> NoReturn:
     """Be the process: serve each connection in a thread; end with the first connection, which carries nothing."""
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _ENDS:
             signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
         _drop_files({connection.fileno() for connection in connections})
         os.chdir("/")
         for connection in connections[1:]:
