@@ -19,9 +19,9 @@ from typing import Any
 from incfs import extents, ranges, snapshot, volume
 from incfs.backing import Backing, File, translate
 from incfs.blocks import address_runs, pack_address, split_address
+from incfs.builder import MetadataBuilder
 from incfs.catalog import record_from
 from incfs.codec import Entries, checksum, decode_entries, unpack
-from incfs.dump import MetadataBuilder
 from incfs.errors import AlreadyExists, Damaged, FormatError, IncfsError, NotFound, PoolLocked
 from incfs.image import read_header
 from incfs.journal import journal_paths

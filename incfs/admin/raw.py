@@ -23,18 +23,18 @@ async def import_raw(
     progress: Progress,
 ) -> Document:
     """Make a volume of a raw image or block device, or bring one up to date, and take a snapshot."""
-    from incfs import rawcopy  # late: an online command does not need the core
+    from incfs import rawcopy, rawimport  # late: an online command does not need the core
 
     source, ranges = raw_path(service, path), None if changed is None else raw_path(service, changed)
     name = snapshot or rawcopy.new_snapshot_name("import")
     if not incremental:
         if ranges is not None:
             raise UsageError("a list of changed ranges goes with --incremental")
-        made, taken = await rawcopy.import_new(service, volume, source, name, progress)
+        made, taken = await rawimport.import_new(service, volume, source, name, progress)
     else:
         found = find_volume(service, volume)
         refuse_open(service, found, "brought up to date")
-        made, taken = await rawcopy.import_changes(service, found, source, name, progress, changed=ranges)
+        made, taken = await rawimport.import_changes(service, found, source, name, progress, changed=ranges)
     return {"volume": volume_document(service, made), "snapshot": snapshot_document(service, taken)}
 
 
@@ -48,11 +48,11 @@ async def export_raw(
     progress: Progress,
 ) -> Document:
     """Write a volume or snapshot to a raw file or block device, or what changed since an older snapshot."""
-    from incfs import rawcopy  # late: as above
+    from incfs import rawexport  # late: as above
 
     volume, taken = find_table(service, target)
     base = None if from_snapshot is None else service.snapshot(volume.id, from_snapshot)
-    written = await rawcopy.export(service, volume, taken, raw_path(service, path), progress, base=base, force=force)
+    written = await rawexport.export(service, volume, taken, raw_path(service, path), progress, base=base, force=force)
     return {"export": {"volume": volume.name, "snapshot": written.name, "uuid": written.uuid, "path": path}}
 
 

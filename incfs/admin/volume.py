@@ -34,7 +34,7 @@ async def volume_create(
     if stripe_columns is not None:
         service.upkeep.require_columns(stripe_columns, stripe_unit_bytes)
     if origin is not None:
-        from incfs.rawcopy import create_on_baseline  # late: an online command does not need the core
+        from incfs.rawimport import create_on_baseline  # late: an online command does not need the core
 
         volume = await create_on_baseline(service, name, raw_path(service, origin))
     else:

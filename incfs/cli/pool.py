@@ -127,10 +127,10 @@ def restore(
 
     What was written after the dump is not in it: such ranges read as they were, or as errors, never as wrong data.
     """
-    from incfs import dump as dumps  # late: other commands may need only the daemon
+    from incfs import restore as restores  # late: other commands may need only the daemon
 
-    with dumps.open_dump(source) as lines:
-        facts = dumps.restore(lines, directory.absolute(), images=parse_images(images))
+    with restores.open_dump(source) as lines:
+        facts = restores.restore(lines, directory.absolute(), images=parse_images(images))
     if as_json:
         output.print_json({"restored": facts})
 

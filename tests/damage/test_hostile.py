@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from incfs import dump
+from incfs import restore
 from incfs.errors import FormatError, ImageMismatch, IncfsError
 from incfs.recovery import open_store
 from tests.damage.test_repair import change, hostile, lines_of
@@ -82,7 +82,7 @@ def in_a_small_child(work: Callable[[], None]) -> None:
 def restore_and_use(lines: list[bytes], directory: Path) -> bool:
     """Restore, and if that is possible open, check and read the result."""
     try:
-        dump.restore(lines, directory)
+        restore.restore(lines, directory)
     except IncfsError:
         assert not (directory / "superblock").exists()
         return False
@@ -131,7 +131,7 @@ def test_a_block_far_behind_the_images_end_takes_no_memory(documents: list[dict[
 
     def work() -> None:
         with pytest.raises(ImageMismatch, match="truncated"):
-            dump.restore(hostile(changed), pool_home / "again")
+            restore.restore(hostile(changed), pool_home / "again")
 
     in_a_small_child(work)
 
@@ -144,12 +144,12 @@ def test_the_number_of_the_snapshot_directory_is_no_snapshots(
     changed = json.loads(json.dumps(documents))
     only(changed, "snapshot" if name == "generation" else "volume")["value"][name] = 0xFFFFFFFF
     with pytest.raises(FormatError):
-        dump.restore(hostile(changed), pool_home / "again")
+        restore.restore(hostile(changed), pool_home / "again")
 
 
 def test_an_endless_line_is_not_read_to_its_end(pool_home: Path) -> None:
     (pool_home / "dump").write_bytes(b'{"dump":1,' + b" " * (3 << 20))
-    with dump.open_dump(pool_home / "dump") as lines, pytest.raises(FormatError, match="longer than"):
+    with restore.open_dump(pool_home / "dump") as lines, pytest.raises(FormatError, match="longer than"):
         next(lines)
 
 
@@ -176,5 +176,5 @@ def test_an_image_path_that_names_something_else(kind: str, documents: list[dict
     changed = json.loads(json.dumps(documents))
     only(changed, "storage")["value"]["path"] = str(trap)
     with pytest.raises(IncfsError):
-        dump.restore(hostile(changed), pool_home / "again")
+        restore.restore(hostile(changed), pool_home / "again")
     assert kind != "link" or (pool_home / "target").read_bytes() == b"precious" * 9000

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import trio
 
-from incfs import dump, repair
+from incfs import dump, repair, restore
 from incfs.errors import (
     AlreadyExists,
     FormatError,
@@ -61,7 +61,7 @@ def lines_of(pool: Path) -> list[bytes]:
 def test_a_restored_pool_is_the_same(pool: Path, built: damage.Built) -> None:
     lines = lines_of(pool)
     (pool / "superblock").unlink()
-    facts = dump.restore(lines, pool.parent / "again")
+    facts = restore.restore(lines, pool.parent / "again")
     assert state_of(pool.parent / "again") == built.state
     assert facts["volume_count"] == 2
 
@@ -78,8 +78,8 @@ def test_what_was_written_after_the_dump_is_never_returned_as_older_data(pool: P
         work.checkpoint()
     before = work.states[0]
     store.close()
-    with dump.open_dump(path) as lines:
-        dump.restore(lines, pool.parent / "again")
+    with restore.open_dump(path) as lines:
+        restore.restore(lines, pool.parent / "again")
     store = pools.open_tiny(pool.parent / "again")
     assert damage._compare(store, [before]) == "detected"
     assert pools.run_check(store).is_damaged
@@ -92,12 +92,12 @@ def test_images_may_have_moved_and_nothing_is_overwritten(pool: Path, built: dam
     (image,) = (pool / "disk0").glob("*.img")
     image.rename(moved)
     with pytest.raises(ImageMismatch):
-        dump.restore(lines, pool.parent / "first")
-    dump.restore(lines, pool.parent / "again", images={1: moved})
+        restore.restore(lines, pool.parent / "first")
+    restore.restore(lines, pool.parent / "again", images={1: moved})
     with pytest.raises(AlreadyExists):
-        dump.restore(lines, pool.parent / "again", images={1: moved})
+        restore.restore(lines, pool.parent / "again", images={1: moved})
     with pytest.raises(AlreadyExists):
-        dump.restore(lines, pool, images={1: moved})
+        restore.restore(lines, pool, images={1: moved})
     store = pools.open_tiny(pool.parent / "again")
     os.link(moved, image)
     assert damage.contents(store) == built.state
@@ -117,7 +117,7 @@ def test_a_damaged_dump_is_refused(pool: Path, seed: int) -> None:
         if case == data:
             continue
         with pytest.raises(IncfsError):
-            dump.restore(case.splitlines(keepends=True), target)
+            restore.restore(case.splitlines(keepends=True), target)
         assert not (target / "superblock").exists()
 
 
@@ -169,7 +169,7 @@ def test_hostile_dumps_are_refused(pool: Path, number: int) -> None:
     chosen = next(d for d in documents if d.get("record") == kind or kind in d)
     spoil(chosen)
     with pytest.raises(expected):
-        dump.restore(hostile(documents), pool.parent / "again")
+        restore.restore(hostile(documents), pool.parent / "again")
     assert not (pool.parent / "again" / "superblock").exists()
 
 
@@ -178,7 +178,7 @@ def test_a_block_with_two_owners_is_refused(pool: Path) -> None:
     pages = [d for d in documents if "page" in d and any(run[2] > 1 for run in d["runs"])]
     pages[1]["runs"] = pages[0]["runs"]
     with pytest.raises(FormatError, match="two owners"):
-        dump.restore(hostile(documents), pool.parent / "again")
+        restore.restore(hostile(documents), pool.parent / "again")
 
 
 def test_copies_lie_beside_the_images_and_the_one_before_is_kept(pool: Path, built: damage.Built) -> None:
@@ -197,8 +197,8 @@ def test_copies_lie_beside_the_images_and_the_one_before_is_kept(pool: Path, bui
     assert copy.stat().st_mode & 0o777 == 0o600
     assert copy.with_name(copy.name + ".1").exists()
     assert b'"later"' in gzip.decompress(copy.read_bytes())
-    with dump.open_dump(copy) as lines:
-        dump.restore(lines, pool.parent / "again")
+    with restore.open_dump(copy) as lines:
+        restore.restore(lines, pool.parent / "again")
     restored = state_of(pool.parent / "again")
     assert restored.pop("later") == bytes(640)
     assert restored == built.state

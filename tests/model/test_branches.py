@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from incfs import clone as clones
-from incfs import dump, extents, holds, ranges, removal, rollback
+from incfs import dump, extents, holds, ranges, removal, restore, rollback
 from incfs import snapshot as snapshots
 from incfs import volume as volumes
+from incfs.builder import MetadataBuilder
 from incfs.errors import Busy, FormatError, HoldNotFound
 from incfs.model import HOLE, Snapshot, Volume
 from incfs.ranges import TrimPending
@@ -104,12 +105,12 @@ def test_a_dump_of_a_clone_needs_its_origin(pool_home: Path) -> None:
         store.checkpoint()
         with store.tables.reading() as reader:
             lines = [line.encode() for line in dump.dump_lines(reader, store.superblock, store.pool.image_path)]
-    dump.restore(lines, pool_home / "again")
+    restore.restore(lines, pool_home / "again")
     with pools.open_tiny(pool_home / "again") as store:
         assert pools.read(store, made.map_id) == b"x" * 1000
         assert store.catalog.snapshot(taken.volume_id, "s").holds == {"backup": 5}
         pools.check_clean(store)
-    builder = dump.MetadataBuilder(store.superblock, pool_home / "orphan", {}, store.backing)
+    builder = MetadataBuilder(store.superblock, pool_home / "orphan", {}, store.backing)
     for record in store.catalog.records():
         if not isinstance(record, Snapshot):
             builder.add_record(record)

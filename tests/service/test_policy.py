@@ -9,7 +9,6 @@ import pytest
 import trio
 
 from incfs import metrics
-from incfs.dump import open_dump, restore
 from incfs.enforcer import Executor, enforce, run_policy
 from incfs.errors import HookFailed, InvalidPolicy, NoSpace
 from incfs.hooks import run_hook
@@ -18,6 +17,7 @@ from incfs.policy.facts import POLICY_TAG
 from incfs.policy.plan import Work
 from incfs.recovery import create_pool, open_store
 from incfs.repair import repair
+from incfs.restore import open_dump, restore
 from incfs.service import Service, open_service
 from incfs.store import Store
 from tests.support import pools

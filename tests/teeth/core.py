@@ -245,7 +245,7 @@ CORE: Final = (
     Breakage(
         "dump-with-two-owners-restored",
         "I11",
-        "incfs/dump.py",
+        "incfs/builder.py",
         '                raise FormatError(f"block {block_index} of storage volume {storage_id} has two owners")',
         "                assert block_index >= 0",
         "tests/damage/test_repair.py::test_a_block_with_two_owners_is_refused",

@@ -1,0 +1,278 @@
+"""The metadata of a pool made from records and map pages that nobody vouches for.
+
+Each value is checked (I11), bitmaps and counts are made anew, and the superblock is written last.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import NoneType
+from uuid import UUID
+
+from incfs.backing import Backing
+from incfs.baseline import BaselineFacts
+from incfs.blocks import bit_mask, split_address
+from incfs.catalog import Catalog, Record, RecordId, record_id, record_puts
+from incfs.codec import Entries, encode_record, entry_runs
+from incfs.errors import AlreadyExists, FormatError, UsageError
+from incfs.journal import Journal
+from incfs.log import Puts, Tables, space_key
+from incfs.model import (
+    HOLE,
+    MAX_GENERATION,
+    MAX_POLICY_BYTES,
+    MAX_VOLUME_BYTES,
+    PAGE_BLOCKS,
+    REDUNDANCIES,
+    Generation,
+    Snapshot,
+    Storage,
+    StorageId,
+    StoredPolicy,
+    Volume,
+    split_map_id,
+    validate_name,
+)
+from incfs.overlay import Layer, Patch, TableKey
+from incfs.pool import GROUP_BLOCKS, Pool
+from incfs.store import TABLES_NAME, new_nonce
+from incfs.superblock import Superblock, write_superblock
+
+_BATCH_PAGES = 4096
+
+
+class MetadataBuilder:
+    """Makes the metadata of a pool from records and map pages that nobody vouches for.
+
+    Args:
+        superblock: Of the pool.
+        directory: Where the metadata is to be; empty.
+        images: Paths of images that are not where their records say.
+        backing: The host's files.
+
+    Raises:
+        AlreadyExists: The directory is not empty.
+    """
+
+    def __init__(self, superblock: Superblock, directory: Path, images: Mapping[int, Path], backing: Backing) -> None:
+        self._superblock = superblock
+        self._directory = directory
+        self._images = images
+        self._backing = backing
+        self.catalog = Catalog()
+        self._owned: dict[tuple[int, int], int] = {}
+        self._mapped: dict[TableKey, int] = {}
+        self._layer: Layer = {}
+        self._layer_pages = 0
+        backing.make_directory(directory)
+        if any(directory.iterdir()):
+            raise AlreadyExists(f"{directory} is not empty; choose another directory", path=str(directory))
+        self._tables = Tables(directory / TABLES_NAME, backing, create=True)
+
+    def add_record(self, record: Record) -> None:
+        """Take a record.
+
+        Raises:
+            FormatError: A value in it is impossible.
+        """
+        _validate(record, self._superblock.block_bytes)
+        if record_id(record) in self.catalog:
+            raise FormatError(f"two records of {record_id(record)}")
+        if isinstance(record, Snapshot) and record.volume_id not in self.catalog.volumes:
+            raise FormatError(f"snapshot {record.name!r} of volume {record.volume_id}, which there is not")
+        if isinstance(record, Volume) and record.name and self.catalog.has_name(record.name):
+            raise FormatError(f"two volumes are named {record.name!r}")
+        if isinstance(record, Storage):
+            record = self._placed(record)
+        self.catalog.put(record)
+
+    def _placed(self, record: Storage) -> Storage:
+        path = Path(os.path.realpath(self._images.get(record.id, self._directory / record.path)))
+        home = self._directory.resolve()
+        return replace(record, path=str(path.relative_to(home) if path.is_relative_to(home) else path))
+
+    def add_page(self, table: TableKey, page_index: int, entries: Entries) -> None:
+        """Take a map page.
+
+        Raises:
+            FormatError: Its table does not exist, or it names a block that does not exist or has an owner.
+        """
+        numbers = (table.volume_id, table.generation)
+        identity: RecordId = ("snapshot", numbers) if table.generation else ("volume", numbers[:1])
+        if identity not in self.catalog:
+            raise FormatError(f"page {page_index} of table {table}, which there is not")
+        if not 0 <= page_index <= MAX_VOLUME_BYTES // self._superblock.block_bytes // PAGE_BLOCKS:
+            raise FormatError(f"page {page_index} of table {table} is behind the end of any volume")
+        if page_index in self._layer.get(table, {}):
+            raise FormatError(f"two pages {page_index} of table {table}")
+        stored = 0
+        for _, count, address in entry_runs(entries):
+            if address > HOLE:
+                self._own(address, count)
+                stored += count
+        self._mapped[table] = self._mapped.get(table, 0) + stored
+        self._layer.setdefault(table, {})[page_index] = Patch(entries, is_whole=True)
+        self._layer_pages += 1
+        if self._layer_pages >= _BATCH_PAGES:
+            self._tables.write(self._layer, Puts({}, {"sequence": 0, "segment": 1, "last_volume": 0}))
+            self._layer, self._layer_pages = {}, 0
+
+    def _own(self, address: int, count: int) -> None:
+        storage_id, block_index = split_address(address)
+        storage = self.catalog.storages.get(storage_id)
+        if storage is None or block_index + count > storage.capacity_blocks:
+            raise FormatError(f"a page names block {block_index}+{count} of storage volume {storage_id}: not there")
+        parts = []
+        while count:
+            group, start = divmod(block_index, GROUP_BLOCKS)
+            step = min(count, GROUP_BLOCKS - start)
+            mask = bit_mask(start, step)
+            if self._owned.get((storage_id, group), 0) & mask:
+                raise FormatError(f"block {block_index} of storage volume {storage_id} has two owners")
+            parts.append((group, mask))
+            block_index += step
+            count -= step
+        for group, mask in parts:
+            self._owned[storage_id, group] = self._owned.get((storage_id, group), 0) | mask
+
+    def finish_tables(self, *, last_volume: int, sequence: int = 0, segment: int = 1) -> None:
+        """Write the rest of the tables, counted anew, as of a commit and a journal segment."""
+        try:
+            self._recount()
+            values = record_puts({record_id(record): record for record in self.catalog.records()})
+            values["space"] = {
+                space_key(*key): bits.to_bytes((bits.bit_length() + 7) // 8, "little")
+                for key, bits in self._owned.items()
+            }
+            facts = {
+                "sequence": sequence,
+                "segment": segment,
+                "last_volume": max(last_volume, self.catalog.last_volume_id),
+            }
+            self._tables.write(self._layer, Puts(values, facts))
+        finally:
+            self._tables.close()
+
+    def finish(self, *, last_volume: int, with_images: bool = True) -> None:
+        """Write everything else, the superblock last.
+
+        Durability: durable on return.
+
+        Raises:
+            ImageMismatch: An image is missing, too short or another one.
+        """
+        try:
+            self._require_references()
+            if with_images:
+                self._require_images()
+        except BaseException:
+            self._tables.close()
+            raise
+        self.finish_tables(last_volume=last_volume)
+        uuid, size = UUID(self._superblock.uuid), self._superblock.journal_bytes
+        Journal.create(self._backing, self._directory, uuid, segment_bytes=size, nonce=new_nonce())
+        write_superblock(self._backing, self._directory, self._superblock)
+
+    def abandon(self) -> None:
+        """Let go of what was begun; the directory never becomes a pool."""
+        self._tables.close()
+
+    def missing_blocks(self) -> dict[RecordId, int]:
+        """Tell how many stored blocks each volume's and snapshot's own table lacks, by its record."""
+        missing: dict[RecordId, int] = {}
+        for volume in self.catalog.volumes.values():
+            if not volume.rollback_to:
+                missing["volume", (volume.id,)] = volume.mapped_blocks - self._mapped.get(TableKey(volume.id), 0)
+            for s in self.catalog.snapshots(volume.id, removed=True):
+                held = self._mapped.get(TableKey(volume.id, s.generation), 0)
+                missing["snapshot", (volume.id, s.generation)] = s.held_blocks - held
+        return {identity: count for identity, count in missing.items() if count}
+
+    def _require_references(self) -> None:
+        for volume in self.catalog.volumes.values():
+            rollback = (volume.rollback_to, volume.rollback_mark)
+            known = [("snapshot", (volume.id, generation)) in self.catalog for generation in rollback]
+            if any(rollback) and not (rollback[0] < rollback[1] and all(known)):
+                raise FormatError(f"volume {volume.id} is rolled back to a snapshot that there is not")
+            origin = split_map_id(volume.origin)
+            if volume.baseline or (volume.origin and not origin[0]):
+                if origin[0] or int(origin[1]) != int(BaselineFacts.decode(volume.baseline).id):
+                    raise FormatError(f"volume {volume.id} has a baseline that is not its origin")
+                continue
+            if volume.name and volume.origin and (origin[0] >= volume.id or ("snapshot", origin) not in self.catalog):
+                raise FormatError(f"volume {volume.id} is a clone of snapshot {origin}, which there is not")
+
+    def _recount(self) -> None:
+        for volume in list(self.catalog.volumes.values()):
+            snapshots = self.catalog.snapshots(volume.id, removed=True)
+            newest = max((s.generation for s in snapshots), default=Generation(0))
+            mapped = self._mapped.get(TableKey(volume.id), 0)
+            if volume.rollback_to:  # the tables follow later
+                mapped = volume.mapped_blocks
+            last = Generation(max(newest, volume.last_generation))
+            self.catalog.put(replace(volume, mapped_blocks=mapped, newest_generation=newest, last_generation=last))
+            for snapshot in snapshots:
+                held = self._mapped.get(TableKey(volume.id, snapshot.generation), 0)
+                self.catalog.put(replace(snapshot, held_blocks=held))
+
+    def _require_images(self) -> None:
+        pool = Pool(self._directory, UUID(self._superblock.uuid), self._superblock.block_bytes, self._backing)
+        try:
+            for storage in self.catalog.storages.values():
+                pool.attach(storage)
+            for (storage_id, group), bits in self._owned.items():
+                volume = pool.volume(StorageId(storage_id))
+                volume.require_grown(group, bits)  # before bitmaps are made for all blocks up to that one
+                volume.load(group, bits)
+            pool.verify_lengths()
+        finally:
+            pool.close()
+
+
+def _validate(record: Record, block_bytes: int) -> None:
+    """Refuse values that no pool has."""
+    match record:
+        case Storage():
+            sound = 1 <= record.id <= 65535 and 0 < record.capacity_blocks <= 1 << 48
+            sound = sound and record.redundancy in REDUNDANCIES and "\0" not in record.path
+        case Volume():
+            sound = 1 <= record.id < 1 << 32 and 0 <= record.size_bytes <= MAX_VOLUME_BYTES
+            sound = sound and 0 <= record.mode <= 0o7777 and 0 <= record.last_generation <= MAX_GENERATION
+            sound = sound and 0 <= record.uid < 1 << 32 and 0 <= record.gid < 1 << 32
+            sound = sound and all(isinstance(v, bytes) for v in record.xattrs.values())
+            _validate_name(record.name, "volume")
+        case Snapshot():
+            sound = 1 <= record.generation <= MAX_GENERATION and 0 <= record.size_bytes <= MAX_VOLUME_BYTES
+            sound = sound and 0 <= record.mapped_blocks <= MAX_VOLUME_BYTES // block_bytes
+            sound = sound and all(type(when) in {int, NoneType} for when in record.holds.values())
+            for name in (record.name, *record.holds):
+                _validate_name(name, "snapshot")
+        case StoredPolicy():
+            size = len(record.text.encode("utf-8", "surrogatepass"))
+            sound = size <= MAX_POLICY_BYTES and all(type(when) is int for when in record.runs.values())
+    values = encode_record(record)
+    sound = sound and all(0 <= value < 1 << 63 for value in values.values() if isinstance(value, int))
+    sound = sound and (isinstance(record, StoredPolicy) or _is_uuid(record.uuid))
+    try:
+        "".join([*(value for value in values.values() if isinstance(value, str)), *values.get("xattrs", ())]).encode()
+    except ValueError:
+        sound = False
+    if not sound:
+        raise FormatError(f"a record holds a value that cannot be: {str(record)[:200]}")
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        UUID(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _validate_name(name: str, what: str) -> None:
+    try:
+        if name:
+            validate_name(name, what=what)
+    except UsageError as error:
+        raise FormatError(f"a {what} record holds a bad name: {error}") from error

@@ -1,0 +1,192 @@
+"""Volumes made from raw images and block devices: copied, brought up to date, or laid over them; mounted or not."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from incfs.committer import offload
+from incfs.errors import AlreadyExists, BaseMismatch, Busy, VolumeNotFound
+from incfs.model import MAX_NAME_BYTES, MapId, Snapshot, Volume, validate_name
+from incfs.rawsource import RawSource, read_ranges
+from incfs.rawtarget import require_foreign
+
+if TYPE_CHECKING:
+    from incfs.service import Service
+
+from incfs.rawcopy import CHUNK_BYTES, Progress, images_of
+
+_SCRATCH_SUFFIX: Final = ".importing"
+_SCRATCH_BYTES: Final = MAX_NAME_BYTES - len(_SCRATCH_SUFFIX)
+
+
+async def import_new(
+    service: "Service", name: str, path: Path, snapshot: str, progress: Progress
+) -> tuple[Volume, Snapshot]:
+    """Make a volume that is a copy of a source, and a snapshot of it.
+
+    Atomicity: the copy has the volume's name only once it is whole; meanwhile it is named NAME.importing.  What an
+    import that was killed left under that name is replaced by the next one.
+
+    Raises:
+        AlreadyExists: There is such a volume.
+        BaseMismatch: The source was changed while it was read.
+    """
+    validate_name(name)
+    validate_name(snapshot, what="snapshot")
+    if any(volume.name == name for volume in service.volumes()):
+        raise AlreadyExists(f"there is a volume {name!r} already; --incremental brings it up to date", volume=name)
+    scratch = name.encode()[:_SCRATCH_BYTES].decode(errors="ignore") + _SCRATCH_SUFFIX
+    await _remove_left(service, scratch)
+    source = await offload(lambda: RawSource(path))
+    try:
+        volume = await service.create_volume(scratch, source.size_bytes)
+        service.open_handle(volume.map_id, "import")
+        try:
+            await _Import(service, volume.map_id, source, progress, is_new=True).copy([(0, source.size_bytes)])
+            (taken,) = await service.create_snapshots([(volume.id, snapshot)])
+            return await service.rename_volume(volume.id, name), taken
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await service.remove_volume(volume.id, snapshots=True)
+            raise
+        finally:
+            service.close_handle(volume.map_id)
+    finally:
+        source.close()
+
+
+async def create_on_baseline(service: "Service", name: str, path: Path) -> Volume:
+    """Make a volume over a raw image or block device, which stays where it is and is only read.
+
+    A last part that is no whole block is copied into the volume.
+
+    Atomicity: as ``import_new``.
+
+    Raises:
+        AlreadyExists: There is such a volume.
+        Busy: The file belongs to the pool.
+    """
+    validate_name(name)
+    if any(volume.name == name for volume in service.volumes()):
+        raise AlreadyExists(f"there is a volume {name!r} already", volume=name)
+    await offload(lambda: require_foreign(path, images_of(service)))
+    scratch = name.encode()[:_SCRATCH_BYTES].decode(errors="ignore") + _SCRATCH_SUFFIX
+    await _remove_left(service, scratch)
+    volume = await service.branches.create_on_baseline(scratch, path)
+    try:
+        whole = volume.size_bytes - volume.size_bytes % service.block_bytes
+        tail = await offload(lambda: _read_tail(path, whole, volume.size_bytes))
+        await service.write(volume.map_id, whole, tail)
+        return await service.rename_volume(volume.id, name)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await service.remove_volume(volume.id)
+        raise
+
+
+def _read_tail(path: Path, start_bytes: int, end_bytes: int) -> bytes:
+    source = RawSource(path)
+    try:
+        return source.read(start_bytes, end_bytes - start_bytes)
+    finally:
+        source.close()
+
+
+async def _remove_left(service: "Service", scratch: str) -> None:
+    try:
+        left = service.volume(scratch)
+    except VolumeNotFound:
+        return
+    if service.holders(left.id):
+        raise Busy(f"volume {scratch} is open by {', '.join(service.holders(left.id))}", volume=scratch)
+    await service.remove_volume(left.id, snapshots=True)
+
+
+async def import_changes(
+    service: "Service", volume: Volume, path: Path, snapshot: str, progress: Progress, *, changed: Path | None = None
+) -> tuple[Volume, Snapshot]:
+    """Let a volume that nobody has open be what a source is now, writing only blocks that differ; take a snapshot.
+
+    Args:
+        service: The pool.
+        volume: The volume.
+        path: The source.
+        snapshot: The new snapshot's name.
+        progress: Called with what is done.
+        changed: A list of ranges: only these are read.
+
+    Raises:
+        FormatError: The list is none.
+        BaseMismatch: The source was changed while it was read.
+    """
+    validate_name(snapshot, what="snapshot")
+    source = await offload(lambda: RawSource(path))
+    try:
+        whole = [(0, source.size_bytes)]
+        wanted = whole if changed is None else await offload(lambda: read_ranges(changed, source.size_bytes))
+        service.branches.note_changed(volume.map_id)
+        await service.resize_volume(volume.id, source.size_bytes, shrink=True)
+        await _Import(service, volume.map_id, source, progress, is_new=False).copy(wanted)
+    finally:
+        source.close()
+    if service.mounted is not None:
+        await service.mounted.refresh_volume(volume.name, service.volume_by_id(volume.id).size_bytes)
+    (taken,) = await service.create_snapshots([(volume.id, snapshot)])
+    return service.volume_by_id(volume.id), taken
+
+
+class _Import:
+    """One copy from a source into a volume's table."""
+
+    def __init__(
+        self, service: "Service", table: MapId, source: RawSource, progress: Progress, *, is_new: bool
+    ) -> None:
+        self._service = service
+        self._table = table
+        self._source = source
+        self._progress = progress
+        self._is_new = is_new
+
+    async def copy(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Copy ranges, cut to whole blocks where they begin."""
+        block, total = self._service.block_bytes, self._source.size_bytes
+        stamp = self._source.stamp()
+        for start, end in ranges:
+            position = start - start % block
+            while position < end:
+                position = await self._copy_stretch(position, min(total, -(-end // block) * block))
+                self._progress(min(position, total), total, "bytes")
+        if self._source.stamp() != stamp:
+            raise BaseMismatch(f"{self._source.path} was changed while it was read; stop who writes to it, and repeat")
+
+    async def _copy_stretch(self, position: int, end: int) -> int:
+        is_data, stop = await offload(lambda: self._source.stretch(position, end))
+        if not is_data:
+            if not self._is_new:
+                await self._service.discard(self._table, position, stop - position)
+            return stop
+        length = min(stop, position - position % CHUNK_BYTES + CHUNK_BYTES) - position
+        if position + length < stop:
+            length -= length % self._service.block_bytes
+        data = await offload(lambda: self._source.read(position, length))
+        for start, piece in await self._different(position, data):
+            await self._service.write(self._table, start, piece)
+        return position + length
+
+    async def _different(self, position: int, data: bytes) -> list[tuple[int, bytes]]:
+        """Give the runs of blocks that are not in the volume yet."""
+        if self._is_new:
+            return [(position, data)]
+        known = await self._service.read(self._table, position, len(data))
+        block = self._service.block_bytes
+        runs: list[tuple[int, int]] = []
+        for start in range(0, len(data), block):
+            if data[start : start + block] == known[start : start + block]:
+                continue
+            if runs and runs[-1][1] == start:
+                runs[-1] = runs[-1][0], start + block
+            else:
+                runs.append((start, start + block))
+        return [(position + start, data[start:end]) for start, end in runs]

@@ -1,0 +1,191 @@
+"""A pool made anew from a dump: ``pool restore``.
+
+Nothing in the dump is trusted (I11): lines are capped, its end is proved, each value is looked at
+here or by the ``MetadataBuilder``.
+"""
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, Any
+
+from incfs.backing import Backing, translate
+from incfs.builder import MetadataBuilder
+from incfs.catalog import KINDS, record_from
+from incfs.codec import Entries
+from incfs.dump import DUMP_VERSION
+from incfs.errors import AlreadyExists, FormatError, UnsupportedFormat, UsageError
+from incfs.model import HOLE, PAGE_BLOCKS
+from incfs.overlay import TableKey
+from incfs.superblock import FORMAT_VERSION, SUPERBLOCK_NAME, Superblock, decode_fields
+
+MAX_LINE_BYTES = 1 << 20
+MAX_JOURNAL_BYTES = 1 << 30
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+@contextmanager
+def open_dump(path: Path) -> Iterator[Iterator[bytes]]:
+    """Give the lines of a dump file, decompressed if need be.
+
+    Raises:
+        FormatError: A line is too long, or the compression is damaged.
+        BackingError: The file cannot be read.
+    """
+    try:
+        plain = path.open("rb")
+    except OSError as error:
+        raise translate(error, path, "open") from error
+    with closing(plain):
+        is_packed = plain.read(2) == _GZIP_MAGIC
+        plain.seek(0)
+        yield _lines(gzip.GzipFile(fileobj=plain) if is_packed else plain, path)
+
+
+def _lines(stream: "IO[bytes] | gzip.GzipFile", path: Path) -> Iterator[bytes]:
+    try:
+        while line := stream.readline(MAX_LINE_BYTES):
+            if not line.endswith(b"\n"):
+                raise FormatError(f"{path}: a line is longer than {MAX_LINE_BYTES} bytes, or cut off")
+            yield line
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise FormatError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        raise translate(error, path, "read") from error
+    except Exception as error:
+        if type(error).__module__ == "zlib":
+            raise FormatError(f"{path} is damaged: {error}") from error
+        raise
+
+
+def restore(
+    lines: Iterable[bytes], directory: Path, *, images: Mapping[int, Path] | None = None, backing: Backing | None = None
+) -> dict[str, Any]:
+    """Make a pool's metadata in ``directory`` from a dump, over the images that exist.
+
+    Durability: durable on return.
+    Atomicity: until the superblock is written, last, the directory is not a pool.
+
+    Returns:
+        Facts: uuid, the dump's time and sequence, how many volumes and snapshots.
+
+    Raises:
+        FormatError: The dump is damaged, cut off or impossible.
+        UnsupportedFormat: A newer incfs wrote it.
+        AlreadyExists: The directory is not empty.
+        ImageMismatch: An image is missing, too short or another one.
+    """
+    if (directory / SUPERBLOCK_NAME).exists():
+        raise AlreadyExists(f"{directory} is a pool already", path=str(directory))
+    documents = _checked_documents(lines)
+    head: dict[str, Any] = next(documents, {})
+    superblock, last_volume = _read_head(head)
+    builder = MetadataBuilder(superblock, directory, images or {}, backing or Backing())
+    try:
+        for document in documents:
+            _add(builder, document)
+    except BaseException:
+        builder.abandon()
+        raise
+    unknown = set(images or {}) - set(builder.catalog.storages)
+    if unknown:
+        builder.abandon()
+        raise UsageError(f"the dump has no storage volume {min(unknown)}")
+    builder.finish(last_volume=last_volume)
+    volumes = [volume for volume in builder.catalog.volumes.values() if volume.name]
+    return {
+        "directory": str(directory),
+        "uuid": superblock.uuid,
+        "dump_created_ns": head["created_ns"],
+        "dump_sequence": head["sequence"],
+        "volume_count": len(volumes),
+        "snapshot_count": sum(len(builder.catalog.snapshots(volume.id)) for volume in volumes),
+    }
+
+
+def _checked_documents(lines: Iterable[bytes]) -> Iterator[Any]:
+    """Yield the documents before the end, and prove the end."""
+    digest = blake2b(digest_size=16)
+    counts = {"records": 0, "pages": 0}
+    stream = iter(lines)
+    for number, line in enumerate(stream, 1):
+        try:
+            document = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"line {number} of the dump is not JSON") from error
+        if not isinstance(document, dict):
+            raise FormatError(f"line {number} of the dump is not a document")
+        if "end" in document:
+            if document["end"] != {**counts, "digest": digest.hexdigest()} or next(stream, None) is not None:
+                raise FormatError("the dump is damaged: its end does not match what came before")
+            return
+        digest.update(line)
+        counts["records"] += "record" in document
+        counts["pages"] += "page" in document
+        yield document
+    raise FormatError("the dump is cut off: it has no end")
+
+
+def _read_head(head: Any) -> tuple[Superblock, int]:
+    match head:
+        case {"dump": int(version), "format": int(written), "pool": dict(fields), "last_volume": int(last_volume),
+              "created_ns": int(_), "sequence": int(_)}:  # fmt: skip
+            pass
+        case _:
+            raise FormatError("this is no dump of an incfs pool")
+    if version > DUMP_VERSION or written > FORMAT_VERSION:
+        raise UnsupportedFormat(f"the dump has version {version} of format {written}; use a newer incfs")
+    superblock = decode_fields(json.dumps(fields).encode(), Path("the dump's header"))
+    if not (65536 <= superblock.journal_bytes <= MAX_JOURNAL_BYTES) or superblock.journal_bytes % 4096:
+        raise FormatError(f"the dump has a journal size of {superblock.journal_bytes} bytes")
+    if not 0 <= last_volume < 1 << 32:
+        raise FormatError(f"the dump has a last volume id of {last_volume}")
+    return superblock, last_volume
+
+
+def _add(builder: MetadataBuilder, document: Any) -> None:
+    match document:
+        case {"record": str(kind), "value": dict(value)} if kind in KINDS:
+            builder.add_record(record_from(kind, _from_text(value)))
+        case {"page": [int(volume), int(generation), int(page_index)], "runs": list(runs)}:
+            builder.add_page(TableKey(volume, generation), page_index, _entries(runs))
+        case _:
+            raise FormatError(f"the dump has an unknown document: {str(document)[:80]}")
+
+
+def _from_text(value: dict[str, Any]) -> dict[str, Any]:
+    xattrs = value.get("xattrs")
+    if not isinstance(xattrs, dict):
+        return value
+    try:
+        return {**value, "xattrs": {name: bytes.fromhex(content) for name, content in xattrs.items()}}
+    except (TypeError, ValueError) as error:
+        raise FormatError("the dump has an extended attribute that is not hexadecimal") from error
+
+
+def _entries(runs: list[Any]) -> Entries:
+    entries: Entries = {}
+    for run in runs:
+        match run:
+            case [int(first), int(count), int(address), str(crcs)]:
+                pass
+            case _:
+                raise FormatError(f"the dump has a run that is none: {str(run)[:80]}")
+        stored = address > HOLE
+        if first < 0 or not 0 < count <= PAGE_BLOCKS - first or not 0 <= address < 1 << 64:
+            raise FormatError(f"the dump has a run out of range: {str(run)[:80]}")
+        try:
+            checksums = bytes.fromhex(crcs)
+        except ValueError as error:
+            raise FormatError("the dump has checksums that are not hexadecimal") from error
+        if len(checksums) != (4 * count if stored else 0):
+            raise FormatError("the dump has a run with the wrong number of checksums")
+        for i in range(count):
+            if first + i in entries:
+                raise FormatError("the dump has a page with two mappings of one block")
+            crc = int.from_bytes(checksums[4 * i : 4 * i + 4], "big") if stored else 0
+            entries[first + i] = (address + i if stored else address, crc)
+    return entries
