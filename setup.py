@@ -3,8 +3,13 @@
 import os
 import shlex
 import subprocess
+from glob import glob
 
 from setuptools import Extension, setup
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(path for pattern in patterns for path in glob(f"incfs/{pattern}"))
 
 
 def pkg_config(option: str) -> list[str]:
@@ -22,8 +27,8 @@ setup(
     ext_modules=[
         Extension(
             "incfs._fusext",
-            ["incfs/_fusext.c", "incfs/fuse_hot.c"],
-            depends=["incfs/fuse_hot.h", "incfs/hot.h"],
+            sources("_fusext*.c", "fuse_hot*.c"),
+            depends=sources("*.h"),
             extra_compile_args=[*flags, "-pthread", *pkg_config("--cflags")],
             extra_link_args=["-pthread"],
             # Not linked with libfuse3: the module must be first to define fuse_session_new, and
@@ -32,8 +37,8 @@ setup(
         ),
         Extension(
             "incfs._dataplane",
-            ["incfs/_dataplane.c", "incfs/plane.c", "incfs/plane_io.c", "incfs/lane.c", "incfs/crc32c.c"],
-            depends=["incfs/plane.h", "incfs/lane.h", "incfs/plane_internal.h", "incfs/crc32c.h", "incfs/hot.h"],
+            sources("_dataplane*.c", "plane*.c", "lane.c", "crc32c.c"),
+            depends=sources("*.h"),
             extra_compile_args=[*flags, "-pthread"],
             extra_link_args=["-pthread"],
         ),

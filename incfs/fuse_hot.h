@@ -1,4 +1,17 @@
-/* Threads that read /dev/fuse and answer what the data plane can serve; see fuse_hot.c. */
+/* Threads that read /dev/fuse and answer what the data plane can serve at once, without the GIL: READ,
+ * WRITE, FSYNC, and what the kernel asks around these.  Every other request they put into a queue, untouched, and Python takes it from
+ * there: fuse_session_fd gives pyfuse3 the queue's eventfd instead of /dev/fuse, and
+ * fuse_session_receive_buf the oldest request in it (_fusext_session.c has both).
+ *
+ * Invariants:
+ *   1. A request is answered here or queued, never both and never neither, until hot_stop.
+ *   2. While the queue holds something or the session has ended, the eventfd is readable.
+ *   3. Memory in the queue and among the spares was made by libfuse, which alone knows its size:
+ *      buffers are swapped, never made or cut here.
+ *
+ * Threads: the queue has a lock of its own, held for a few instructions.  The threads never take the
+ * GIL, so waiting for them while holding it is safe.
+ */
 #ifndef INCFS_FUSE_HOT_H
 #define INCFS_FUSE_HOT_H
 

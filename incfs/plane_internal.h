@@ -1,4 +1,4 @@
-/* What plane.c (structure) and plane_io.c (bytes) share. */
+/* What the files of the native data plane share: its structure, and what each file does for the others. */
 #ifndef INCFS_PLANE_INTERNAL_H
 #define INCFS_PLANE_INTERNAL_H
 
@@ -85,8 +85,61 @@ struct plane {
     _Atomic(struct file *) files[MAX_STORAGE_ID + 1];
 };
 
+/* ---- plane.c: under the gate ------------------------------------------------------------------------- */
+
 struct page *plane_find_page(struct plane *plane, uint64_t map_id, uint64_t page_index);
 struct table *plane_find_table(struct plane *plane, uint64_t map_id);
+
+/* The gate held alone: finds a table, or makes it; NULL when out of memory. */
+struct table *need_table(struct plane *plane, uint64_t map_id);
+/* The gate held alone: frees the table when nothing is known of it any more. */
+void release_table(struct plane *plane, struct table *table);
+
+/* ---- plane_files.c ------------------------------------------------------------------------------------ */
+
+/* Read and write blocks that lie one behind the other; a mirror's legs are all written. */
+enum plane_status read_extent(struct plane *plane, uint64_t address, size_t block_count, bool can_wait, char *buffer,
+                              struct plane_refusal *why);
+enum plane_status write_extent(struct plane *plane, uint64_t address, size_t block_count, const char *data,
+                               struct plane_refusal *why);
+
+/* ---- plane_read.c, plane_write.c ---------------------------------------------------------------------- */
+
+/* Reads one block of a locked page: nobody rewrites it meanwhile, so a mismatch is damage. */
+enum plane_status read_locked(struct plane *plane, struct page *page, unsigned index, bool can_wait, char *buffer,
+                              struct plane_refusal *why);
+
+/* `is_served`: nobody asked the control plane. */
+enum plane_status write_bytes(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
+                              size_t length_bytes, bool is_served, bool can_wait, struct plane_refusal *why);
+
+/* ---- plane_spans.c: the pages of a change ------------------------------------------------------------- */
+
+/* What most changes need; larger ones ask for memory. */
+enum { INLINE_SPANS = 4 };
+
+struct span {
+    struct page *page;
+    unsigned start, count;
+};
+
+struct spans {
+    struct span *items;
+    size_t count;
+    struct span small[INLINE_SPANS];
+};
+
+/* Under the gate: finds every page of a range, ready for new mappings once locked and prepared; to be freed in any
+ * case. */
+enum plane_status find_spans(struct plane *plane, uint64_t map_id, uint64_t first_block, size_t block_count,
+                             struct spans *spans, struct plane_refusal *why);
+void free_spans(struct spans *spans);
+void lock_spans(const struct spans *spans);
+void unlock_spans(const struct spans *spans);
+/* False when out of memory. */
+bool prepare_spans(const struct spans *spans);
+
+/* ---- plane_lease.c ------------------------------------------------------------------------------------- */
 
 /* The table whose lease a column's new blocks come from; NULL when there is none yet. */
 struct table *plane_column(struct plane *plane, struct table *table, uint64_t column);
@@ -95,8 +148,11 @@ struct table *plane_column(struct plane *plane, struct table *table, uint64_t co
  * block_count. */
 void table_take(struct table *table, uint64_t block_count, struct plane_run *runs);
 
-/* Whether a lease of the table should be added to before it is used up. */
+/* Whether a lease should be added to before it is used up: this table's own, or any of its columns'. */
+bool lease_runs_low(struct table *table);
 bool table_runs_low(struct plane *plane, struct table *table);
+
+/* ---- plane_seal.c: fresh mappings ---------------------------------------------------------------------- */
 
 /* Notes blocks that no mapping will ever name. */
 void plane_drop(struct plane *plane, uint64_t address);

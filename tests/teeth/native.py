@@ -11,7 +11,7 @@ NATIVE: Final = (
     Breakage(
         "native-checksum-not-compared",
         "I4",
-        "incfs/plane_io.c",
+        "incfs/plane_read.c",
         "    if (found == expected)",
         "    if (found == expected || plane)",
         "tests/unit/test_planes.py::test_damage_is_told_in_the_same_words",
@@ -19,7 +19,7 @@ NATIVE: Final = (
     Breakage(
         "native-part-merged-without-verifying",
         "I4",
-        "incfs/plane_io.c",
+        "incfs/plane_read.c",
         "page->checksums[index], why) ? PLANE_OK : PLANE_MISMATCH;",
         "page->checksums[index], why) ? PLANE_OK : PLANE_OK;",
         "tests/unit/test_planes.py::test_part_of_a_damaged_block_is_not_written",
@@ -27,7 +27,7 @@ NATIVE: Final = (
     Breakage(
         "native-new-block-shows-old-memory",
         "I11",
-        "incfs/plane_io.c",
+        "incfs/plane_read.c",
         "        memset(buffer, 0, plane->block_bytes);\n        return PLANE_OK;",
         "        return PLANE_OK;",
         "tests/unit/test_planes.py::test_a_part_of_a_new_block_has_zeros_around_it",
@@ -35,7 +35,7 @@ NATIVE: Final = (
     Breakage(
         "native-blocks-apart-written-as-one-extent",
         "I4",
-        "incfs/plane_io.c",
+        "incfs/plane_write.c",
         "placements[end].address != placements[first].address + (end - first)",
         "placements[end].address < placements[first].address + (end - first)",
         "tests/unit/test_planes.py::test_a_write_over_leases_that_lie_apart",
@@ -43,7 +43,7 @@ NATIVE: Final = (
     Breakage(
         "native-zero-elision-looks-at-all-but-one-byte",
         "I4",
-        "incfs/plane_io.c",
+        "incfs/plane_write.c",
         "!memcmp(data, data + 1, length - 1)",
         "!memcmp(data, data + 1, length - 2)",
         "tests/unit/test_planes.py::test_one_byte_makes_a_block_that_is_no_hole",
@@ -51,7 +51,7 @@ NATIVE: Final = (
     Breakage(
         "native-sealed-block-rewritten-in-place",
         "I1",
-        "incfs/plane_io.c",
+        "incfs/plane_write.c",
         "placement->address <= PLANE_HOLE || !page_is_fresh(span->page, i);",
         "placement->address <= PLANE_HOLE;",
         _AGREE,
@@ -59,7 +59,7 @@ NATIVE: Final = (
     Breakage(
         "native-hole-flag-wrong",
         "I1",
-        "incfs/plane_io.c",
+        "incfs/plane_spans.c",
         "                page_set(plane, span->page, i, span->page->hole, 0);",
         "                page_set(plane, span->page, i, 0, 0);",
         _AGREE,
@@ -67,7 +67,7 @@ NATIVE: Final = (
     Breakage(
         "native-mapping-set-for-an-unwritten-block",
         "I2",
-        "incfs/plane_io.c",
+        "incfs/plane_write.c",
         "    set_mappings(write, done);",
         "    set_mappings(write, write->block_count);",
         "tests/unit/test_planes.py::test_no_room_drops_the_new_blocks",
@@ -75,7 +75,7 @@ NATIVE: Final = (
     Breakage(
         "native-failed-write-tried-again",
         "I10",
-        "incfs/plane_io.c",
+        "incfs/plane_write.c",
         "    if (why->host_errno)\n        return PLANE_WRITE_ERROR;",
         "",
         "tests/unit/test_served.py::test_a_served_write_that_fails_is_told_and_not_tried_again",
@@ -83,7 +83,7 @@ NATIVE: Final = (
     Breakage(
         "native-full-disk-is-a-failure",
         "I10",
-        "incfs/plane_io.c",
+        "incfs/plane_serve.c",
         " && why.host_errno != ENOSPC && why.host_errno != EDQUOT)",
         ")",
         "tests/unit/test_served.py::test_a_served_write_without_room_harms_nothing",
@@ -91,7 +91,7 @@ NATIVE: Final = (
     Breakage(
         "native-revoked-table-served",
         "I6",
-        "incfs/plane_io.c",
+        "incfs/plane_write.c",
         "table->is_served && table->is_writable && end_bytes",
         "end_bytes",
         "tests/unit/test_served.py::test_only_what_is_allowed_is_served",
@@ -99,7 +99,7 @@ NATIVE: Final = (
     Breakage(
         "native-write-served-beyond-the-end",
         "I6",
-        "incfs/plane_io.c",
+        "incfs/plane_write.c",
         " && end_bytes <= table->size_bytes &&",
         " &&",
         "tests/unit/test_served.py::test_only_what_is_allowed_is_served",
@@ -107,7 +107,7 @@ NATIVE: Final = (
     Breakage(
         "native-read-served-beyond-the-end",
         "I6",
-        "incfs/plane_io.c",
+        "incfs/plane_serve.c",
         "    if (length_bytes > size_bytes - offset_bytes)\n        length_bytes = size_bytes - offset_bytes;\n",
         "",
         "tests/unit/test_served.py::test_only_what_is_allowed_is_served",
@@ -115,7 +115,7 @@ NATIVE: Final = (
     Breakage(
         "native-frozen-plane-serves-writes",
         "I10",
-        "incfs/plane_io.c",
+        "incfs/plane_write.c",
         "           !atomic_load_explicit(&write->plane->is_frozen, memory_order_relaxed) &&\n",
         "",
         "tests/unit/test_served.py::test_only_what_is_allowed_is_served",
@@ -123,7 +123,7 @@ NATIVE: Final = (
     Breakage(
         "native-lock-not-taken",
         "I4",
-        "incfs/plane_io.c",
+        "incfs/plane_write.c",
         "    write->in_place |= bytes->whole != NULL;",
         "    write->in_place = false;",
         _THREADS,
@@ -131,7 +131,7 @@ NATIVE: Final = (
     Breakage(
         "native-seal-beside-writers",
         "I6",
-        "incfs/plane.c",
+        "incfs/plane_seal.c",
         "    pthread_rwlock_wrlock(&plane->gate);\n    enum plane_status status = plane_fresh_count(plane) > most",
         "    pthread_rwlock_rdlock(&plane->gate);\n    enum plane_status status = plane_fresh_count(plane) > most",
         _THREADS,
@@ -139,7 +139,7 @@ NATIVE: Final = (
     Breakage(
         "native-seal-loses-a-page",
         "I2",
-        "incfs/plane.c",
+        "incfs/plane_seal.c",
         "    page->next_dirty = plane->dirty;",
         "    page->next_dirty = NULL;",
         _AGREE,
@@ -155,7 +155,7 @@ NATIVE: Final = (
     Breakage(
         "native-lease-given-twice",
         "I9",
-        "incfs/plane.c",
+        "incfs/plane_lease.c",
         "        lease->address += step;\n",
         "",
         _AGREE,
@@ -163,7 +163,7 @@ NATIVE: Final = (
     Breakage(
         "native-revoked-lease-kept",
         "I9",
-        "incfs/plane.c",
+        "incfs/plane_lease.c",
         "    table->lease_first = table->lease_end = 0;\n    table->lease_blocks = 0;",
         "    table->lease_blocks = 0;",
         _AGREE,
@@ -171,7 +171,7 @@ NATIVE: Final = (
     Breakage(
         "native-dropped-block-lost",
         "I9",
-        "incfs/plane.c",
+        "incfs/plane_seal.c",
         "        plane_drop(plane, old);",
         "        (void)plane;",
         _AGREE,
@@ -195,7 +195,7 @@ NATIVE: Final = (
     Breakage(
         "hot-read-from-the-start-of-its-block",
         "I4",
-        "incfs/fuse_hot.c",
+        "incfs/fuse_hot_serve.c",
         "    reply(header->unique, 0, worker->room + start, found);",
         "    reply(header->unique, 0, worker->room, found);",
         "tests/mount/test_hot.py::test_hot_reads_may_begin_anywhere",
@@ -203,7 +203,7 @@ NATIVE: Final = (
     Breakage(
         "hot-write-answered-but-not-done",
         "I2",
-        "incfs/fuse_hot.c",
+        "incfs/fuse_hot_serve.c",
         "    if (!is_served)\n        return false;\n    count(&worker->write_bytes, in->size);",
         "    count(&worker->write_bytes, in->size);",
         "tests/mount/test_hot.py::test_hot_reads_may_begin_anywhere",

@@ -1,0 +1,250 @@
+/* Methods of the native data plane: what hot threads may serve, and the journal that is lent to them. */
+#include "_dataplane.h"
+
+/* ---- Served requests ---------------------------------------------------------------------------- */
+
+PyObject *method_serve(DataPlane *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"map_id", "size_bytes", "facts", "is_writable", NULL};
+    unsigned long long map_id, size_bytes, mapped_blocks, accessed_ns, modified_ns, changed_ns;
+    struct plane_facts facts;
+    int is_writable;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KK(IIIIKKKK)$p", names, &map_id, &size_bytes, &facts.mode,
+                                     &facts.uid, &facts.gid, &facts.link_count, &mapped_blocks, &accessed_ns,
+                                     &modified_ns, &changed_ns, &is_writable))
+        return NULL;
+    facts.mapped_blocks = mapped_blocks;
+    facts.accessed_ns = accessed_ns;
+    facts.modified_ns = modified_ns;
+    facts.changed_ns = changed_ns;
+    if (plane_serve(self->plane, map_id, size_bytes, is_writable, &facts) != PLANE_OK)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+PyObject *method_unserve(DataPlane *self, PyObject *arg)
+{
+    unsigned long long map_id = PyLong_AsUnsignedLongLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    plane_unserve(self->plane, map_id);
+    Py_RETURN_NONE;
+}
+
+PyObject *method_freeze(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    lane_close(self->lane);
+    plane_freeze(self->plane);
+    Py_RETURN_NONE;
+}
+
+PyObject *method_watch(DataPlane *self, PyObject *arg)
+{
+    size_t seal_at = PyLong_AsSize_t(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    int fd = plane_watch(self->plane, seal_at);
+    return fd < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromLong(fd);
+}
+
+PyObject *method_attend(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    uint64_t *tables;
+    size_t table_count;
+    if (plane_attend(self->plane, &tables, &table_count) != PLANE_OK)
+        return PyErr_NoMemory();
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list && i < table_count; i++)
+        append_new(list, PyLong_FromUnsignedLongLong(tables[i]));
+    free(tables);
+    if (PyErr_Occurred())
+        Py_CLEAR(list);
+    uint64_t address;
+    int failure = plane_failure(self->plane, &address);
+    if (!list || !failure)
+        return list;
+    Py_DECREF(list);
+    struct plane_refusal why = {.address = address, .host_errno = failure};
+    return raise_status(self, PLANE_WRITE_ERROR, 0, &why);
+}
+
+PyObject *method_written(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    uint64_t *writes;
+    size_t write_count;
+    /* What is taken here only a commit of the control plane makes durable. */
+    lane_close(self->lane);
+    if (plane_written(self->plane, &writes, &write_count) != PLANE_OK)
+        return PyErr_NoMemory();
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list && i < write_count; i++)
+        append_new(list, Py_BuildValue("(KK)", (unsigned long long)writes[2 * i], (unsigned long long)writes[2 * i + 1]));
+    free(writes);
+    if (PyErr_Occurred())
+        Py_CLEAR(list);
+    return list;
+}
+
+/* ---- What hot threads call ---------------------------------------------------------------------- */
+
+static bool server_read(void *owner, uint64_t inode, uint64_t offset_bytes, size_t length_bytes, bool can_wait,
+                        char *buffer, size_t room, size_t *start, size_t *count)
+{
+    DataPlane *self = owner;
+    return plane_serve_read(self->plane, inode, offset_bytes, length_bytes, can_wait, buffer, room, start, count) ==
+           PLANE_OK;
+}
+
+static bool server_write(void *owner, uint64_t inode, uint64_t offset_bytes, const void *data, size_t length_bytes)
+{
+    DataPlane *self = owner;
+    return plane_serve_write(self->plane, inode, offset_bytes, data, length_bytes) == PLANE_OK;
+}
+
+static bool server_stat(void *owner, uint64_t inode, struct hot_stat *stat)
+{
+    DataPlane *self = owner;
+    struct plane_facts facts;
+    if (!plane_serve_stat(self->plane, inode, &facts, &stat->size_bytes))
+        return false;
+    *stat = (struct hot_stat){
+        .mode = facts.mode,
+        .uid = facts.uid,
+        .gid = facts.gid,
+        .link_count = facts.link_count,
+        .block_bytes = self->block_bytes,
+        .size_bytes = stat->size_bytes,
+        .stored_bytes = facts.mapped_blocks * self->block_bytes,
+        .accessed_ns = facts.accessed_ns,
+        .modified_ns = facts.modified_ns,
+        .changed_ns = facts.changed_ns,
+    };
+    return true;
+}
+
+static bool server_set_modified(void *owner, uint64_t inode, uint64_t modified_ns)
+{
+    DataPlane *self = owner;
+    return plane_serve_time(self->plane, inode, modified_ns);
+}
+
+static bool server_sync(void *owner, struct hot_waiter *waiter, bool can_wait, const struct hot_answers *answers)
+{
+    DataPlane *self = owner;
+    struct plane_facts facts;
+    uint64_t size_bytes;
+    return plane_serve_stat(self->plane, waiter->inode, &facts, &size_bytes) &&
+           lane_sync(self->lane, waiter, can_wait, answers);
+}
+
+static void release_capsule(PyObject *capsule)
+{
+    free(PyCapsule_GetPointer(capsule, HOT_SERVER_CAPSULE));
+    Py_XDECREF((PyObject *)PyCapsule_GetContext(capsule));
+}
+
+/* The capsule keeps the plane alive. */
+PyObject *method_server(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    struct hot_server *server = malloc(sizeof *server);
+    if (!server)
+        return PyErr_NoMemory();
+    *server = (struct hot_server){self, server_read, server_write, server_stat, server_set_modified, server_sync};
+    PyObject *capsule = PyCapsule_New(server, HOT_SERVER_CAPSULE, release_capsule);
+    if (!capsule)
+        free(server);
+    else
+        PyCapsule_SetContext(capsule, Py_NewRef((PyObject *)self));
+    return capsule;
+}
+
+/* ---- The journal's end -------------------------------------------------------------------------- */
+
+PyObject *method_lend(DataPlane *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"fd", "end_bytes", "limit_bytes", "nonce", "sequence", "folded", "most_blocks", NULL};
+    int fd;
+    unsigned long long end_bytes, limit_bytes, nonce, sequence, folded;
+    Py_ssize_t most_blocks;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$iKKKKKn", names, &fd, &end_bytes, &limit_bytes, &nonce, &sequence,
+                                     &folded, &most_blocks))
+        return NULL;
+    lane_lend(self->lane, &(struct lane_journal){fd, end_bytes, limit_bytes, nonce, sequence, folded, most_blocks,
+                                                 self->block_bytes});
+    Py_RETURN_NONE;
+}
+
+PyObject *method_reopen(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    lane_reopen(self->lane);
+    Py_RETURN_NONE;
+}
+
+PyObject *method_reclaim(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    uint64_t end_bytes;
+    int error;
+    Py_BEGIN_ALLOW_THREADS
+    error = lane_reclaim(self->lane, &end_bytes);
+    Py_END_ALLOW_THREADS
+    if (error)
+        return raise_made(self, "_host_error", Py_BuildValue("(sKi)", "write", 0ull, error));
+    return PyLong_FromUnsignedLongLong(end_bytes);
+}
+
+PyObject *method_close_journal(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    lane_close(self->lane);
+    Py_RETURN_NONE;
+}
+
+struct asked {
+    struct hot_waiter waiter; /* first */
+    bool is_refused;
+    int error;
+};
+
+static void asked_done(struct hot_waiter *waiter, int error)
+{
+    ((struct asked *)waiter)->error = error;
+}
+
+static void asked_refused(struct hot_waiter *waiter)
+{
+    ((struct asked *)waiter)->is_refused = true;
+}
+
+/* With nobody else about, the answer is there when lane_sync returns. */
+PyObject *method_sync(DataPlane *self, PyObject *arg)
+{
+    static const struct hot_answers answers = {asked_done, asked_refused};
+    struct asked asked = {.waiter.inode = PyLong_AsUnsignedLongLong(arg)};
+    if (PyErr_Occurred())
+        return NULL;
+    bool is_taken = server_sync(self, &asked.waiter, true, &answers);
+    if (asked.error)
+        return raise_made(self, "_host_error", Py_BuildValue("(sKi)", "write", 0ull, asked.error));
+    return PyBool_FromLong(is_taken && !asked.is_refused);
+}
+
+PyObject *method_set_folded(DataPlane *self, PyObject *arg)
+{
+    unsigned long long folded = PyLong_AsUnsignedLongLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    lane_set_folded(self->lane, folded);
+    Py_RETURN_NONE;
+}
+
+PyObject *get_lent_end_bytes(DataPlane *self, void *closure)
+{
+    (void)closure;
+    return PyLong_FromUnsignedLongLong(lane_end_bytes(self->lane));
+}

@@ -1,0 +1,127 @@
+/* The image files below the native data plane: whole extents of blocks, read and written. */
+#define _GNU_SOURCE
+#include "plane_internal.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+enum plane_status plane_attach(struct plane *plane, uint16_t storage_id, const int *fds, unsigned fd_count,
+                               uint64_t data_offset)
+{
+    struct file *file = malloc(sizeof *file);
+    if (!file)
+        return PLANE_NO_MEMORY;
+    memcpy(file->fds, fds, fd_count * sizeof *fds);
+    file->fd_count = fd_count;
+    file->data_offset = data_offset;
+    atomic_init(&file->can_nowait, true);
+    pthread_rwlock_wrlock(&plane->gate);
+    file->superseded = atomic_load(&plane->files[storage_id]);
+    atomic_store(&plane->files[storage_id], file);
+    pthread_rwlock_unlock(&plane->gate);
+    return PLANE_OK;
+}
+
+bool plane_is_attached(struct plane *plane, uint64_t address)
+{
+    return atomic_load(&plane->files[address >> ADDRESS_BLOCK_BITS]) != NULL;
+}
+
+static struct file *file_of(struct plane *plane, uint64_t address)
+{
+    return atomic_load_explicit(&plane->files[address >> ADDRESS_BLOCK_BITS], memory_order_acquire);
+}
+
+static off_t file_offset(const struct plane *plane, const struct file *file, uint64_t address)
+{
+    uint64_t block_index = address & (((uint64_t)1 << ADDRESS_BLOCK_BITS) - 1);
+    return file->data_offset + block_index * plane->block_bytes;
+}
+
+static enum plane_status read_waiting(const struct file *file, off_t offset, char *buffer, size_t length, int *error)
+{
+    while (length) {
+        ssize_t count = pread(file->fds[0], buffer, length, offset);
+        if (count < 0 && errno == EINTR)
+            continue;
+        if (count <= 0) {
+            *error = count < 0 ? errno : 0;
+            return PLANE_READ_ERROR;
+        }
+        buffer += count;
+        offset += count;
+        length -= count;
+    }
+    return PLANE_OK;
+}
+
+/* Reads blocks that lie one behind the other. */
+enum plane_status read_extent(struct plane *plane, uint64_t address, size_t block_count, bool can_wait, char *buffer,
+                              struct plane_refusal *why)
+{
+    struct file *file = file_of(plane, address);
+    off_t offset = file_offset(plane, file, address);
+    size_t length = block_count * plane->block_bytes;
+    why->address = address;
+    why->block_count = block_count;
+    if (can_wait || !atomic_load_explicit(&file->can_nowait, memory_order_relaxed))
+        return read_waiting(file, offset, buffer, length, &why->host_errno);
+    struct iovec vector = {buffer, length};
+    ssize_t count = preadv2(file->fds[0], &vector, 1, offset, RWF_NOWAIT);
+    if (count == (ssize_t)length)
+        return PLANE_OK;
+    if (count >= 0 || errno == EAGAIN || errno == EINTR)
+        return PLANE_WOULD_WAIT;
+    if (errno != EOPNOTSUPP && errno != ENOSYS) {
+        why->host_errno = errno;
+        return PLANE_READ_ERROR;
+    }
+    /* tmpfs and others: their reads do not wait anyway. */
+    atomic_store_explicit(&file->can_nowait, false, memory_order_relaxed);
+    return read_waiting(file, offset, buffer, length, &why->host_errno);
+}
+
+int write_fully(int fd, const void *bytes, size_t length, uint64_t offset)
+{
+    const char *data = bytes;
+    while (length) {
+        ssize_t count = pwrite(fd, data, length, offset);
+        if (count < 0 && errno == EINTR)
+            continue;
+        if (count <= 0)
+            return count < 0 ? errno : EIO;
+        data += count;
+        offset += count;
+        length -= count;
+    }
+    return 0;
+}
+
+enum plane_status write_extent(struct plane *plane, uint64_t address, size_t block_count, const char *data,
+                               struct plane_refusal *why)
+{
+    struct file *file = file_of(plane, address);
+    off_t offset = file_offset(plane, file, address);
+    for (unsigned leg = 0; leg < file->fd_count; leg++) {
+        int error = write_fully(file->fds[leg], data, block_count * plane->block_bytes, offset);
+        if (!error)
+            continue;
+        why->address = address;
+        why->host_errno = error;
+        why->leg = leg;
+        bool is_full = error == ENOSPC || error == EDQUOT;
+        return file->fd_count > 1 && !is_full ? PLANE_LEG_ERROR : PLANE_WRITE_ERROR;
+    }
+    return PLANE_OK;
+}
+
+int plane_read_stored(struct plane *plane, uint64_t address, char *block)
+{
+    struct plane_refusal why;
+    if (read_extent(plane, address, 1, true, block, &why) == PLANE_OK)
+        return 0;
+    return why.host_errno ? why.host_errno : EIO;
+}
