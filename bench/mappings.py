@@ -14,8 +14,9 @@ from pathlib import Path
 from incfs import volume as volumes
 from incfs.codec import checksum
 from incfs.model import PAGE_BLOCKS, Appended, MapId, SealedPage
+from incfs.options import Options
 from incfs.recovery import create_pool, open_store
-from incfs.store import Options, Store
+from incfs.store import Store
 
 BLOCK_BYTES = 512
 """Small, so that the image of ten million blocks has 5 GB."""

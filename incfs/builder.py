@@ -17,7 +17,6 @@ from incfs.catalog import Catalog, Record, RecordId, record_id, record_puts
 from incfs.codec import Entries, encode_record, entry_runs
 from incfs.errors import AlreadyExists, FormatError, UsageError
 from incfs.journal import Journal
-from incfs.log import Puts, Tables, space_key
 from incfs.model import (
     HOLE,
     MAX_GENERATION,
@@ -38,6 +37,7 @@ from incfs.overlay import Layer, Patch, TableKey
 from incfs.pool import GROUP_BLOCKS, Pool
 from incfs.store import TABLES_NAME, new_nonce
 from incfs.superblock import Superblock, write_superblock
+from incfs.tables import Puts, Tables, space_key
 
 _BATCH_PAGES = 4096
 

@@ -15,10 +15,10 @@ from incfs.changes import Change, MapRun, encode_body, map_runs
 from incfs.codec import checksum
 from incfs.errors import ChecksumMismatch
 from incfs.journal import Journal
-from incfs.log import Puts, Tables, space_key
 from incfs.model import HOLE, StorageId
 from incfs.overlay import Layer
 from incfs.pool import Pool
+from incfs.tables import Puts, Tables, space_key
 
 _PAGE_COST_BYTES = 16384
 """Most that folding one map page can add to the tables' file: the page and its branch."""

@@ -19,10 +19,10 @@ from incfs.backing import translate, translated
 from incfs.catalog import record_from
 from incfs.codec import Entries, encode_record, entry_runs, unpack
 from incfs.errors import IncfsError, UsageError
-from incfs.log import Reader
 from incfs.model import HOLE, Storage
 from incfs.store import Store
 from incfs.superblock import FORMAT_VERSION, Superblock
+from incfs.tables import Reader
 
 DUMP_VERSION = 1
 COPY_SUFFIX = ".dump.gz"

@@ -43,9 +43,9 @@ from incfs.mount_table import (
     is_dead,
     resolve_mountpoint,
 )
+from incfs.options import Options
 from incfs.outside import Outside, fork_outside
 from incfs.service import open_service
-from incfs.store import Options
 from incfs.superblock import read_superblock
 
 if TYPE_CHECKING:

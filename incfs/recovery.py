@@ -29,7 +29,6 @@ from incfs.errors import (
 from incfs.image import DATA_OFFSET_BYTES
 from incfs.journal import Journal, JournalRecord, journal_paths
 from incfs.lock import LOCK_NAME, PoolLock
-from incfs.log import LMDB_LIB_VERSION, Puts, Tables
 from incfs.model import (
     DEFAULT_BLOCK_BYTES,
     HOLE,
@@ -44,9 +43,10 @@ from incfs.model import (
     Volume,
     VolumeId,
 )
+from incfs.options import Options
 from incfs.overlay import TableKey
 from incfs.pool import Pool
-from incfs.store import TABLES_NAME, Options, Store, new_nonce
+from incfs.store import TABLES_NAME, Store, new_nonce
 from incfs.superblock import (
     ANNOUNCED_NAME,
     SUPERBLOCK_NAME,
@@ -56,6 +56,7 @@ from incfs.superblock import (
     publish_superblock,
     read_superblock,
 )
+from incfs.tables import LMDB_LIB_VERSION, Puts, Tables
 
 DEFAULT_JOURNAL_BYTES = 16 << 20
 MIN_JOURNAL_BYTES = 64 << 10

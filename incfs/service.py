@@ -25,11 +25,12 @@ from incfs.extents import Extent
 from incfs.histogram import Histogram
 from incfs.keeper import Keeper
 from incfs.model import PAGE_BLOCKS, Facts, Generation, MapId, Snapshot, Storage, Volume, VolumeId, split_map_id
+from incfs.options import Options
 from incfs.policies import Policies
 from incfs.reclaimer import Reclaimer
 from incfs.scrubstate import last_end_ns
 from incfs.settings import PoolSettings
-from incfs.store import Options, Store
+from incfs.store import Store
 from incfs.transfers import require_not_receiving, require_ordinary
 from incfs.transport import Transfers
 from incfs.upkeep import Upkeep

@@ -9,12 +9,12 @@ from incfs.codec import decode_entries, entry_runs, open_value, unpack
 from incfs.dataplane import DataPlane
 from incfs.extents import Extent, page_entries
 from incfs.journal import Journal
-from incfs.log import DATABASES, Tables
 from incfs.model import HOLE, PAGE_BLOCKS, MapId, Storage
 from incfs.pool import StorageVolume
 from incfs.recovery import UNLIMITED_BLOCKS
 from incfs.store import Store
 from incfs.superblock import FORMAT_VERSION
+from incfs.tables import DATABASES, Tables
 
 
 def pool_facts(store: Store) -> dict[str, Any]:

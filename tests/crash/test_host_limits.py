@@ -18,9 +18,10 @@ from incfs import volume as volumes
 from incfs.checkpoint import Checkpoint
 from incfs.errors import BackingError, IncfsError, PoolReadOnly
 from incfs.image import DATA_OFFSET_BYTES
+from incfs.options import Options
 from incfs.planes import HAS_NATIVE, PlaneKind
 from incfs.recovery import MIN_JOURNAL_BYTES, create_pool
-from incfs.store import Options, Store
+from incfs.store import Store
 from tests.support import pools
 from tests.support.figures import FIGURES
 from tests.support.recorder import picture

@@ -26,11 +26,11 @@ from incfs.errors import (
     PoolReadOnly,
     UnsupportedFormat,
 )
-from incfs.log import LMDB_LIB_VERSION
 from incfs.model import Appended
 from incfs.overlay import TableKey
 from incfs.service import open_service
 from incfs.store import Store
+from incfs.tables import LMDB_LIB_VERSION
 from tests.support import damage, pools
 
 CASES = int(os.environ.get("INCFS_DAMAGE_CASES", "1000"))

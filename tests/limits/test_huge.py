@@ -9,9 +9,9 @@ from incfs import snapshot as snapshots
 from incfs import volume as volumes
 from incfs.errors import LimitExceeded, NoData
 from incfs.model import MAX_VOLUME_BYTES
+from incfs.options import Options
 from incfs.planes import HAS_NATIVE, PlaneKind
 from incfs.recovery import create_pool, open_store
-from incfs.store import Options
 from tests.support.pools import check_clean, diff, discard, new_volume, read, reclaim, resize, write
 from tests.support.work import count_work
 

@@ -14,8 +14,9 @@ from incfs import removal
 from incfs import snapshot as snapshots
 from incfs import volume as volumes
 from incfs.model import Volume
+from incfs.options import Options
 from incfs.recovery import create_pool, open_store
-from incfs.store import Options, Store
+from incfs.store import Store
 from tests.support.pools import check_clean, new_volume, read, write
 from tests.support.work import count_work
 

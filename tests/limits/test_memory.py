@@ -12,9 +12,10 @@ from incfs import removal
 from incfs import snapshot as snapshots
 from incfs import volume as volumes
 from incfs.model import PAGE_BLOCKS
+from incfs.options import Options
 from incfs.planes import HAS_NATIVE, PlaneKind
 from incfs.recovery import create_pool, open_store
-from incfs.store import Options, Store
+from incfs.store import Store
 from tests.support.child import in_a_child
 from tests.support.pools import discard, new_volume, read, reclaim, write
 

@@ -23,17 +23,18 @@ from hypothesis.stateful import (
 
 from incfs import clone as clones
 from incfs import extents, ranges, relocation, stripes
+from incfs import memory as memory_module
 from incfs import pool as pool_module
 from incfs import snapshot as snapshots
 from incfs import space as space_module
-from incfs import store as store_module
 from incfs import volume as volumes
 from incfs.checkpoint import Checkpoint, Commit
 from incfs.dataplane import DataPlane
 from incfs.errors import AlreadyExists, Busy, NoData, NoSpace
 from incfs.model import HOLE, NO_ORIGIN, MapId, StorageId, Volume, VolumeId, split_map_id
+from incfs.options import Options
 from incfs.pool import PunchPlan
-from incfs.store import Options, Store, new_nonce
+from incfs.store import Store, new_nonce
 from tests.conftest import fast_directory
 from tests.support import pools
 
@@ -125,9 +126,9 @@ class CoreMachine(RuleBasedStateMachine):
     def begin(self, setup: Setup) -> None:
         self.setup = setup
         self.home = Path(tempfile.mkdtemp(prefix="incfs-model-", dir=fast_directory()))
-        self.constants = store_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS, pool_module.GROUP_BLOCKS
+        self.constants = memory_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS, pool_module.GROUP_BLOCKS
         pool_module.GROUP_BLOCKS = setup.group_blocks
-        store_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS = setup.seal_at, setup.lease_blocks
+        memory_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS = setup.seal_at, setup.lease_blocks
         self.pool = pools.make_pool(
             self.home,
             block_bytes=setup.block_bytes,
@@ -180,7 +181,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.compare()
             pools.check_clean(self.store)
         finally:
-            store_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS, pool_module.GROUP_BLOCKS = self.constants
+            memory_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS, pool_module.GROUP_BLOCKS = self.constants
             self.store.abandon()
             shutil.rmtree(self.home)
 

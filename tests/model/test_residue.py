@@ -10,9 +10,10 @@ from incfs import snapshot as snapshots
 from incfs import volume as volumes
 from incfs.errors import NoSpace
 from incfs.model import Volume
+from incfs.options import Options
 from incfs.planes import HAS_NATIVE, PlaneKind
 from incfs.recovery import create_pool, open_store
-from incfs.store import Options, Store
+from incfs.store import Store
 from tests.support.pools import check_clean, discard, new_volume, read, reclaim, resize, write
 
 BLOCK = 512

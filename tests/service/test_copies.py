@@ -8,9 +8,10 @@ import trio
 import trio.testing
 
 from incfs import dump
+from incfs.options import Options
 from incfs.recovery import create_pool
 from incfs.service import open_service
-from incfs.store import Options, Store
+from incfs.store import Store
 from tests.support import pools
 
 

@@ -6,9 +6,9 @@ from random import Random
 import pytest
 import trio
 
+from incfs.options import Options
 from incfs.planes import HAS_NATIVE, PlaneKind
 from incfs.service import open_service
-from incfs.store import Options
 from tests.support.pools import make_pool
 
 WRITERS = 64

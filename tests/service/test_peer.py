@@ -12,8 +12,8 @@ import trio
 
 from incfs.control import SOCKET_NAME, connect_control, serve_control
 from incfs.errors import PermissionRefused
+from incfs.options import Options
 from incfs.service import open_service
-from incfs.store import Options
 from tests.support.pools import make_pool
 from tests.support.users import as_nobody
 

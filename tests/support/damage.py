@@ -20,7 +20,8 @@ from random import Random
 from incfs import ranges
 from incfs.errors import IncfsError, NoSpace
 from incfs.model import MapId
-from incfs.store import Options, Store, new_nonce
+from incfs.options import Options
+from incfs.store import Store, new_nonce
 from tests.support import pools
 
 State = dict[str, bytes]

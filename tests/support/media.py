@@ -22,8 +22,8 @@ from typing import Any
 
 from incfs.backing import Backing, File
 from incfs.errors import AlreadyExists, BackingError
-from incfs.log import Tables
 from incfs.store import TABLES_NAME
+from incfs.tables import Tables
 
 SECTOR = 512
 CHUNK = 64

@@ -9,8 +9,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from incfs.options import Options
 from incfs.recovery import open_store
-from incfs.store import Options, Store
+from incfs.store import Store
 from tests.support import pools
 from tests.support.fire import VOLUMES
 from tests.support.stamps import Cell, Model, read_sequences

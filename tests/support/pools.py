@@ -16,11 +16,12 @@ from incfs.check import Checker, CheckReport
 from incfs.dataplane import PlaneState
 from incfs.errors import NoSpace
 from incfs.model import HOLE, Generation, MapId, Snapshot, Volume, VolumeId, map_id, split_map_id
+from incfs.options import Options
 from incfs.overlay import TableKey
 from incfs.pool import PunchPlan
 from incfs.recovery import MIN_JOURNAL_BYTES, create_pool, open_store
 from incfs.relocation import Relocation, Wish
-from incfs.store import Options, Store
+from incfs.store import Store
 
 BLOCK = 64
 """The smallest block: a map page then covers 32 KiB."""

@@ -9,7 +9,8 @@ from typing import Any, Self
 
 from incfs import pool as pool_module
 from incfs.checkpoint import Commit
-from incfs.store import Options, Store, new_nonce
+from incfs.options import Options
+from incfs.store import Store, new_nonce
 from tests.support import pools
 from tests.support.media import Event, Media, MemoryBacking, seeded_randomness
 from tests.support.power import Machine

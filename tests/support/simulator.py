@@ -13,7 +13,8 @@ from pathlib import Path
 from random import Random
 
 from incfs.errors import IncfsError
-from incfs.store import Options, Store
+from incfs.options import Options
+from incfs.store import Store
 from tests.support import pools
 from tests.support.figures import FIGURES
 from tests.support.likeness import Likeness, digest_of

@@ -19,7 +19,8 @@ from incfs import recovery
 from incfs.errors import Busy
 from incfs.journal import JournalRecord
 from incfs.mount_table import detach, find_mount
-from incfs.store import Options, Store
+from incfs.options import Options
+from incfs.store import Store
 from tests.support.cli import environment
 from tests.support.fire import SECTOR_COUNTS, START_TIMEOUT_S, VOLUMES, Setting, Target, committing
 from tests.support.pools import read

@@ -91,7 +91,7 @@ CORE: Final = (
     Breakage(
         "read-only-pool-serves-writes",
         "I10",
-        "incfs/store.py",
+        "incfs/memory.py",
         "            self.plane.freeze()",
         "            assert self.failure",
         "tests/unit/test_store.py::test_a_failed_flush_makes_the_pool_read_only[.img]",
@@ -164,7 +164,7 @@ CORE: Final = (
     Breakage(
         "snapshot-before-what-was-written",
         "I6",
-        "incfs/store.py",
+        "incfs/memory.py",
         "        self.require_writable()\n        self.absorb()\n\n    def change",
         "        self.require_writable()\n\n    def change",
         "tests/unit/test_store.py::test_a_snapshot_keeps_its_bytes",
@@ -253,7 +253,7 @@ CORE: Final = (
     Breakage(
         "served-beyond-a-smaller-size",
         "I6",
-        "incfs/store.py",
+        "incfs/memory.py",
         "isinstance(record, Volume | Snapshot) and self._served:",
         "isinstance(record, Snapshot) and self._served:",
         "tests/unit/test_store.py::test_a_volume_that_shrinks_is_not_written_past_the_owner",
@@ -261,7 +261,7 @@ CORE: Final = (
     Breakage(
         "written-while-a-shrink-is-unfinished",
         "I6",
-        "incfs/store.py",
+        "incfs/memory.py",
         "not generation and self.catalog.volume(volume_id).trim_from_bytes is None",
         "not generation",
         "tests/unit/test_store.py::test_a_volume_that_shrinks_is_not_written_past_the_owner",

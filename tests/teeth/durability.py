@@ -108,7 +108,7 @@ DURABILITY: Final = (
     Breakage(
         "lmdb-without-its-flush",
         "I5",
-        "incfs/log.py",
+        "incfs/tables.py",
         "                mode=0o600,\n",
         "                mode=0o600,\n                metasync=False,\n",
         "tests/unit/test_store.py::test_lmdb_flushes_what_it_commits",
@@ -207,7 +207,7 @@ DURABILITY: Final = (
     Breakage(
         "tables-map-not-grown",
         "I10",
-        "incfs/log.py",
+        "incfs/tables.py",
         "        if self.used_bytes() * 2 <= self.map_bytes():",
         "        if self.used_bytes() > 0:",
         "tests/unit/test_store.py::test_the_tables_map_grows_before_it_is_full",
@@ -223,7 +223,7 @@ DURABILITY: Final = (
     Breakage(
         "missing-map-pages-not-noticed",
         "I4",
-        "incfs/log.py",
+        "incfs/tables.py",
         "            if expected[0] != survey.keys:",
         "            if expected[0] < 0:",
         "tests/damage/test_damage.py::test_tables_that_lack_a_page_are_refused",

@@ -11,11 +11,11 @@ from incfs import volume as volumes
 from incfs.backing import Backing, File
 from incfs.codec import Entries
 from incfs.errors import BackingError, ChecksumMismatch, PoolReadOnly
-from incfs.log import Puts, Reader, Tables
 from incfs.model import HOLE
 from incfs.overlay import TableKey
 from incfs.planes import HAS_NATIVE
 from incfs.store import Store
+from incfs.tables import Puts, Reader, Tables
 from tests.support import pools
 from tests.support.served import Served
 

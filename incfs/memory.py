@@ -1,0 +1,404 @@
+"""What an open pool is in memory: records, tables, bitmaps, the data plane, and what waits for a commit.
+
+Everything here belongs to the owner thread.  ``store`` makes it durable.
+
+Invariants:
+    1. Changes reach memory (log, pool, catalog) and the pending list in one step of the
+       owner thread, so memory is always the last commit plus the pending list.
+    2. After a failure (``fail``) nothing is changed any more (I10).
+"""
+
+import logging
+import time
+from collections import ChainMap, Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from incfs.backing import Backing
+from incfs.baseline import Baselines
+from incfs.catalog import Catalog, Record, RecordId, record_id
+from incfs.changes import Change, map_change
+from incfs.codec import Entries, encode_record
+from incfs.dataplane import Batch, DataPlane
+from incfs.errors import BackingError, IncfsError, PoolReadOnly
+from incfs.events import EventLog
+from incfs.log import IncrementalLog
+from incfs.model import (
+    HOLE,
+    INHERIT,
+    Facts,
+    MapId,
+    SealedPage,
+    Snapshot,
+    Storage,
+    Volume,
+    VolumeId,
+    split_map_id,
+)
+from incfs.moves import Moves
+from incfs.options import Options
+from incfs.overlay import Chain, TableKey
+from incfs.planes import PlaneKind, make_plane
+from incfs.pool import Pool
+from incfs.space import Space
+from incfs.superblock import Superblock
+from incfs.tables import Tables
+
+logger = logging.getLogger(__name__)
+
+_SEAL_AT = 1024
+"""Unsealed mappings that trigger a seal: bounds how long one keeps the owner thread."""
+_PAGE_WEIGHT = 64
+"""What a folded or emptied page counts as among the pending mappings."""
+
+
+class Memory:
+    """An open pool, without its way to the disk.
+
+    Concurrency: the owner thread, unless a method says otherwise.
+    """
+
+    def __init__(
+        self, directory: Path, superblock: Superblock, backing: Backing, tables: Tables, options: Options
+    ) -> None:
+        self.directory = directory
+        self.superblock = superblock
+        self.options = options
+        self.catalog = Catalog()
+        self.failure: IncfsError | None = None
+        self.clock: Callable[[], int] = time.time_ns
+        """Nanoseconds since 1970, for the records' times."""
+        self.pending_mappings = 0
+        """Mappings appended since the last commit was begun."""
+        self.checksum_errors = 0
+        """Reads that found no right copy."""
+        self.sequence = 0
+        """Of the last commit begun."""
+        self.durable_sequence = 0
+        self.backing = backing
+        self.tables = tables
+        self.log = IncrementalLog(tables)
+        salvage = options.salvage
+        self.pool = Pool(
+            salvage.images_home if salvage else directory, UUID(superblock.uuid), superblock.block_bytes, backing
+        )
+        if salvage:
+            self.pool.image_paths = salvage.image_paths
+        # An image that is away has no descriptor: only the Python plane turns that into an error of its range.
+        kind: PlaneKind = "python" if options.degraded or salvage else options.data_plane
+        self.baselines = self.log.baselines = Baselines(superblock.block_bytes)
+        files: Any = ChainMap[Any, Any](self.pool.volumes, self.baselines)
+        self.plane = make_plane(kind, superblock.block_bytes, files, backing)
+        self.events = EventLog(None if salvage else directory, self.clock)
+        self.space = Space(
+            self.catalog,
+            self.pool,
+            self.plane,
+            self.events,
+            block_bytes=superblock.block_bytes,
+            extend_bytes=options.extend_bytes,
+            host_reserve_bytes=options.host_reserve_bytes,
+            reserve_blocks=options.reserve_blocks,
+        )
+        self.moves = Moves(self.catalog, self.log, self.pool, self._pend_move, self._put)
+        self._pending: list[Change] = []
+        self._touched: dict[RecordId, None] = {}
+        self._served: dict[MapId, tuple[int, Facts, bool]] = {}
+        """Open tables -> (size, facts, whether the data plane's own threads may write)."""
+        self._quiet: Counter[MapId] = Counter()
+        """Tables that the data plane's own threads must not write."""
+        self._is_watched = False
+        """Whether somebody attends to the data plane's own threads."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Size of a block."""
+        return self.superblock.block_bytes
+
+    # Failsafe
+
+    def fail(self, error: IncfsError) -> None:
+        """Refuse every change from now on (I10); the first reason is kept and logged."""
+        if self.failure is None:
+            logger.error("pool %s is read-only from now on: %s", self.directory, error)
+            self.failure = error
+            self.events.record("read-only", "pool", str(error))
+            self.plane.freeze()
+
+    def require_writable(self) -> None:
+        """Refuse when the pool is read-only.
+
+        Raises:
+            PoolReadOnly: An earlier write, sync or commit failed.
+        """
+        if self.failure is not None:
+            raise PoolReadOnly(
+                f"pool {self.directory} is read-only since: {self.failure}; "
+                f"remove the cause, then unmount and mount again",
+                cause=str(self.failure),
+            )
+
+    # Changes: memory and pending list in one step
+
+    def begin_change(self) -> None:
+        """Start an operation on records: everything written so far comes before it.
+
+        Raises:
+            PoolReadOnly: As ``require_writable``.
+        """
+        self.require_writable()
+        self.absorb()
+
+    def change(self, *records: Record) -> None:
+        """Put records, in order: one atomic change, after ``begin_change`` in the same step."""
+        assert not isinstance(self.plane, DataPlane) or not self.plane.fresh_count, "begin_change comes first"
+        for record in records:
+            self._put(record)
+            self._touched.pop(record_id(record), None)
+            self._pend(["put", record_id(record)[0], encode_record(record)])
+
+    def touch(self, record: Record) -> None:
+        """Put a record whose latest state goes into the next commit."""
+        self._put(record)
+        self._touched[record_id(record)] = None
+        self.plane.close_journal()
+
+    def _put(self, record: Record) -> None:
+        before = self.catalog.volumes.get(record.id) if isinstance(record, Volume) else None
+        self.catalog.put(record)
+        if isinstance(record, Volume):
+            self.baselines.need(record.baseline)
+        if isinstance(record, Storage) and record.id in self.pool.volumes:
+            self.pool.renew(record)
+        if isinstance(record, Volume) and before is not None and record.origin != before.origin:
+            for table in self.catalog.readers(record.id):  # what they have of the origin is loaded as their own now
+                self.plane.evict(table)
+        if isinstance(record, Volume) and record.stripes != (before.stripes if before is not None else ()):
+            self._stripe(record)
+        if isinstance(record, Volume | Snapshot) and self._served:
+            volume_id = record.id if isinstance(record, Volume) else record.volume_id
+            for table in [table for table in self._served if split_map_id(table)[0] == volume_id]:
+                self.serve(table)
+
+    def _stripe(self, volume: Volume) -> None:
+        """Let new blocks go where the volume's newest stripe row says."""
+        row = volume.stripe_row
+        self.space.revoke(volume.map_id)
+        self.plane.stripe(volume.map_id, *((row.unit_blocks, len(row.columns)) if row is not None else (1, 1)))
+
+    def _stripe_all(self) -> None:
+        for volume in self.catalog.volumes.values():
+            if volume.stripes:
+                self._stripe(volume)
+
+    def drop(self, identity: RecordId) -> None:
+        """Remove a record."""
+        self.catalog.drop(identity)
+        self._touched.pop(identity, None)
+        self._pend(["drop", identity[0], list(identity[1])])
+
+    def _pend(self, change: Change) -> None:
+        """Let a change wait for the next commit; what the data plane's own threads committed came before it."""
+        self.plane.close_journal()
+        self._take_committed(self.plane.take_committed())
+        self._pending.append(change)
+
+    def relocate(self, table: TableKey, page_index: int, moves: Mapping[int, tuple[int, int]]) -> None:
+        """Let mappings of a page name other blocks with the same data, for all who see them."""
+        self.moves.relocate(table, page_index, moves)
+        flat = [(slot, old, new) for slot, (old, new) in moves.items()]
+        self.plane.move(self.catalog.readers(VolumeId(table.volume_id)), page_index, flat)
+
+    def _pend_move(self, change: Change, page_count: int) -> None:
+        self._pend(change)
+        self.pending_mappings += page_count * _PAGE_WEIGHT
+
+    def note_failed_legs(self) -> None:
+        """Record legs of mirrors that were left behind; durable with the next commit."""
+        for storage_id, volume in self.pool.volumes.items():
+            if volume.mirror is None or not volume.mirror.failed:
+                continue
+            failed, volume.mirror.failed = volume.mirror.failed, {}
+            self.touch(replace(volume.record, stale_legs=tuple(sorted({*volume.record.stale_legs, *failed}))))
+            self.plane.attach(storage_id)
+            for number, reason in failed.items():
+                self.events.record("leg-failed", f"storage {storage_id}", f"leg {number}: {reason}", leg=number)
+
+    # What the data plane wrote
+
+    def absorb(self) -> None:
+        """Seal the data plane and append what it wrote to the log.
+
+        Cost: about 3 us for each mapping since the last seal.
+        """
+        batch = self.plane.seal()
+        self._take_committed(batch.committed)
+        for volume_id, pages in self._take(batch):
+            self._pending.append(map_change(volume_id, pages))
+            self.pending_mappings += sum(len(page.appended) for page in pages)
+        for table, written_ns in [*batch.written, *self.plane.written()]:
+            self._note_written(split_map_id(table)[0], written_ns, self.touch)
+
+    def catch_up(self) -> None:
+        """Take over what the data plane's own threads committed, and when they wrote."""
+        self._take_committed(self.plane.take_committed())
+        for table, written_ns in self.plane.written():
+            self._note_written(split_map_id(table)[0], written_ns, self.touch)
+
+    def _take_committed(self, committed: list[tuple[int, Batch]]) -> None:
+        for sequence, batch in committed:
+            self._take(batch)
+            for table, written_ns in batch.written:
+                self.apply_written(split_map_id(table)[0], written_ns)
+            self.sequence = self.durable_sequence = sequence
+
+    def _take(self, batch: Batch) -> list[tuple[VolumeId, list[SealedPage]]]:
+        """Append a sealed batch to the log; give its pages by volume."""
+        self.pool.release(batch.dropped)
+        by_volume: dict[VolumeId, list[SealedPage]] = {}
+        for page in batch.pages:
+            by_volume.setdefault(split_map_id(page.map_id)[0], []).append(page)
+        for volume_id, pages in by_volume.items():
+            volume = self.catalog.volume(volume_id)
+            self.append_mappings(volume, [self._owned(page) for page in pages] if volume.origin else pages)
+        return list(by_volume.items())
+
+    def apply_written(self, volume_id: VolumeId, written_ns: int) -> None:
+        """Set a volume's time of modification, as a journal record says it."""
+        self._note_written(volume_id, written_ns, self._put)
+
+    def _note_written(self, volume_id: VolumeId, written_ns: int, put: Callable[[Record], None]) -> None:
+        volume = self.catalog.volume(volume_id)
+        if written_ns > volume.modified_ns:
+            put(replace(volume, modified_ns=written_ns, changed_ns=written_ns))
+
+    def _owned(self, page: SealedPage) -> SealedPage:
+        """Say what a clone's own table had: the data plane does not tell its blocks from those of the origin."""
+        new = {change.slot: (change.address, change.checksum) for change in page.appended}
+        return self.log.appended(split_map_id(page.map_id)[0], page.page_index, new)
+
+    def append_mappings(self, volume: Volume, pages: list[SealedPage]) -> None:
+        """Append sealed mappings: into the log, the bitmaps and the counters."""
+        new: list[int] = []
+        freed: list[int] = []
+        replaced = 0
+        for page in pages:
+            new += [c.address for c in page.appended if c.address > HOLE]
+            replaced += sum(c.old_address > HOLE for c in page.appended)
+            freed += self.log.append(volume.id, volume.newest_generation, page.page_index, page.appended)
+        self.pool.commit(new)
+        self.pool.free(freed)
+        mapped = len(new) - replaced
+        held = replaced - len(freed)
+        if mapped:
+            self._put(replace(volume, mapped_blocks=volume.mapped_blocks + mapped))
+        if held:
+            snapshot = self.catalog.snapshot_by_generation(volume.id, volume.newest_generation)
+            self._put(replace(snapshot, held_blocks=snapshot.held_blocks + held))
+
+    def seal_if_large(self) -> None:
+        """Seal when many mappings wait for it."""
+        if self.plane.fresh_count >= _SEAL_AT:
+            self.absorb()
+
+    def watch(self) -> int | None:
+        """Give a descriptor that is readable when the data plane wants ``attend``; None when it never will."""
+        if isinstance(self.plane, DataPlane):
+            return None
+        self._is_watched = True
+        return self.plane.watch(_SEAL_AT)
+
+    def attend(self) -> None:
+        """Take over what the data plane's own threads wrote, and add to their leases before they are used up."""
+        assert not isinstance(self.plane, DataPlane)
+        try:
+            low = self.plane.attend()
+        except BackingError as error:
+            return self.fail(error)
+        if self.failure is None:
+            self._take_committed(self.plane.take_committed())
+            self.seal_if_large()
+            for table in low:
+                self.space.top_up(table)
+        return None
+
+    # What the data plane may serve by itself
+
+    def serve(self, table: MapId) -> None:
+        """Let the data plane's own threads serve an open table, as far as its records allow."""
+        volume_id, generation = split_map_id(table)
+        is_writable = not generation and self.catalog.volume(volume_id).trim_from_bytes is None
+        is_writable = is_writable and not self._quiet[table]
+        served = self.catalog.size_bytes(table), self.catalog.facts(table), is_writable and self.failure is None
+        if self._served.get(table) != served:
+            self._served[table] = served
+            size_bytes, facts, may_write = served
+            self.plane.serve(table, size_bytes, facts, is_writable=may_write)
+
+    @contextmanager
+    def quiet(self, table: MapId) -> Iterator[None]:
+        """Have the data plane's own threads hand over writes of a table meanwhile: no step of ours is interleaved."""
+        self._quiet[table] += 1
+        try:
+            if table in self._served:
+                self.serve(table)
+            yield
+        finally:
+            self._quiet[table] -= 1
+            if table in self._served:
+                self.serve(table)
+
+    def unserve(self, table: MapId) -> None:
+        """End ``serve``: nobody has the table open."""
+        if self._served.pop(table, None) is not None:
+            self.plane.unserve(table)
+
+    # The data plane's needs
+
+    def load(self, table: MapId, page_index: int) -> None:
+        """Make a page resident, reading the tables here."""
+        chain = self.catalog.chain(table)
+        self.install(table, page_index, self.resolve(chain, page_index, self.log.fetch(chain, page_index)))
+
+    def resolve(self, chain: Chain, page_index: int, stored: Sequence[Sequence[Entries]]) -> Entries:
+        """Resolve a page that is about to become resident; as ``IncrementalLog.resolve``.
+
+        The log may lag behind what the data plane's own threads committed, and the page may have
+        been evicted since: what they committed comes first.
+        """
+        self._take_committed(self.plane.take_committed())
+        return self.log.resolve(chain, page_index, stored)
+
+    def install(self, table: MapId, page_index: int, entries: dict[int, tuple[int, int]]) -> None:
+        """Make a resolved page resident, evicting others beyond the memory bound."""
+        limit = self.options.page_cache_pages
+        if self.plane.page_count >= limit:
+            for evicted_map, evicted_page in self.plane.shrink(limit - limit // 8):
+                self.log.forget(split_map_id(evicted_map)[0], evicted_page)
+        volume_id, generation = split_map_id(table)
+        volume = self.catalog.volume(volume_id)
+        if volume.rollback_to and not generation and self.failure is None:
+            self.moves.unroll(volume_id, [page_index])
+        self.plane.load(table, page_index, entries, hole=HOLE if volume.origin else INHERIT)
+
+    def evict(self, table: MapId) -> None:
+        """Forget the resident pages and the lease of a table that is going away."""
+        self.absorb()
+        self.plane.evict(table)
+        self.space.revoke(table)
+        if not split_map_id(table)[1]:
+            self.plane.stripe(table, 1, 1)
+
+    def reclaim_leases(self) -> None:
+        """Take back from every table what it leased and does not use."""
+        self.absorb()
+        self.space.revoke_all()
+
+    @property
+    def freed_bytes(self) -> int:
+        """Space that the next checkpoint makes free."""
+        return self.pool.freed_blocks * self.block_bytes
