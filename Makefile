@@ -63,7 +63,7 @@ sweep: ## take away dead mounts that killed tests left
 test: setup system-test lint sweep ## lint, then every test (PYTEST_ARGS=... narrows them)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-sanitize: setup ## the C data plane under many threads, with ThreadSanitizer and AddressSanitizer
+sanitize: setup ## the C data plane and the threads on /dev/fuse, with ThreadSanitizer and AddressSanitizer
 	INCFS_TEST_PROFILE=long $(BIN)/python -m pytest -o timeout=300 tests/native $(PYTEST_ARGS)
 
 damage-long: setup ## damage 20,000 tiny pools and judge what is made of each

@@ -5,6 +5,7 @@ volumes until a system call says that the daemon has gone.  What is found afterw
 ``Model``.
 """
 
+import errno
 import os
 import re
 import select
@@ -147,7 +148,8 @@ class Target:
 
         async def run() -> dict[str, Any]:
             async with connect_control(self.pool, lambda *_: None) as client:
-                assert client is not None
+                if client is None:
+                    raise ConnectionRefusedError(errno.ECONNREFUSED, "the daemon has gone")
                 return await client.call(verb, **arguments)
 
         return trio.run(run)

@@ -17,7 +17,7 @@ from incfs.recovery import create_pool
 from tests.support.cli import environment
 from tests.support.stamps import stamps
 
-ROUNDS = max(5, int(os.environ.get("INCFS_KILL_ROUNDS", "108")) // 20)
+ROUNDS = max(3, int(os.environ.get("INCFS_KILL_ROUNDS", "60")) // 20)
 CONTENT = stamps(0, 0, 2000, 1)
 
 

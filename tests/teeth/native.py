@@ -6,6 +6,7 @@ from tests.teeth.breakage import Breakage
 
 _AGREE = "tests/unit/test_planes.py::test_planes_agree"
 _THREADS = "tests/native/test_stress.py::test_plane_under_threads[thread]"
+_HOT_THREADS = "tests/native/test_stress.py::test_threads_on_dev_fuse[thread]"
 
 NATIVE: Final = (
     Breakage(
@@ -207,5 +208,30 @@ NATIVE: Final = (
         "    if (!is_served)\n        return false;\n    count(&worker->write_bytes, in->size);",
         "    count(&worker->write_bytes, in->size);",
         "tests/mount/test_hot.py::test_hot_reads_may_begin_anywhere",
+    ),
+    Breakage(
+        "hot-queue-without-its-lock",
+        "I5",
+        "incfs/fuse_hot_queue.c",
+        "    pthread_mutex_lock(&queue_lock);\n    if (spare_count)\n        *buffer = spares[--spare_count];\n"
+        "    pthread_mutex_unlock(&queue_lock);",
+        "    if (spare_count)\n        *buffer = spares[--spare_count];",
+        _HOT_THREADS,
+    ),
+    Breakage(
+        "hot-request-answered-and-left-to-python",
+        "I5",
+        "incfs/fuse_hot_serve.c",
+        "    if (!is_taken)\n        hand_over(item);",
+        "    hand_over(item);",
+        _HOT_THREADS,
+    ),
+    Breakage(
+        "hot-request-cut-off-is-read-beyond-its-end",
+        "I11",
+        "incfs/fuse_hot_serve.c",
+        "length >= sizeof *header + sizeof *in && length - sizeof *header - sizeof *in >= in->size &&",
+        "length &&",
+        "tests/native/test_stress.py::test_threads_on_dev_fuse[address,undefined]",
     ),
 )
