@@ -7,37 +7,34 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import NoneType
 from uuid import UUID
 
 from incfs.backing import Backing
 from incfs.baseline import BaselineFacts
 from incfs.blocks import bit_mask, split_address
 from incfs.catalog import Catalog, Record, RecordId, record_id, record_puts
-from incfs.codec import Entries, encode_record, entry_runs
-from incfs.errors import AlreadyExists, FormatError, UsageError
+from incfs.codec import Entries, entry_runs
+from incfs.errors import AlreadyExists, FormatError
 from incfs.journal import Journal
 from incfs.model import (
     HOLE,
-    MAX_GENERATION,
-    MAX_POLICY_BYTES,
     MAX_VOLUME_BYTES,
     PAGE_BLOCKS,
-    REDUNDANCIES,
+    STALE_GROUPS,
     Generation,
     Snapshot,
     Storage,
     StorageId,
-    StoredPolicy,
     Volume,
     split_map_id,
-    validate_name,
 )
 from incfs.overlay import Layer, Patch, TableKey
 from incfs.pool import GROUP_BLOCKS, Pool
 from incfs.store import TABLES_NAME, new_nonce
 from incfs.superblock import Superblock, write_superblock
 from incfs.tables import Puts, Tables, space_key
+from incfs.transfers import decode_receiving
+from incfs.validation import validate
 
 _BATCH_PAGES = 4096
 
@@ -76,7 +73,7 @@ class MetadataBuilder:
         Raises:
             FormatError: A value in it is impossible.
         """
-        _validate(record, self._superblock.block_bytes)
+        validate(record, self._superblock.block_bytes)
         if record_id(record) in self.catalog:
             raise FormatError(f"two records of {record_id(record)}")
         if isinstance(record, Snapshot) and record.volume_id not in self.catalog.volumes:
@@ -88,9 +85,12 @@ class MetadataBuilder:
         self.catalog.put(record)
 
     def _placed(self, record: Storage) -> Storage:
-        path = Path(os.path.realpath(self._images.get(record.id, self._directory / record.path)))
-        home = self._directory.resolve()
-        return replace(record, path=str(path.relative_to(home) if path.is_relative_to(home) else path))
+        path = self._stored_path(self._images.get(record.id, Path(record.path)))
+        return replace(record, path=path, mirrors=tuple(self._stored_path(Path(leg)) for leg in record.mirrors))
+
+    def _stored_path(self, path: Path) -> str:
+        path, home = Path(os.path.realpath(self._directory / path)), self._directory.resolve()
+        return str(path.relative_to(home) if path.is_relative_to(home) else path)
 
     def add_page(self, table: TableKey, page_index: int, entries: Entries) -> None:
         """Take a map page.
@@ -143,7 +143,7 @@ class MetadataBuilder:
             values = record_puts({record_id(record): record for record in self.catalog.records()})
             values["space"] = {
                 space_key(*key): bits.to_bytes((bits.bit_length() + 7) // 8, "little")
-                for key, bits in self._owned.items()
+                for key, bits in (self._owned | self._lacking()).items()
             }
             facts = {
                 "sequence": sequence,
@@ -153,6 +153,15 @@ class MetadataBuilder:
             self._tables.write(self._layer, Puts(values, facts))
         finally:
             self._tables.close()
+
+    def _lacking(self) -> dict[tuple[int, int], int]:
+        """Nobody knows what stale legs lack: everything, then."""
+        storages = self.catalog.storages
+        return {
+            (storage_id, STALE_GROUPS + group): bits
+            for (storage_id, group), bits in self._owned.items()
+            if storages[StorageId(storage_id)].stale_legs
+        }
 
     def finish(self, *, last_volume: int, with_images: bool = True) -> None:
         """Write everything else, the superblock last.
@@ -195,6 +204,7 @@ class MetadataBuilder:
             known = [("snapshot", (volume.id, generation)) in self.catalog for generation in rollback]
             if any(rollback) and not (rollback[0] < rollback[1] and all(known)):
                 raise FormatError(f"volume {volume.id} is rolled back to a snapshot that there is not")
+            self._require_receive(volume)
             origin = split_map_id(volume.origin)
             if volume.baseline or (volume.origin and not origin[0]):
                 if origin[0] or int(origin[1]) != int(BaselineFacts.decode(volume.baseline).id):
@@ -202,6 +212,16 @@ class MetadataBuilder:
                 continue
             if volume.name and volume.origin and (origin[0] >= volume.id or ("snapshot", origin) not in self.catalog):
                 raise FormatError(f"volume {volume.id} is a clone of snapshot {origin}, which there is not")
+
+    def _require_receive(self, volume: Volume) -> None:
+        """The volumes of an unfinished receive and its lead must know of each other."""
+        lead = self.catalog.volumes.get(volume.receive_lead)
+        if volume.receive_state and lead is not volume:
+            raise FormatError(f"volume {volume.id} has the state of a receive that it is not the lead of")
+        if volume.receive_lead:
+            targets = decode_receiving(lead.receive_state).targets if lead is not None and lead.receive_state else ()
+            if volume.id not in targets or targets[0] != volume.receive_lead:
+                raise FormatError(f"volume {volume.id} is part of a receive that there is not")
 
     def _recount(self) -> None:
         for volume in list(self.catalog.volumes.values()):
@@ -228,51 +248,3 @@ class MetadataBuilder:
             pool.verify_lengths()
         finally:
             pool.close()
-
-
-def _validate(record: Record, block_bytes: int) -> None:
-    """Refuse values that no pool has."""
-    match record:
-        case Storage():
-            sound = 1 <= record.id <= 65535 and 0 < record.capacity_blocks <= 1 << 48
-            sound = sound and record.redundancy in REDUNDANCIES and "\0" not in record.path
-        case Volume():
-            sound = 1 <= record.id < 1 << 32 and 0 <= record.size_bytes <= MAX_VOLUME_BYTES
-            sound = sound and 0 <= record.mode <= 0o7777 and 0 <= record.last_generation <= MAX_GENERATION
-            sound = sound and 0 <= record.uid < 1 << 32 and 0 <= record.gid < 1 << 32
-            sound = sound and all(isinstance(v, bytes) for v in record.xattrs.values())
-            _validate_name(record.name, "volume")
-        case Snapshot():
-            sound = 1 <= record.generation <= MAX_GENERATION and 0 <= record.size_bytes <= MAX_VOLUME_BYTES
-            sound = sound and 0 <= record.mapped_blocks <= MAX_VOLUME_BYTES // block_bytes
-            sound = sound and all(type(when) in {int, NoneType} for when in record.holds.values())
-            for name in (record.name, *record.holds):
-                _validate_name(name, "snapshot")
-        case StoredPolicy():
-            size = len(record.text.encode("utf-8", "surrogatepass"))
-            sound = size <= MAX_POLICY_BYTES and all(type(when) is int for when in record.runs.values())
-    values = encode_record(record)
-    sound = sound and all(0 <= value < 1 << 63 for value in values.values() if isinstance(value, int))
-    sound = sound and (isinstance(record, StoredPolicy) or _is_uuid(record.uuid))
-    try:
-        "".join([*(value for value in values.values() if isinstance(value, str)), *values.get("xattrs", ())]).encode()
-    except ValueError:
-        sound = False
-    if not sound:
-        raise FormatError(f"a record holds a value that cannot be: {str(record)[:200]}")
-
-
-def _is_uuid(text: str) -> bool:
-    try:
-        UUID(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _validate_name(name: str, what: str) -> None:
-    try:
-        if name:
-            validate_name(name, what=what)
-    except UsageError as error:
-        raise FormatError(f"a {what} record holds a bad name: {error}") from error

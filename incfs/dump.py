@@ -29,7 +29,7 @@ COPY_SUFFIX = ".dump.gz"
 """Behind the name of an image: the automatic copy beside it."""
 
 
-def dump_lines(reader: Reader, superblock: Superblock, image_path: Callable[[Storage], Path]) -> Iterator[str]:
+def dump_lines(reader: Reader, superblock: Superblock, leg_paths: Callable[[Storage], list[Path]]) -> Iterator[str]:
     """Yield a dump of one checkpoint, line by line.
 
     Raises:
@@ -37,7 +37,7 @@ def dump_lines(reader: Reader, superblock: Superblock, image_path: Callable[[Sto
     """
     digest = blake2b(digest_size=16)
     counts = {"records": 0, "pages": 0}
-    for kind, document in _documents(reader, superblock, image_path):
+    for kind, document in _documents(reader, superblock, leg_paths):
         if kind:
             counts[kind] += 1
         line = json.dumps(document, sort_keys=True, separators=(",", ":")) + "\n"
@@ -47,7 +47,7 @@ def dump_lines(reader: Reader, superblock: Superblock, image_path: Callable[[Sto
 
 
 def _documents(
-    reader: Reader, superblock: Superblock, image_path: Callable[[Storage], Path]
+    reader: Reader, superblock: Superblock, leg_paths: Callable[[Storage], list[Path]]
 ) -> Iterator[tuple[str, Any]]:
     sequence, _, last_volume = reader.checkpoint()
     head = {"dump": DUMP_VERSION, "format": FORMAT_VERSION, "pool": asdict(superblock), "created_ns": time.time_ns()}
@@ -56,7 +56,8 @@ def _documents(
         for body in reader.bodies(kind):
             record = record_from(kind, unpack(body))
             if isinstance(record, Storage):
-                record = replace(record, path=str(image_path(record).resolve()))
+                image, *mirrors = (str(path.resolve()) for path in leg_paths(record))
+                record = replace(record, path=image, mirrors=tuple(mirrors))
             yield "records", {"record": kind, "value": _to_text(encode_record(record))}
     for table, page_index, entries in reader.all_pages():
         runs = [[first, count, address, _crcs(entries, first, count)] for first, count, address in entry_runs(entries)]
@@ -95,7 +96,7 @@ def write_dump(store: Store, path: Path) -> int:
     try:
         position = 0
         with store.tables.reading() as reader:
-            lines = dump_lines(reader, store.superblock, store.pool.image_path)
+            lines = dump_lines(reader, store.superblock, store.pool.leg_paths)
             for piece in _compressed(lines) if path.suffix == ".gz" else _joined(lines):
                 file.pwrite(position, piece)
                 position += len(piece)

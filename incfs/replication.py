@@ -51,9 +51,23 @@ class ReplicaConfig:
             FormatError: It is none.
         """
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError) as error:
+            found = cls(**json.loads(text))
+        except (ValueError, TypeError, RecursionError) as error:
             raise FormatError(f"the record of a replica is damaged: {error}") from error
+        if not found._has_types():
+            raise FormatError(f"the record of a replica holds a value that cannot be: {text[:200]}")
+        return found
+
+    def _has_types(self) -> bool:
+        lists: tuple[object, ...] = (self.volumes, self.names, self.common)
+        texts: tuple[object, ...] = (self.name, self.target, self.program, self.last_error)
+        return (
+            all(isinstance(text, str) for text in texts)
+            and all(isinstance(found, list) and all(isinstance(text, str) for text in found) for found in lists)
+            and len(self.volumes) == len(self.names) > 0
+            and len(self.common) in (0, len(self.volumes))
+            and type(self.last_success_ns) is int
+        )
 
 
 def target_command(config: ReplicaConfig, arguments: Sequence[str], ssh: Sequence[str]) -> list[str]:

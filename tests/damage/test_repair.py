@@ -135,6 +135,14 @@ def change(document: dict[str, Any], **values: Any) -> None:
     document["value"].update(values)
 
 
+REPLICA = {"name": "r", "target": "/t", "volumes": ["u"], "names": ["db"]}
+
+
+def replicas(**values: Any) -> dict[str, str]:
+    """What a volume's record has of one replica, with some of it exchanged."""
+    return {"r": json.dumps(REPLICA | values)}
+
+
 EVIL: list[tuple[str, Callable[[dict[str, Any]], None], type[IncfsError]]] = [
     ("volume", lambda d: change(d, name="../x"), FormatError),
     ("volume", lambda d: change(d, size_bytes=1 << 70), FormatError),
@@ -144,10 +152,49 @@ EVIL: list[tuple[str, Callable[[dict[str, Any]], None], type[IncfsError]]] = [
     ("volume", lambda d: change(d, uuid="x"), FormatError),
     ("volume", lambda d: change(d, xattrs={"a": "zz"}), FormatError),
     ("volume", lambda d: change(d, more=1), FormatError),
+    ("volume", lambda d: change(d, origin=9 << 32 | 1), FormatError),
+    ("volume", lambda d: change(d, origin=1 << 16), FormatError),
+    (
+        "volume",
+        lambda d: change(d, origin=5, baseline={"id": 6, "path": "/x", "size_bytes": 1, "modified_ns": 1}),
+        FormatError,
+    ),
+    (
+        "volume",
+        lambda d: change(d, origin=5, baseline={"id": 5, "path": "x", "size_bytes": 1, "modified_ns": 1}),
+        FormatError,
+    ),
+    ("volume", lambda d: change(d, baseline={"id": 5}), FormatError),
+    ("volume", lambda d: change(d, rollback_to=1), FormatError),
+    ("volume", lambda d: change(d, flat_generation=1 << 33), FormatError),
+    ("volume", lambda d: change(d, trim_from_bytes=-1), FormatError),
+    ("volume", lambda d: change(d, stripes=[[1, 0, 1]]), FormatError),
+    ("volume", lambda d: change(d, stripes=[[1, 64]]), FormatError),
+    ("volume", lambda d: change(d, stripes=[[1, 64, 1, 1]]), FormatError),
+    ("volume", lambda d: change(d, stripes=[[1, 64, 1 << 20]]), FormatError),
+    ("volume", lambda d: change(d, stripes=[[1, 1 << 70, 1]]), FormatError),
+    ("volume", lambda d: change(d, stripes=[[1, 64, 1]] * 1000), FormatError),
+    ("volume", lambda d: change(d, receive_lead=1), FormatError),
+    ("volume", lambda d: change(d, receive_lead=77), FormatError),
+    ("volume", lambda d: change(d, receive_state="AAAA"), FormatError),
+    ("volume", lambda d: change(d, replicas={"r": "{}"}), FormatError),
+    ("volume", lambda d: change(d, replicas={"r": 5}), FormatError),
+    ("volume", lambda d: change(d, replicas={"other": json.dumps(REPLICA)}), FormatError),
+    ("volume", lambda d: change(d, replicas=replicas(volumes="u")), FormatError),
+    ("volume", lambda d: change(d, replicas=replicas(names=[])), FormatError),
+    ("volume", lambda d: change(d, replicas=replicas(last_success_ns="x")), FormatError),
     ("snapshot", lambda d: change(d, volume_id=77), FormatError),
+    ("snapshot", lambda d: change(d, holds={"a/b": None}), FormatError),
+    ("snapshot", lambda d: change(d, holds={"tag": "x"}), FormatError),
+    ("snapshot", lambda d: change(d, tag=5), FormatError),
     ("snapshot", lambda d: change(d, name="a/b"), FormatError),
     ("storage", lambda d: change(d, capacity_blocks=0), FormatError),
     ("storage", lambda d: change(d, path="/etc/passwd"), ImageMismatch),
+    ("storage", lambda d: change(d, mirrors=["a", "b", "c", "d"]), FormatError),
+    ("storage", lambda d: change(d, mirrors=[""]), FormatError),
+    ("storage", lambda d: change(d, mirrors=["a\0"]), FormatError),
+    ("storage", lambda d: change(d, stale_legs=[0]), FormatError),
+    ("storage", lambda d: change(d, mirrors=["a"], stale_legs=[2]), FormatError),
     ("page", lambda d: d["runs"].append([0, 513, 1, ""]), FormatError),
     ("page", lambda d: d["runs"].append(d["runs"][0]), FormatError),
     ("page", lambda d: d["page"].__setitem__(0, 99), FormatError),

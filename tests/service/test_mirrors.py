@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import trio
 
+from incfs import restore
 from incfs.errors import ImageMismatch, UsageError
 from incfs.model import StorageId
 from incfs.planes import HAS_NATIVE, PlaneKind
@@ -227,3 +228,35 @@ async def test_a_scrub_that_was_stopped_goes_on(pool_home: Path, plane: PlaneKin
         report = await service.upkeep.mirrors.scrub(rate_bytes=None, restart=False, progress=quiet)
         assert report["verified_blocks"] == 10_000
         assert not (await service.upkeep.mirrors.scrub(rate_bytes=None, restart=True, progress=quiet))["wrong_blocks"]
+
+
+async def test_a_leg_that_was_stale_in_a_dump_lacks_everything(pool_home: Path) -> None:
+    """Dumps have no bitmaps: a resilver after a restore copied nothing, and the leg counted as sound."""
+    async with opened(pool_home, "python") as service:
+        volume = await service.create_volume("db", 1 << 20)
+        await service.write(volume.map_id, 0, noise(100))
+    (pool_home / "b.img").rename(pool_home / "away")
+    async with opened(pool_home, "python") as service:
+        await service.write(volume.map_id, 0, noise(50, seed=2))
+        await service.commit()
+        await service.dump(pool_home / "dump")
+    (pool_home / "away").rename(pool_home / "b.img")
+    with restore.open_dump(pool_home / "dump") as lines:
+        restore.restore(lines, pool_home / "again")
+    async with open_service(pool_home / "again", pools.tiny_options()) as service:
+        assert leg_states(service) == ["online", "stale"]
+        found = await service.upkeep.mirrors.resilver(TWO, rate_bytes=None, progress=quiet)
+        assert (found.copied_blocks, found.lost_blocks) == (100, 0)
+        assert leg_states(service) == ["online", "online"]
+    assert blocks_of(pool_home / "a.img", 200) == blocks_of(pool_home / "b.img", 200)
+
+
+async def test_a_dump_names_legs_so_that_they_are_found_from_elsewhere(pool_home: Path) -> None:
+    pool = pools.make_pool(pool_home)
+    async with open_service(pool, pools.tiny_options()) as service:
+        await service.add_storage(str(pool / "a.img"), mirrors=[str(pool / "b.img")], force=True)
+        await service.dump(pool_home / "dump")
+    with restore.open_dump(pool_home / "dump") as lines:
+        restore.restore(lines, pool_home / "elsewhere")
+    async with open_service(pool_home / "elsewhere", pools.tiny_options()) as service:
+        assert [leg["state"] for leg in service.storages()[1]["legs"]] == ["online", "online"]
