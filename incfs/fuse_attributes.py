@@ -60,7 +60,7 @@ def fixed_entry(inode: int) -> pyfuse3.EntryAttributes:
 
 
 def table_entry(table: MapId, size_bytes: int, facts: Facts, block_bytes: int) -> pyfuse3.EntryAttributes:
-    """Return the attributes of a live volume or of a snapshot; ``reply_attributes`` in fuse_hot_serve.c makes the same."""
+    """Return the attributes of a live volume or of a snapshot; ``reply_attributes`` in C makes the same."""
     attributes = entry(table, stat.S_IFREG | facts.mode, links=facts.link_count)
     attributes.st_uid, attributes.st_gid = facts.uid, facts.gid
     attributes.st_size = size_bytes
