@@ -181,7 +181,7 @@ async def measure_diff(home: Path, size_bytes: int, between: int) -> Result:
             await service.create_snapshots([(volume.id, f"s{number}")])
         await service.checkpoint()
         started = time.perf_counter()
-        await service.diff(volume.id, "first", f"s{between - 1}", start_bytes=0, limit=len(wanted) + 1)
+        await service.inspection.diff(volume.id, "first", f"s{between - 1}", start_bytes=0, limit=len(wanted) + 1)
         seconds = time.perf_counter() - started
     shutil.rmtree(pool)
     return {"subject": f"diff over {between} snapshots", "changed_blocks": len(wanted), "seconds": round(seconds, 4)}

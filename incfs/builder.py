@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
+from incfs import groups
 from incfs.backing import Backing
 from incfs.baseline import BaselineFacts
 from incfs.blocks import bit_mask, split_address
@@ -29,7 +30,7 @@ from incfs.model import (
     split_map_id,
 )
 from incfs.overlay import Layer, Patch, TableKey
-from incfs.pool import GROUP_BLOCKS, Pool
+from incfs.pool import Pool
 from incfs.store import TABLES_NAME, new_nonce
 from incfs.superblock import Superblock, write_superblock
 from incfs.tables import Puts, Tables, space_key
@@ -125,8 +126,8 @@ class MetadataBuilder:
             raise FormatError(f"a page names block {block_index}+{count} of storage volume {storage_id}: not there")
         parts = []
         while count:
-            group, start = divmod(block_index, GROUP_BLOCKS)
-            step = min(count, GROUP_BLOCKS - start)
+            group, start = divmod(block_index, groups.GROUP_BLOCKS)
+            step = min(count, groups.GROUP_BLOCKS - start)
             mask = bit_mask(start, step)
             if self._owned.get((storage_id, group), 0) & mask:
                 raise FormatError(f"block {block_index} of storage volume {storage_id} has two owners")

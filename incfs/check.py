@@ -12,9 +12,10 @@ from incfs.blocks import address_runs, set_runs, split_address
 from incfs.catalog import KINDS, Catalog
 from incfs.codec import Entries, checksum, decode_entries, entry_runs, open_value
 from incfs.errors import FormatError, IncfsError
+from incfs.groups import group_start, split_groups
 from incfs.model import HOLE, PAGE_BLOCKS, Snapshot, StorageId, Volume, split_map_id
 from incfs.overlay import TableKey
-from incfs.pool import StorageVolume, group_start, split_groups
+from incfs.storage import StorageVolume
 from incfs.tables import Reader, page_key
 
 Progress = Callable[[int, int], None]

@@ -169,8 +169,8 @@ class Committer:
                 told = self._fold_told  # the next checkpoint, which has its own, may begin before this one is through
                 await offload(checkpoint.run_fold)
                 plan = self._store.end_checkpoint(checkpoint)
-                await offload(lambda: self._store.pool.punch(plan))
-                self._store.pool.punched(plan)
+                await offload(lambda: self._store.pool.reuse.punch(plan))
+                self._store.pool.reuse.punched(plan)
             await self._dump_if_due()
         except IncfsError as error:
             self._store.fail(error)

@@ -96,7 +96,7 @@ def write_dump(store: Store, path: Path) -> int:
     try:
         position = 0
         with store.tables.reading() as reader:
-            lines = dump_lines(reader, store.superblock, store.pool.leg_paths)
+            lines = dump_lines(reader, store.superblock, store.pool.images.leg_paths)
             for piece in _compressed(lines) if path.suffix == ".gz" else _joined(lines):
                 file.pwrite(position, piece)
                 position += len(piece)
@@ -136,7 +136,7 @@ def _compressed(lines: Iterable[str]) -> Iterator[bytes]:
 
 def copy_path(store: Store, storage: Storage) -> Path:
     """Name the automatic copy beside an image."""
-    image = store.pool.image_path(storage)
+    image = store.pool.images.path(storage)
     return image.with_name(image.name + COPY_SUFFIX)
 
 

@@ -16,12 +16,12 @@ from incfs.committer import offload
 from incfs.errors import HookFailed, IncfsError, NotFound
 from incfs.hooks import run_hook
 from incfs.model import Snapshot, Volume
+from incfs.mover import MoveReport
 from incfs.policy.effective import rules_for
 from incfs.policy.facts import POLICY_TAG, PoolFacts, ReplicaFacts, SnapshotFacts, VolumeFacts
 from incfs.policy.plan import Action, Plan, Prune, TakeSnapshots, Work
 from incfs.policy.planner import NO_PRUNE_UNTIL, plan
 from incfs.replication import DEFAULT_PROGRAM, ReplicaConfig
-from incfs.upkeep import MoveReport
 
 if TYPE_CHECKING:
     from incfs.service import Service

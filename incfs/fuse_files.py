@@ -21,6 +21,7 @@ from incfs.boundary import handler
 from incfs.histogram import Histogram
 from incfs.inodes import Kind, kind_of, status_file_name, volume_of
 from incfs.model import MapId, split_map_id
+from incfs.rangecopy import clone_range
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -118,7 +119,7 @@ class FileHandlers(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=fh, direct_io=True, keep_cache=False)
 
     def _open_table(self, table: MapId, pid: int, *, is_writable: bool, is_cached: bool = True) -> pyfuse3.FileInfo:
-        self.service.open_handle(table, describe_process(pid))
+        self.service.handles.open(table, describe_process(pid))
         fh = self._register(Handle(table, table, is_writable=is_writable))
         # But for rollbacks and streams, a table changes through the mount only: the kernel may keep its pages.
         is_cached = is_cached and self.cache != "none"
@@ -135,7 +136,7 @@ class FileHandlers(pyfuse3.Operations):
         """Forget a handle: its last descriptor and mapping are gone."""
         handle = self._handles.pop(fh)
         if handle.content is None:
-            self.service.close_handle(handle.map_id)
+            self.service.handles.close(handle.map_id)
 
     @handler
     async def flush(self, fh: int) -> None:
@@ -226,7 +227,7 @@ class FileHandlers(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
         target = self._writable(fh_out)
         length = min(length, MAX_COPY_BYTES)
-        return await self.service.clone_range(source.map_id, offset_in, target.map_id, offset_out, length)
+        return await clone_range(self.service, source.map_id, offset_in, target.map_id, offset_out, length)
 
 
 def describe_process(pid: int) -> str:

@@ -77,12 +77,12 @@ class Keeper:
         """Give the host space of blocks that were freed one by one back, some at a time."""
         pool = self._store.pool
         for _ in range(_PUNCH_BATCHES):
-            plan = pool.plan_leftovers(_PUNCH_RUNS)
+            plan = pool.reuse.plan_leftovers(_PUNCH_RUNS)
             if not plan.runs:
                 return
             with trio.CancelScope(shield=True):
-                await offload(lambda: pool.punch(plan))  # noqa: B023
-                pool.punched(plan)
+                await offload(lambda: pool.reuse.punch(plan))  # noqa: B023
+                pool.reuse.punched(plan)
         self.look_soon()
 
     def _tell_healed(self) -> None:

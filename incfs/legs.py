@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from incfs import groups
 from incfs.backing import File
 from incfs.blocks import split_address
 from incfs.codec import checksum
@@ -17,7 +18,7 @@ from incfs.image import DATA_OFFSET_BYTES
 from incfs.mirror import MirroredFile
 from incfs.model import HOLE, StorageId
 from incfs.overlay import TableKey
-from incfs.pool import GROUP_BLOCKS, StorageVolume
+from incfs.storage import StorageVolume
 from incfs.store import Store
 
 
@@ -78,7 +79,8 @@ def attach_leg(store: Store, storage_id: StorageId, number: int) -> File:
     mirror, volume = mirror_of(store, storage_id), store.pool.volume(storage_id)
     if number >= len(mirror.legs):
         raise NotFound(f"storage volume {storage_id} has no leg {number}")
-    leg = mirror.legs[number] or store.pool.open_leg(volume.record, store.pool.leg_paths(volume.record)[number])
+    images, record = store.pool.images, volume.record
+    leg = mirror.legs[number] or images.open_leg(record, images.leg_paths(record)[number])
     mirror.legs[number] = leg
     missing = mirror.length_bytes() - leg.length_bytes()
     if missing > 0:
@@ -99,7 +101,7 @@ def lacking(store: Store, table: TableKey, page_index: int, storage_id: StorageI
     for address, crc in store.log.entries(table, page_index).values():
         if address > HOLE and split_address(address)[0] == storage_id:
             block_index = split_address(address)[1]
-            group_index, member = divmod(block_index, GROUP_BLOCKS)
+            group_index, member = divmod(block_index, groups.GROUP_BLOCKS)
             if bits.get(group_index, 0) >> member & 1:
                 found.append((block_index, crc))
     return sorted(found)

@@ -87,7 +87,7 @@ class Memory:
             salvage.images_home if salvage else directory, UUID(superblock.uuid), superblock.block_bytes, backing
         )
         if salvage:
-            self.pool.image_paths = salvage.image_paths
+            self.pool.images.moved = salvage.image_paths
         # An image that is away has no descriptor: only the Python plane turns that into an error of its range.
         kind: PlaneKind = "python" if options.degraded or salvage else options.data_plane
         self.baselines = self.log.baselines = Baselines(superblock.block_bytes)

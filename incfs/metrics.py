@@ -101,15 +101,15 @@ def _storages(service: "Service") -> Iterator[str]:
 
 def _copies(service: "Service") -> Iterator[str]:
     text = "Copies of blocks that did not match their checksum, since the pool was opened."
-    yield from _family("incfs_checksum_errors_total", "counter", text, [("", service.checksum_errors())])
-    ended = service.scrub_ended()
+    yield from _family("incfs_checksum_errors_total", "counter", text, [("", service.inspection.checksum_errors())])
+    ended = service.inspection.scrub_ended()
     if ended is not None:
         text = "When the last whole scrub ended."
         yield from _family("incfs_scrub_last_end_timestamp_seconds", "gauge", text, [("", ended)])
 
 
 def _events(service: "Service") -> Iterator[str]:
-    samples = [(_label("kind", kind), count) for kind, count in sorted(service.event_counts().items())]
+    samples = [(_label("kind", kind), count) for kind, count in sorted(service.inspection.event_counts().items())]
     yield from _family("incfs_events_total", "counter", "Events since the pool was opened, by kind.", samples)
 
 

@@ -126,7 +126,7 @@ class Mirrors:
         name = f"incfs-{store.superblock.uuid[:8]}-{storage_id}.leg{number}.img"
         stored = stored_path(store.directory, Path(path), name)
         record = store.catalog.storage(storage_id)
-        await offload(lambda: store.pool.create_leg(record, store.directory / stored))
+        await offload(lambda: store.pool.images.create_leg(record, store.directory / stored))
         legs.replace_leg(store, storage_id, number, stored)
         await self._committer.commit()
         self._tell("leg-replaced", storage_id, f"leg {number} is {stored} from now on; it is empty")
@@ -172,11 +172,11 @@ class Mirrors:
     @contextmanager
     def _frees_held(self) -> Iterator[None]:
         """Let no freed block be used again meanwhile."""
-        self._store.pool.frees_held += 1
+        self._store.pool.reuse.held += 1
         try:
             yield
         finally:
-            self._store.pool.frees_held -= 1
+            self._store.pool.reuse.held -= 1
 
     def _tell(self, kind: str, storage_id: StorageId, reason: str) -> None:
         self._store.events.record(kind, f"storage {storage_id}", reason)

@@ -299,7 +299,7 @@ class _Stopping:
     async def _write_open_volumes(self) -> None:
         """Take over what the kernel has not written yet (syncfs does not wait for FUSE)."""
         for volume in self._service.volumes():
-            if self._service.holders(volume.id):
+            if self._service.handles.of_volume(volume.id):
                 try:
                     await self._hook.sync_volume(volume.name)
                 except IncfsError as error:

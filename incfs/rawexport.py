@@ -62,7 +62,7 @@ async def _export(
     images = images_of(service)
     pinned = [taken.map_id for taken in (snapshot, base) if taken is not None]
     for table in pinned:
-        service.open_handle(table, "export")
+        service.handles.open(table, "export")
     try:
         target = await offload(
             lambda: open_target(path, is_incremental=base is not None, force=force, forbidden=images)
@@ -73,7 +73,7 @@ async def _export(
             target.close()
     finally:
         for table in pinned:
-            service.close_handle(table)
+            service.handles.close(table)
 
 
 class _Export:
@@ -124,7 +124,7 @@ class _Export:
         start: int | None = 0
         while start is not None:
             ranges: list[dict[str, Any]]
-            ranges, start = await self._service.diff(
+            ranges, start = await self._service.inspection.diff(
                 self._volume.id, base.name, self._snapshot.name, start_bytes=start, limit=_RANGES
             )
             for part in ranges:

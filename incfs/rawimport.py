@@ -42,7 +42,7 @@ async def import_new(
     source = await offload(lambda: RawSource(path))
     try:
         volume = await service.create_volume(scratch, source.size_bytes)
-        service.open_handle(volume.map_id, "import")
+        service.handles.open(volume.map_id, "import")
         try:
             await _Import(service, volume.map_id, source, progress, is_new=True).copy([(0, source.size_bytes)])
             (taken,) = await service.create_snapshots([(volume.id, snapshot)])
@@ -52,7 +52,7 @@ async def import_new(
                 await service.remove_volume(volume.id, snapshots=True)
             raise
         finally:
-            service.close_handle(volume.map_id)
+            service.handles.close(volume.map_id)
     finally:
         source.close()
 
@@ -99,8 +99,8 @@ async def _remove_left(service: "Service", scratch: str) -> None:
         left = service.volume(scratch)
     except VolumeNotFound:
         return
-    if service.holders(left.id):
-        raise Busy(f"volume {scratch} is open by {', '.join(service.holders(left.id))}", volume=scratch)
+    if service.handles.of_volume(left.id):
+        raise Busy(f"volume {scratch} is open by {', '.join(service.handles.of_volume(left.id))}", volume=scratch)
     await service.remove_volume(left.id, snapshots=True)
 
 

@@ -128,7 +128,7 @@ def _create_files(
         backing.sync_directory(place.parent)
         capacity = None if capacity_bytes is None else capacity_bytes // len(places)
         record = new_storage(superblock, directory, place, StorageId(number), capacity_bytes=capacity)
-        pool.create_image(record)
+        pool.images.create(record)
         records.append(record)
     Journal.create(backing, directory, UUID(superblock.uuid), segment_bytes=superblock.journal_bytes, nonce=new_nonce())
     tables = Tables(directory / TABLES_NAME, backing, create=True)
@@ -261,13 +261,13 @@ def make_storage(
     if mirrors:
         _require_separate_legs(store, record, force=force)
     _clear_half_added(store, record)
-    store.pool.create_image(record)
+    store.pool.images.create(record)
     return record
 
 
 def _require_separate_legs(store: Store, record: Storage, *, force: bool) -> None:
     """Refuse legs that one failure would take away together."""
-    paths = store.pool.leg_paths(record)
+    paths = store.pool.images.leg_paths(record)
     if len(paths) > MAX_LEGS:
         raise UsageError(f"a mirror has at most {MAX_LEGS} legs, not {len(paths)}")
     devices = [store.backing.measure_directory(path.parent)[2] for path in paths]
@@ -280,7 +280,7 @@ def _require_separate_legs(store: Store, record: Storage, *, force: bool) -> Non
 
 def _clear_half_added(store: Store, record: Storage) -> None:
     """Remove images without blocks that have the names of the next ones: an addition was cut off."""
-    for leg, path in enumerate(store.pool.leg_paths(record)):
+    for leg, path in enumerate(store.pool.images.leg_paths(record)):
         if path.name != _image_name(store.superblock.uuid, record.id, leg) or not path.is_file():
             continue
         file = store.backing.open(path)

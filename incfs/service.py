@@ -5,7 +5,7 @@ thread; only what may block on a disk runs in worker threads.
 """
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,34 +13,28 @@ from typing import Any, Protocol
 
 import trio
 
-from incfs import dump, extents, ranges, recovery, removal, snapshot, status, stripes, volume
+from incfs import extents, ranges, recovery, removal, snapshot, status, stripes, volume
 from incfs.branches import Branches
-from incfs.check import Checker, CheckReport, Progress
 from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
 from incfs.dataplane import DataPlane
 from incfs.driver import Driver
-from incfs.errors import Busy, IncfsError, NoData, VolumeNotFound
+from incfs.errors import IncfsError, VolumeNotFound
 from incfs.events import KEPT_EVENTS
-from incfs.extents import Extent
+from incfs.handles import Handles
 from incfs.histogram import Histogram
+from incfs.inspection import Inspection
 from incfs.keeper import Keeper
-from incfs.model import PAGE_BLOCKS, Facts, Generation, MapId, Snapshot, Storage, Volume, VolumeId, split_map_id
+from incfs.model import Facts, Generation, MapId, Snapshot, Volume, VolumeId, split_map_id
 from incfs.options import Options
 from incfs.policies import Policies
 from incfs.reclaimer import Reclaimer
-from incfs.scrubstate import last_end_ns
 from incfs.settings import PoolSettings
 from incfs.store import Store
-from incfs.transfers import require_not_receiving, require_ordinary
+from incfs.transfers import require_ordinary
 from incfs.transport import Transfers
 from incfs.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
-
-_EXTENTS_STEP = 8
-"""Stretches listed between two chances for others to run."""
-_COPY_BYTES = 1 << 20
-_MAX_COPY_BYTES = 1 << 30
 
 
 class MountHook(Protocol):
@@ -78,15 +72,20 @@ class Service:
     def __init__(self, store: Store, nursery: trio.Nursery) -> None:
         self._store = store
         self._committer = Committer(store, nursery)
-        self._handles: dict[MapId, list[str]] = {}
-        self._reclaimer = Reclaimer(store, self._committer, self._handles.__contains__)
+        self.handles = Handles(store)
+        """Who has what open."""
+        self._reclaimer = Reclaimer(store, self._committer, self.handles.__contains__)
+        self.handles.closed = self._reclaimer.reclaim_soon
         self._driver = Driver(store, self._committer, self._reclaimer)
-        self._keeper = self._driver.keeper = Keeper(store, self._driver.space_lock, self._add_image)
         self.branches = Branches(store, self._committer, self._driver, self._reclaimer)
         """Clones, holds, going back."""
         self.upkeep = Upkeep(store, self._committer, self._driver)
+        """Storage volumes, and where data lies."""
+        self._keeper = self._driver.keeper = Keeper(store, self._driver.space_lock, self.upkeep.add_image)
+        self.inspection = Inspection(store, self._committer, self.handles)
+        """What only looks."""
         self.transfers = Transfers(
-            store, self._committer, self._driver, self, self._reclaimer, self.branches.note_changed
+            store, self._committer, self._driver, self.handles, self._reclaimer, self.branches.note_changed
         )
         """Streams in and out."""
         self.mounted: MountHook | None = None
@@ -117,19 +116,6 @@ class Service:
             {**status.storage_facts(self._store, s), **self._keeper.storage_outlook(s.id)}
             for s in self._store.catalog.storages.values()
         ]
-
-    def checksum_errors(self) -> int:
-        """Count the copies of blocks that were found wrong since the pool was opened."""
-        return self._store.checksum_errors + sum(v.healed_blocks for v in self._store.pool.volumes.values())
-
-    def scrub_ended(self) -> float | None:
-        """Tell when the last whole scrub ended, in seconds since 1970."""
-        ended_ns = last_end_ns(self._store.directory)
-        return None if ended_ns is None else ended_ns / 1e9
-
-    def event_counts(self) -> dict[str, int]:
-        """Count the events of each kind since the pool was opened."""
-        return self._store.events.counts
 
     def volumes(self) -> list[Volume]:
         """List the volumes by name."""
@@ -189,27 +175,6 @@ class Service:
 
     # Open files
 
-    def open_handle(self, table: MapId, holder: str) -> None:
-        """Note that a file is open: it stays readable although its name goes.
-
-        Raises:
-            Busy: It is a volume that receives a stream.
-        """
-        volume_id, generation = split_map_id(table)
-        if not generation:
-            require_not_receiving(self.volume_by_id(volume_id), "be opened")
-        self._handles.setdefault(table, []).append(holder)
-        self._store.serve(table)
-
-    def close_handle(self, table: MapId) -> None:
-        """Note that one is closed."""
-        holders = self._handles[table]
-        holders.pop()
-        if not holders:
-            del self._handles[table]
-            self._store.unserve(table)
-            self._reclaimer.reclaim_soon()
-
     def require_ordinary(self, volume_id: VolumeId) -> None:
         """Refuse to have a volume changed that changes by streams only.
 
@@ -217,14 +182,6 @@ class Service:
             Busy, ReplicaReadOnly: It receives one, or is a replica.
         """
         require_ordinary(self.volume_by_id(volume_id), "be written")
-
-    def holders(self, volume_id: VolumeId) -> list[str]:
-        """Name who has the volume or one of its snapshots open."""
-        return [h for table, held in self._handles.items() if split_map_id(table)[0] == volume_id for h in held]
-
-    def table_holders(self, table: MapId) -> list[str]:
-        """Name who has a volume's current contents, or a snapshot, open."""
-        return list(self._handles.get(table, ()))
 
     # Data
 
@@ -265,35 +222,6 @@ class Service:
             found, offset_bytes = extents.seek(self._store, table, offset_bytes, data=data)
             await trio.lowlevel.checkpoint()
         return offset_bytes
-
-    async def clone_range(
-        self, source: MapId, source_bytes: int, target: MapId, target_bytes: int, length_bytes: int
-    ) -> int:
-        """Copy a range inside the pool; holes stay holes.  Give the bytes copied (at most 1 GiB)."""
-        end = min(source_bytes + min(length_bytes, _MAX_COPY_BYTES), self._store.catalog.size_bytes(source))
-        shift = target_bytes - source_bytes
-        position = source_bytes
-        while position < end:
-            data_start = min(end, await self._next_data(source, position, end))
-            if data_start > position:
-                await self._clear(target, position + shift, data_start - position)
-                position = data_start
-                continue
-            data = await self.read(source, position, min(_COPY_BYTES, end - position))
-            position += await self.write(target, position + shift, data)
-        return max(0, end - source_bytes)
-
-    async def _next_data(self, table: MapId, position: int, end: int) -> int:
-        try:
-            return await self.seek(table, position, data=True)
-        except NoData:
-            return end
-
-    async def _clear(self, table: MapId, offset_bytes: int, length_bytes: int) -> None:
-        await self.discard(table, offset_bytes, length_bytes)
-        volume_id, _ = split_map_id(table)
-        if self.volume_by_id(volume_id).size_bytes < offset_bytes + length_bytes:
-            await self.resize_volume(volume_id, offset_bytes + length_bytes)
 
     async def commit(self) -> None:
         """Make everything written before the call durable.
@@ -344,7 +272,7 @@ class Service:
             Busy: It has snapshots, and ``snapshots`` is false or one of them is open.
         """
         for taken in self.snapshots(volume_id) if snapshots else ():
-            self.require_closed(taken)
+            self.handles.require_closed(taken)
         volume.remove(self._store, volume_id, snapshots=snapshots)
         self._reclaimer.reclaim_soon()
         await self.commit()
@@ -401,70 +329,10 @@ class Service:
             Busy: One is open, is held or has clones.
         """
         for taken in doomed:
-            self.require_closed(taken)
+            self.handles.require_closed(taken)
         removal.remove(self._store, doomed)
         self._reclaimer.reclaim_soon()
         await self.commit()
-
-    def require_closed(self, taken: Snapshot) -> None:
-        """Refuse to remove a snapshot that is open.
-
-        Raises:
-            Busy: It names the holders.
-        """
-        holders = self._handles.get(taken.map_id)
-        if holders:
-            whose = f"{self.volume_by_id(taken.volume_id).name}@{taken.name}"
-            raise Busy(f"snapshot {whose} is open by {', '.join(holders)}; close it first", holders=list(holders))
-
-    async def diff(
-        self, volume_id: VolumeId, from_name: str | None, to_name: str, *, start_bytes: int, limit: int
-    ) -> tuple[list[dict[str, Any]], int | None]:
-        """List the stretches that may differ between two snapshots, as the newer one has them.
-
-        Returns:
-            At most ``limit`` of them from ``start_bytes`` on, and where to go on, None when nothing is left.
-        """
-        newer = self.snapshot(volume_id, to_name)
-        older = None if from_name is None else self.snapshot(volume_id, from_name)
-        pinned = [s.map_id for s in (older, newer) if s is not None]
-        for table in pinned:
-            self.open_handle(table, "snapshot diff")
-        try:
-            found: list[Extent] = []
-            page_bytes = self.block_bytes * PAGE_BLOCKS
-            for page in snapshot.changed_pages(self._store, older, newer, start_bytes // page_bytes):
-                for extent in snapshot.changed_extents(self._store, older, newer, page):
-                    if extent.offset_bytes + extent.length_bytes > start_bytes:
-                        extents.join_extents(
-                            found, extents.cut(extent, start_bytes, self.block_bytes), self.block_bytes
-                        )
-                if len(found) > limit:
-                    break
-                await trio.lowlevel.checkpoint()
-            rest = found[limit].offset_bytes if len(found) > limit else None
-            return [status.extent_document(extent) for extent in found[:limit]], rest
-        finally:
-            for table in pinned:
-                self.close_handle(table)
-
-    async def plan_removal(self, volume_id: VolumeId, doomed: Sequence[Snapshot]) -> removal.Freed:
-        """Count what removing a set of snapshots of one volume frees, in blocks."""
-        freed = removal.Freed()
-        for freed in removal.plan(self._store, volume_id, {taken.generation for taken in doomed}):  # noqa: B007
-            await trio.lowlevel.checkpoint()
-        return freed
-
-    async def extents(self, table: MapId, start_bytes: int, limit: int) -> list[dict[str, Any]]:
-        """List where a volume or snapshot is stored, at most ``limit`` stretches from ``start_bytes``."""
-        found: list[Extent] = []
-        size = self._store.catalog.size_bytes(table)
-        while start_bytes < size and len(found) < limit:
-            for extent, _ in zip(extents.extents(self._store, table, start_bytes), range(_EXTENTS_STEP), strict=False):
-                extents.join_extents(found, extent, self.block_bytes)
-                start_bytes = extent.offset_bytes + extent.length_bytes
-            await trio.lowlevel.checkpoint()
-        return [status.extent_document(extent) for extent in found[:limit]]
 
     # Storage volumes, checks
 
@@ -473,46 +341,6 @@ class Service:
         self._store.space.settings = settings
         self._store.space.review()
         self._keeper.look_soon()
-
-    async def add_storage(
-        self,
-        path: str,
-        *,
-        capacity_bytes: int | None = None,
-        storage_class: str = "",
-        redundancy: str = "none",
-        mirrors: Sequence[str] = (),
-        force: bool = False,
-    ) -> dict[str, Any]:
-        """Make an image, or the legs of a mirror, and let the pool allocate from it.
-
-        Raises:
-            UsageError: The capacity is too small, or the redundancy is unknown.
-            AlreadyExists: The file is there already.
-        """
-        async with self._driver.space_lock:
-            return await self._add_made(
-                lambda: recovery.make_storage(
-                    self._store,
-                    Path(path),
-                    capacity_bytes=capacity_bytes,
-                    storage_class=storage_class,
-                    redundancy=redundancy,
-                    mirrors=[Path(leg) for leg in mirrors],
-                    force=force,
-                )
-            )
-
-    async def _add_image(self, directory: str) -> dict[str, Any]:
-        return await self._add_made(lambda: recovery.make_storage(self._store, Path(directory)))
-
-    async def _add_made(self, make: Callable[[], Storage]) -> dict[str, Any]:
-        record = await offload(make)
-        self._store.begin_change()
-        self._store.pool.attach(record)
-        self._store.change(record)
-        await self.commit()
-        return status.storage_facts(self._store, record)
 
     def record_event(self, kind: str, subject: str, reason: str, **facts: Any) -> None:
         """Note what was done without being asked for, and why."""
@@ -529,47 +357,6 @@ class Service:
     def events(self, since: int = 0, limit: int = KEPT_EVENTS) -> list[dict[str, Any]]:
         """List the newest events behind a number, oldest first."""
         return [event.to_dict() for event in self._store.events.since(since, limit)]
-
-    async def check(self, data: bool, progress: Progress | None = None) -> CheckReport:
-        """Check the pool as of now; with ``data`` every live block is read."""
-
-        def run() -> CheckReport:
-            def report(done: int, total: int) -> None:
-                trio.from_thread.check_cancelled()
-                if progress is not None:
-                    progress(done, total)
-
-            with self._store.tables.reading() as reader:
-                return Checker(reader, self._store.pool.volumes, self.block_bytes, data=data, progress=report).run()
-
-        self._store.pool.frees_held += 1
-        try:
-            if self._store.failure is None:
-                await self.checkpoint()
-            return await offload(run)
-        finally:
-            self._store.pool.frees_held -= 1
-
-    async def dump(self, path: Path) -> int:
-        """Write the metadata as of now to a file as text; give its length in bytes."""
-        if self._store.failure is None:
-            await self.checkpoint()
-        return await offload(lambda: dump.write_dump(self._store, path))
-
-    async def debug_dump(self) -> list[dict[str, Any]]:
-        """List every record of the tables, as of now."""
-        if self._store.failure is None:
-            await self.checkpoint()
-        return await offload(lambda: status.dump_tables(self._store.tables))
-
-    async def debug_map(self, table: MapId, page_index: int) -> list[dict[str, Any]]:
-        """List the mappings of one page."""
-        self._store.catalog.size_bytes(table)
-        return status.dump_page(self._store, table, page_index)
-
-    async def debug_journal(self) -> list[dict[str, Any]]:
-        """List the journal's records that no checkpoint has folded yet."""
-        return await offload(lambda: status.dump_journal(self._store.journal))
 
     # Background work
 

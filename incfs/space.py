@@ -21,8 +21,9 @@ from incfs.errors import NoSpace, QuotaExceeded
 from incfs.events import EventLog
 from incfs.model import MapId, StorageId, Volume, VolumeId, split_map_id
 from incfs.placement import Room, order_rooms, parse_rules
-from incfs.pool import Pool, StorageVolume
+from incfs.pool import Pool
 from incfs.settings import PoolSettings, VolumeSettings
+from incfs.storage import StorageVolume
 
 MAX_LEASE_BLOCKS = 2048
 _MOST_RUNS = 256

@@ -10,8 +10,8 @@ from incfs.dataplane import DataPlane
 from incfs.extents import Extent, page_entries
 from incfs.journal import Journal
 from incfs.model import HOLE, PAGE_BLOCKS, MapId, Storage
-from incfs.pool import StorageVolume
 from incfs.recovery import UNLIMITED_BLOCKS
+from incfs.storage import StorageVolume
 from incfs.store import Store
 from incfs.superblock import FORMAT_VERSION
 from incfs.tables import DATABASES, Tables
@@ -70,7 +70,7 @@ def storage_facts(store: Store, storage: Storage) -> dict[str, Any]:
     return {
         "id": storage.id,
         "uuid": storage.uuid,
-        "path": str(store.pool.image_path(storage)),
+        "path": str(store.pool.images.path(storage)),
         "capacity_bytes": None if unlimited else storage.capacity_blocks * block,
         "grown_bytes": volume.grown_blocks * block,
         "used_bytes": volume.live_blocks * block,
@@ -105,7 +105,7 @@ def _leg_facts(store: Store, storage: Storage) -> list[dict[str, Any]]:
             "path": str(path),
             "state": "rebuilding" if number in mirror.rebuilding else "stale" if number in mirror.stale else "online",
         }
-        for number, path in enumerate(store.pool.leg_paths(storage))
+        for number, path in enumerate(store.pool.images.leg_paths(storage))
     ]
 
 

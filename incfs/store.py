@@ -25,7 +25,7 @@ from incfs.journal import Journal
 from incfs.lock import PoolLock
 from incfs.memory import Memory
 from incfs.options import Options
-from incfs.pool import PunchPlan
+from incfs.reuse import PunchPlan
 from incfs.superblock import Superblock
 from incfs.tables import Tables
 
@@ -99,7 +99,7 @@ class Store(Memory):
 
         The caller runs ``run_commit`` (any thread), ``end_checkpoint_commit`` (here; commits
         may go on from then), ``run_fold`` (any thread), ``end_checkpoint`` (here), and
-        ``Pool.punch`` (any thread) and ``Pool.punched`` (here) with its result.
+        ``Reuse.punch`` (any thread) and ``Reuse.punched`` (here) with its result.
         """
         commit = self.begin_commit()
         self._is_turning = True
@@ -160,7 +160,7 @@ class Store(Memory):
         self._folded_sequence = checkpoint.sequence
         self.plane.set_folded(checkpoint.sequence)
         self.log.thaw()
-        return self.pool.plan_reuse(checkpoint.freed)
+        return self.pool.reuse.plan(checkpoint.freed)
 
     @property
     def has_uncommitted(self) -> bool:
@@ -223,8 +223,8 @@ class Store(Memory):
 
     def _reuse(self, checkpoint: Checkpoint) -> None:
         plan = self.end_checkpoint(checkpoint)
-        self.pool.punch(plan)
-        self.pool.punched(plan)
+        self.pool.reuse.punch(plan)
+        self.pool.reuse.punched(plan)
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:

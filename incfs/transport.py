@@ -8,7 +8,6 @@ the one before has gone.
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import trio
 
@@ -16,6 +15,7 @@ from incfs import ranges, receiver, sender, snapshot
 from incfs.committer import Committer, offload
 from incfs.driver import Driver
 from incfs.errors import BaseMismatch, Busy, UsageError
+from incfs.handles import Handles
 from incfs.healer import Healer
 from incfs.model import MapId, Snapshot, Volume, VolumeId, map_id
 from incfs.receiver import Receiver
@@ -36,19 +36,6 @@ _BATCH_RANGES = 512
 Output = Callable[[bytes], Awaitable[None]]
 Input = Callable[[], Awaitable[bytes]]
 """Gives the next bytes; none at the end."""
-
-
-class Handles(Protocol):
-    """Who has what open."""
-
-    def open_handle(self, table: MapId, holder: str) -> None:
-        """Note that a table is in use."""
-
-    def close_handle(self, table: MapId) -> None:
-        """Note that it is not any more."""
-
-    def table_holders(self, table: MapId) -> list[str]:
-        """Name who uses it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +143,12 @@ class Transfers:
     def _pinned(self, snapshots: Iterable[Snapshot], holder: str) -> Iterator[None]:
         pinned = [taken.map_id for taken in snapshots]
         for table in pinned:
-            self._handles.open_handle(table, holder)
+            self._handles.open(table, holder)
         try:
             yield
         finally:
             for table in pinned:
-                self._handles.close_handle(table)
+                self._handles.close(table)
 
     # Receive
 
@@ -174,7 +161,7 @@ class Transfers:
             StreamCorrupt, StreamTruncated: The stream is no good; what it brought so far can be gone on from.
             BaseMismatch: A target does not hold exactly the base, or is in use.
         """
-        work = Receiver(self._store, names, is_replica=is_replica, holders=self._handles.table_holders)
+        work = Receiver(self._store, names, is_replica=is_replica, holders=self._handles.of_table)
         reader = StreamReader()
         locked: tuple[VolumeId, ...] = ()
         try:
@@ -255,7 +242,7 @@ class Transfers:
         """
         volume = self._store.catalog.volume_named(name)
         require_not_receiving(volume, "be promoted" if volume.is_replica else "be demoted")
-        holders = self._handles.table_holders(volume.map_id)
+        holders = self._handles.of_table(volume.map_id)
         if is_replica and holders:
             raise Busy(f"volume {name} is open by {', '.join(holders)}; close it first", holders=holders)
         self._store.begin_change()

@@ -1,53 +1,25 @@
-"""What the service does with storage volumes and with where data lies: stripes, moves, removal.
+"""What the service does with storage volumes and with where data lies: additions, stripes, moves, removal.
 
-Owns nothing but references to the parts of an open pool; the trio thread.  Moves run beside everything
-else, a page at a time; whatever ends them early leaves the pool as it should be, and they are
-begun again by the same call.
+Owns nothing but references to the parts of an open pool; the trio thread.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import trio
-
-from incfs import relocation, stripes
-from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
+from incfs import recovery, relocation, status, stripes
+from incfs.committer import Committer, offload
 from incfs.driver import Driver
-from incfs.errors import BackingError, Busy, IncfsError, UsageError
-from incfs.mirrors import Mirrors, Progress, throttle, walk_pages
-from incfs.model import StorageId, Volume, VolumeId
-from incfs.overlay import TableKey
+from incfs.errors import Busy, IncfsError, UsageError
+from incfs.mirrors import Mirrors, Progress
+from incfs.model import Storage, StorageId, Volume, VolumeId
+from incfs.mover import Mover, MoveReport
 from incfs.placement import Room
-from incfs.relocation import Relocation, Wish
 from incfs.store import Store
 
 _EVEN_PERCENT = 5
 """Storage volumes whose shares in use differ by less are balanced."""
-
-
-@dataclass
-class MoveReport:
-    """What a move came to."""
-
-    moved_blocks: int = 0
-    unreadable_blocks: int = 0
-    first_error: str | None = None
-
-    def note(self, moved: int, relocation_: Relocation) -> None:
-        """Add one page's."""
-        self.moved_blocks += moved
-        self.unreadable_blocks += len(relocation_.unreadable)
-        for error in relocation_.unreadable.values():
-            self.first_error = self.first_error or str(error)
-
-    def to_dict(self, block_bytes: int) -> dict[str, Any]:
-        """Give plain values."""
-        return {
-            "moved_bytes": self.moved_blocks * block_bytes,
-            "unreadable_blocks": self.unreadable_blocks,
-            "first_error": self.first_error,
-        }
 
 
 class Upkeep:
@@ -57,8 +29,51 @@ class Upkeep:
         self._store = store
         self._committer = committer
         self._driver = driver
-        self._moving = trio.Lock()
-        self.mirrors = Mirrors(store, committer, self._moving)
+        self._mover = Mover(store, committer, driver)
+        self.mirrors = Mirrors(store, committer, self._mover.lock)
+
+    # Storage volumes come
+
+    async def add_storage(
+        self,
+        path: str,
+        *,
+        capacity_bytes: int | None = None,
+        storage_class: str = "",
+        redundancy: str = "none",
+        mirrors: Sequence[str] = (),
+        force: bool = False,
+    ) -> dict[str, Any]:
+        """Make an image, or the legs of a mirror, and let the pool allocate from it.
+
+        Raises:
+            UsageError: The capacity is too small, or the redundancy is unknown.
+            AlreadyExists: The file is there already.
+        """
+        async with self._driver.space_lock:
+            return await self._add_made(
+                lambda: recovery.make_storage(
+                    self._store,
+                    Path(path),
+                    capacity_bytes=capacity_bytes,
+                    storage_class=storage_class,
+                    redundancy=redundancy,
+                    mirrors=[Path(leg) for leg in mirrors],
+                    force=force,
+                )
+            )
+
+    async def add_image(self, directory: str) -> dict[str, Any]:
+        """Make an image in a directory.  Under the space lock."""
+        return await self._add_made(lambda: recovery.make_storage(self._store, Path(directory)))
+
+    async def _add_made(self, make: Callable[[], Storage]) -> dict[str, Any]:
+        record = await offload(make)
+        self._store.begin_change()
+        self._store.pool.attach(record)
+        self._store.change(record)
+        await self._committer.commit()
+        return status.storage_facts(self._store, record)
 
     # Stripes
 
@@ -91,13 +106,14 @@ class Upkeep:
         volume = self._store.catalog.volume(volume_id)
         if volume.stripe_row is None:
             raise UsageError(f"volume {volume.name} is not striped; give it columns first", volume=volume.name)
-        return await self._move(relocation.follow_stripes(volume_id), [volume_id], rate_bytes, progress)
+        return await self._mover.move(relocation.follow_stripes(volume_id), [volume_id], rate_bytes, progress)
 
     # Moves
 
     async def migrate(self, volume_id: VolumeId, *, rate_bytes: int | None, progress: Progress) -> MoveReport:
         """Move what a volume and its snapshots store off storage volumes that its placement rules do not allow."""
-        return await self._move(relocation.follow_rules(self._store, volume_id), [volume_id], rate_bytes, progress)
+        wish = relocation.follow_rules(self._store, volume_id)
+        return await self._mover.move(wish, [volume_id], rate_bytes, progress)
 
     async def evacuate(self, storage_id: StorageId, *, rate_bytes: int | None, progress: Progress) -> MoveReport:
         """Move everything off a storage volume, which gets nothing new from the beginning of this on.
@@ -117,7 +133,7 @@ class Upkeep:
         total, report = store.pool.volume(storage_id).live_blocks, MoveReport()
         self._tell("evacuation-begun", storage_id, f"{total * store.block_bytes} bytes move to other storage volumes")
         while store.pool.volume(storage_id).live_blocks > report.unreadable_blocks:
-            found = await self._move(
+            found = await self._mover.move(
                 relocation.leave(storage_id),
                 list(store.catalog.volumes),
                 rate_bytes,
@@ -168,67 +184,12 @@ class Upkeep:
         leases = {relocation.mover_lease(volume_id, 0): target for volume_id in volumes}
         self._store.space.targets.update(leases)
         try:
-            return await self._move(wish, volumes, rate_bytes, progress)
+            return await self._mover.move(wish, volumes, rate_bytes, progress)
         finally:
             for lease in leases:
                 self._store.space.targets.pop(lease, None)
 
-    async def _move(
-        self, wish: Wish, volumes: Sequence[VolumeId], rate_bytes: int | None, progress: Progress
-    ) -> MoveReport:
-        """Walk the tables of volumes once and move what the wish says.
-
-        Durability: durable, and the old blocks free, on return.
-        """
-        report = MoveReport()
-        async with self._moving:
-            store = self._store
-            store.begin_change()
-            total = sum(store.space.used_blocks(v) for v in store.catalog.volumes.values() if v.id in volumes)
-
-            def tell() -> None:
-                progress(report.moved_blocks, total)
-
-            for table in relocation.tables(store):
-                if table.volume_id in volumes:
-                    await self._move_table(table, wish, report, rate_bytes, tell)
-            await self._committer.checkpoint()
-        return report
-
-    async def _move_table(
-        self, table: TableKey, wish: Wish, report: MoveReport, rate_bytes: int | None, tell: Callable[[], None]
-    ) -> None:
-        for page_index in walk_pages(self._store, table):
-            await trio.lowlevel.checkpoint()
-            self._store.absorb()
-            planned = relocation.plan(self._store, table, page_index, wish)
-            if planned is not None:
-                report.note(await self._carry_out(planned), planned)
-                tell()
-                await throttle(planned.block_count * self._store.block_bytes, rate_bytes)
-
-    async def _carry_out(self, planned: Relocation) -> int:
-        """Move one page; give how many blocks."""
-        store, moved = self._store, 0
-        try:
-            for lease, slots in planned.slots.items():
-                while len([slot for slot in slots if slot in planned.targets]) < len(slots):
-                    await self._driver.make_space({lease: len(slots)})
-                    relocation.take_targets(store, planned, lease)
-            with trio.CancelScope(shield=True):
-                await offload(lambda: planned.copy(store))
-        except BackingError as error:
-            store.fail(error)
-            raise
-        except BaseException:
-            relocation.abandon(store, planned)
-            raise
-        moved = relocation.finish(store, planned)
-        if store.pending_mappings >= COMMIT_AT_MAPPINGS:
-            await self._committer.commit()
-        return moved
-
-    # Removal
+    # Storage volumes go
 
     async def remove_storage(self, storage_id: StorageId) -> None:
         """Take an empty storage volume out of the pool and delete its image.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 async def debug_dump(service: "Service") -> Document:
     """Report every record of the tables."""
-    return {"records": await service.debug_dump()}
+    return {"records": await service.inspection.debug_dump()}
 
 
 async def debug_map(service: "Service", *, target: str, page_index: int) -> Document:
@@ -23,13 +23,13 @@ async def debug_map(service: "Service", *, target: str, page_index: int) -> Docu
         raise UsageError(f"there is no page {page_index}")
     volume, snapshot = find_table(service, target)
     table = volume if snapshot is None else snapshot
-    mappings = await service.debug_map(table.map_id, page_index)
+    mappings = await service.inspection.debug_map(table.map_id, page_index)
     return {"target": target, "page_index": page_index, "mappings": mappings}
 
 
 async def debug_log(service: "Service") -> Document:
     """Report the journal's records that no checkpoint has folded in yet."""
-    return {"records": await service.debug_journal()}
+    return {"records": await service.inspection.debug_journal()}
 
 
 VERBS: Final = {

@@ -41,7 +41,7 @@ async def pool_activity(service: "Service") -> Document:
 
 async def pool_check(service: "Service", *, data: bool = False, progress: Progress) -> Document:
     """Prove from the tables that each block has one owner; with ``data`` read every block."""
-    report = await service.check(data, lambda done, total: progress(done, total, "blocks"))
+    report = await service.inspection.check(data, lambda done, total: progress(done, total, "blocks"))
     return {"check": report.to_dict()}
 
 
@@ -50,7 +50,7 @@ async def pool_dump(service: "Service", *, path: str) -> Document:
     target = Path(path)
     if not target.is_absolute():
         raise UsageError(f"the dump's path must be absolute, not {path!r}")
-    return {"dump": {"path": path, "length_bytes": await service.dump(target)}}
+    return {"dump": {"path": path, "length_bytes": await service.inspection.dump(target)}}
 
 
 async def pool_scrub(

@@ -55,7 +55,7 @@ async def _plan_removal(service: "Service", doomed: list[tuple[Volume, Snapshot]
     items, freed_blocks = [], 0
     for volume in {volume.id: volume for volume, _ in doomed}.values():
         members = [taken for owner, taken in doomed if owner.id == volume.id]
-        freed = await service.plan_removal(volume.id, members)
+        freed = await service.inspection.plan_removal(volume.id, members)
         freed_blocks += freed.together
         items += [
             {
@@ -142,7 +142,7 @@ async def snapshot_diff(
             raise UsageError(f"{owner} and {volume.name} are different volumes")
     if start_bytes < 0 or max_results < 1:
         raise UsageError(f"snapshot.diff cannot start at {start_bytes} with {max_results} results")
-    found, next_offset = await service.diff(
+    found, next_offset = await service.inspection.diff(
         volume.id, from_snapshot, snapshot.name, start_bytes=start_bytes, limit=min(max_results, MAX_RANGES)
     )
     return {

@@ -21,7 +21,7 @@ async def storage_add(
     force: bool = False,
 ) -> Document:
     """Create an image file at ``path`` and let the pool allocate from it."""
-    storage = await service.add_storage(
+    storage = await service.upkeep.add_storage(
         path,
         capacity_bytes=capacity_bytes,
         storage_class=storage_class,

@@ -49,7 +49,7 @@ class Verb:
 
 def refuse_open(service: "Service", volume: Volume, action: str) -> None:
     """Raise Busy, naming the holders, while somebody has the volume open."""
-    holders = service.holders(volume.id)
+    holders = service.handles.of_volume(volume.id)
     if holders:
         raise busy(volume, holders, action)
 

@@ -7,10 +7,10 @@ from incfs.admin.verb import Progress, Verb, busy, refuse_open, refuse_taken
 from incfs.documents import Document, volume_document, volume_removal
 from incfs.errors import Busy, UsageError
 from incfs.model import validate_name
+from incfs.mover import MoveReport
 from incfs.settings import DEFAULT_STRIPE_UNIT_BYTES
 from incfs.targets import find_snapshot, find_table, find_volume
 from incfs.units import format_size
-from incfs.upkeep import MoveReport
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -56,7 +56,7 @@ async def volume_show(service: "Service", *, volume: str) -> Document:
         "volume": {
             **volume_document(service, found),
             "snapshots": [s.name for s in service.snapshots(found.id)],
-            "open_by": service.holders(found.id),
+            "open_by": service.handles.of_volume(found.id),
         }
     }
 
@@ -107,12 +107,12 @@ async def volume_flatten(service: "Service", *, volume: str, progress: Progress)
 async def volume_rollback(service: "Service", *, target: str, force: bool = False, dry_run: bool = False) -> Document:
     """Let a volume be again what it was at a snapshot; ``force`` gives up newer snapshots and open files."""
     found, taken = find_snapshot(service, target)
-    holders = service.table_holders(found.map_id)
+    holders = service.handles.of_table(found.map_id)
     if holders and not force:
         raise busy(found, holders, "rolled back")
     doomed = service.branches.newer_snapshots(taken, force=force)
     for snapshot in doomed:
-        service.require_closed(snapshot)
+        service.handles.require_closed(snapshot)
     names = [f"{found.name}@{snapshot.name}" for snapshot in doomed]
     document: Document = {"volume": found.name, "to": taken.name, "removed_snapshots": names, "dry_run": dry_run}
     if dry_run:
@@ -159,7 +159,7 @@ async def volume_map(service: "Service", *, target: str, start_bytes: int = 0, l
     volume, snapshot = find_table(service, target)
     table = volume if snapshot is None else snapshot
     limit = min(limit, MAX_EXTENTS)
-    extents = await service.extents(table.map_id, start_bytes, limit)
+    extents = await service.inspection.extents(table.map_id, start_bytes, limit)
     next_bytes = extents[-1]["offset"] + extents[-1]["length"] if len(extents) == limit else None
     return {"target": target, "extents": extents, "next_bytes": next_bytes}
 

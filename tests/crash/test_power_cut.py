@@ -16,7 +16,8 @@ from incfs import ranges, relocation
 from incfs import volume as volumes
 from incfs.errors import Busy, NoSpace
 from incfs.model import Snapshot, StorageId, StoredPolicy, VolumeId
-from incfs.pool import PUNCH_BYTES, Pool
+from incfs.pool import Pool
+from incfs.reuse import PUNCH_BYTES
 from incfs.store import Store
 from tests.support import pools, simulator
 from tests.support.figures import Figures

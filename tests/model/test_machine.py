@@ -22,9 +22,8 @@ from hypothesis.stateful import (
 )
 
 from incfs import clone as clones
-from incfs import extents, ranges, relocation, stripes
+from incfs import extents, groups, ranges, relocation, stripes
 from incfs import memory as memory_module
-from incfs import pool as pool_module
 from incfs import snapshot as snapshots
 from incfs import space as space_module
 from incfs import volume as volumes
@@ -33,7 +32,7 @@ from incfs.dataplane import DataPlane
 from incfs.errors import AlreadyExists, Busy, NoData, NoSpace
 from incfs.model import HOLE, NO_ORIGIN, MapId, StorageId, Volume, VolumeId, split_map_id
 from incfs.options import Options
-from incfs.pool import PunchPlan
+from incfs.reuse import PunchPlan
 from incfs.store import Store, new_nonce
 from tests.conftest import fast_directory
 from tests.support import pools
@@ -126,8 +125,8 @@ class CoreMachine(RuleBasedStateMachine):
     def begin(self, setup: Setup) -> None:
         self.setup = setup
         self.home = Path(tempfile.mkdtemp(prefix="incfs-model-", dir=fast_directory()))
-        self.constants = memory_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS, pool_module.GROUP_BLOCKS
-        pool_module.GROUP_BLOCKS = setup.group_blocks
+        self.constants = memory_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS, groups.GROUP_BLOCKS
+        groups.GROUP_BLOCKS = setup.group_blocks
         memory_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS = setup.seal_at, setup.lease_blocks
         self.pool = pools.make_pool(
             self.home,
@@ -181,7 +180,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.compare()
             pools.check_clean(self.store)
         finally:
-            memory_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS, pool_module.GROUP_BLOCKS = self.constants
+            memory_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS, groups.GROUP_BLOCKS = self.constants
             self.store.abandon()
             shutil.rmtree(self.home)
 
@@ -616,8 +615,8 @@ class CoreMachine(RuleBasedStateMachine):
             self.checkpoint_phase = "punching"
         else:
             assert self.punching is not None
-            store.pool.punch(self.punching)
-            store.pool.punched(self.punching)
+            store.pool.reuse.punch(self.punching)
+            store.pool.reuse.punched(self.punching)
             self.punching = None
             self.checkpoint_phase = ""
 

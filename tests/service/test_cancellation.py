@@ -10,8 +10,9 @@ import trio
 
 from incfs.errors import AlreadyExists, NoSpace, NotFound
 from incfs.model import MapId, VolumeId
-from incfs.pool import StorageVolume
+from incfs.rangecopy import clone_range
 from incfs.service import Service, open_service
+from incfs.storage import StorageVolume
 from incfs.store import Store
 from tests.support.cancelling import cancel_at
 from tests.support.pools import check_memory, make_pool, tiny_options
@@ -63,8 +64,8 @@ class Bench:
     async def prove(self) -> None:
         """Nothing is held, and the rest of the service works."""
         assert not self.service._driver.space_lock.locked()
-        assert self.store.pool.frees_held == 0
-        assert not self.service._handles
+        assert self.store.pool.reuse.held == 0
+        assert not self.service.handles._holders
         name = f"proof{self.round}"
         made = await self.service.create_volume(name)
         await self.service.write(made.map_id, 10, b"z" * 100)
@@ -77,7 +78,7 @@ class Bench:
                 await self.service.remove_volume(volume.id, snapshots=True)
         await self.service.wait_reclaimed()
         assert [v.name for v in self.store.catalog.volumes.values()] == ["v"]
-        report = await self.service.check(data=True)
+        report = await self.service.inspection.check(data=True)
         assert report.is_clean, report.problems
         check_memory(self.store)
 
@@ -95,23 +96,23 @@ async def bench_of(home: Path) -> AsyncIterator[Bench]:
 Operation = Callable[[Bench], Awaitable[object]]
 
 
-async def clone_range(b: Bench) -> None:
+async def copy_a_range(b: Bench) -> None:
     target = b.service.volume_by_id(b.own()).map_id
-    await b.service.clone_range(b.table, 3, target, 5, 2 * PAGE)
+    await clone_range(b.service, b.table, 3, target, 5, 2 * PAGE)
 
 
 async def copy_holes(b: Bench) -> None:
     empty = await b.service.create_volume(f"empty{b.round}", 4 * PAGE)
-    await b.service.clone_range(empty.map_id, 0, b.service.volume_by_id(b.own()).map_id, 0, 4 * PAGE)
+    await clone_range(b.service, empty.map_id, 0, b.service.volume_by_id(b.own()).map_id, 0, 4 * PAGE)
 
 
 async def with_a_handle(b: Bench) -> None:
-    b.service.open_handle(b.table, "test")
+    b.service.handles.open(b.table, "test")
     try:
         await b.service.write(b.table, 1, b"h" * PAGE)
         await b.service.commit()
     finally:
-        b.service.close_handle(b.table)
+        b.service.handles.close(b.table)
 
 
 async def two_writers(b: Bench) -> None:
@@ -128,7 +129,7 @@ OPERATIONS: dict[str, Operation] = {
     "grow by writing": lambda b: b.service.write(b.service.volume_by_id(b.own()).map_id, 2 * PAGE + 5, b"w" * PAGE),
     "discard": lambda b: b.service.discard(b.table, 5, 2 * PAGE),
     "seek": lambda b: b.service.seek(b.service.snapshot(b.own(), "s").map_id, 0, data=False),
-    "clone a range": clone_range,
+    "clone a range": copy_a_range,
     "clone holes": copy_holes,
     "commit": lambda b: b.service.commit(),
     "checkpoint": lambda b: b.service.checkpoint(),
@@ -145,14 +146,14 @@ OPERATIONS: dict[str, Operation] = {
     "take snapshots": lambda b: b.service.create_snapshots([(b.own(), "t"), (b.volume_id, f"t{b.round}")]),
     "rename a snapshot": lambda b: b.service.rename_snapshot(b.own(), "s", "u"),
     "remove a snapshot": lambda b: b.service.remove_snapshot(b.own(), "s"),
-    "diff": lambda b: b.service.diff(b.own(), None, "s", start_bytes=0, limit=100),
-    "extents": lambda b: b.service.extents(b.table, 0, 100),
-    "add storage": lambda b: b.service.add_storage(str(b.home / f"disk{b.round}.img"), capacity_bytes=1 << 20),
-    "check": lambda b: b.service.check(data=True),
-    "dump": lambda b: b.service.dump(b.home / "dump"),
-    "debug dump": lambda b: b.service.debug_dump(),
-    "debug map": lambda b: b.service.debug_map(b.table, 0),
-    "debug journal": lambda b: b.service.debug_journal(),
+    "diff": lambda b: b.service.inspection.diff(b.own(), None, "s", start_bytes=0, limit=100),
+    "extents": lambda b: b.service.inspection.extents(b.table, 0, 100),
+    "add storage": lambda b: b.service.upkeep.add_storage(str(b.home / f"disk{b.round}.img"), capacity_bytes=1 << 20),
+    "check": lambda b: b.service.inspection.check(data=True),
+    "dump": lambda b: b.service.inspection.dump(b.home / "dump"),
+    "debug dump": lambda b: b.service.inspection.debug_dump(),
+    "debug map": lambda b: b.service.inspection.debug_map(b.table, 0),
+    "debug journal": lambda b: b.service.inspection.debug_journal(),
     "wait until reclaimed": lambda b: b.service.wait_reclaimed(),
     "an open handle": with_a_handle,
     "two writers and a checkpoint": two_writers,
@@ -209,7 +210,7 @@ async def test_writers_into_a_full_pool_cancelled_at_each_await(pool_home: Path)
                 assert not service._driver.space_lock.locked()
                 await service.remove_snapshot(volume.id, "s")
                 await service.write(volume.map_id, 0, b"%02d" % step * 10 * BLOCK)
-                assert (await service.check(data=True)).is_clean
+                assert (await service.inspection.check(data=True)).is_clean
             if not was_cancelled:
                 break
         assert not was_cancelled
@@ -234,7 +235,7 @@ async def test_service_cut_off_at_each_await(pool_home: Path) -> None:
             was_cancelled = await cancel_at(step, work)
             async with open_service(pool, tiny_options()) as service:
                 await service.wait_reclaimed()
-                assert (await service.check(data=True)).is_clean
+                assert (await service.inspection.check(data=True)).is_clean
                 for volume in service.volumes():
                     await service.remove_volume(volume.id, snapshots=True)
         step += 1

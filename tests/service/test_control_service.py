@@ -54,8 +54,8 @@ async def prove(service: Service) -> None:
         assert (await client.call("pool.check", data=True))["check"]["is_clean"]
     store = service._store
     assert not service._driver.space_lock.locked()
-    assert store.pool.frees_held == 0
-    assert not service._handles
+    assert store.pool.reuse.held == 0
+    assert not service.handles._holders
     assert store.failure is None
     check_memory(store)
 
@@ -232,7 +232,7 @@ async def test_a_dump_replaces_nothing_but_a_file(name: str, pool_home: Path) ->
     traps = lay_traps(pool_home)
     async with serving(pool_home) as service:
         with pytest.raises(UsageError, match="not an ordinary file"):
-            await service.dump(pool_home / name)
+            await service.inspection.dump(pool_home / name)
         assert {path: path.lstat().st_ino for path in traps} == traps
-        await service.dump(pool_home / "link")  # the link is replaced, not what it points to
+        await service.inspection.dump(pool_home / "link")  # the link is replaced, not what it points to
         assert (pool_home / "target").read_bytes() == b"precious"

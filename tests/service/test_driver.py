@@ -15,8 +15,8 @@ from incfs.backing import File
 from incfs.checkpoint import Checkpoint
 from incfs.errors import BackingError, NoSpace, PoolReadOnly
 from incfs.model import VolumeId
-from incfs.pool import Pool, PunchPlan
 from incfs.reclaimer import Reclaimer
+from incfs.reuse import PunchPlan, Reuse
 from incfs.service import open_service
 from incfs.store import Store
 from tests.support import pools
@@ -139,20 +139,20 @@ async def test_who_waits_for_a_checkpoint_is_told_although_the_next_has_begun(
     pool_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next one may begin while host space is given back; whoever waited then waited for ever."""
-    punch, plans, go_on = Pool.punch, [], threading.Event()
+    punch, plans, go_on = Reuse.punch, [], threading.Event()
 
-    def slow_punch(pool: Pool, plan: PunchPlan) -> None:
+    def slow_punch(reuse: Reuse, plan: PunchPlan) -> None:
         plans.append(plan)
         if len(plans) == 1:
             go_on.wait()
-        punch(pool, plan)
+        punch(reuse, plan)
 
     async with (
         open_service(pools.make_pool(pool_home), pools.tiny_options()) as service,
         trio.open_nursery() as nursery,
     ):
         volume = await service.create_volume("a", 640)
-        monkeypatch.setattr(Pool, "punch", slow_punch)
+        monkeypatch.setattr(Reuse, "punch", slow_punch)
         with trio.fail_after(10):
             try:
                 nursery.start_soon(service.checkpoint)

@@ -15,8 +15,8 @@ from incfs.errors import NoSpace
 from incfs.model import Volume
 from incfs.options import Options
 from incfs.planes import HAS_NATIVE, PlaneKind
-from incfs.pool import PUNCH_BYTES
 from incfs.recovery import create_pool
+from incfs.reuse import PUNCH_BYTES
 from incfs.service import Service, open_service
 from incfs.store import TABLES_NAME
 from incfs.tables import Tables
@@ -119,7 +119,7 @@ async def test_others_go_on_while_the_host_hangs(
     monkeypatch.undo()
     async with two_volumes(pool_home, plane) as (service, first, second):
         await go_on(service, first, second)
-        assert (await service.check(True)).is_clean
+        assert (await service.inspection.check(True)).is_clean
 
 
 async def _run(finished: list[str], operation: Callable[..., Any], service: Service, volume: Volume) -> None:
@@ -177,8 +177,8 @@ async def test_who_waits_for_a_checkpoint_is_told_that_there_is_no_room(
         with trio.fail_after(PATIENCE_S):
             for ask in (
                 service.checkpoint(),
-                service.check(False),
-                service.dump(pool_home / "dump"),
+                service.inspection.check(False),
+                service.inspection.dump(pool_home / "dump"),
                 service.checkpoint(),
             ):
                 with pytest.raises(NoSpace, match="tables"):
@@ -190,7 +190,7 @@ async def test_who_waits_for_a_checkpoint_is_told_that_there_is_no_room(
         monkeypatch.undo()
         with trio.fail_after(PATIENCE_S):
             await folded(service)
-            assert (await service.check(True)).is_clean
+            assert (await service.inspection.check(True)).is_clean
 
 
 async def folded(service: Service) -> None:
@@ -210,7 +210,7 @@ async def test_closing_without_room_says_so_and_loses_nothing(pool_home: Path, m
     monkeypatch.undo()
     async with two_volumes(pool_home) as (service, first, _):
         assert await service.read(first.map_id, 0, len(DATA)) == DATA[::-1]
-        assert (await service.check(True)).is_clean
+        assert (await service.inspection.check(True)).is_clean
 
 
 async def test_a_write_finds_room_by_growing_when_a_checkpoint_finds_none(

@@ -55,4 +55,4 @@ async def test_sixty_four_writers(plane: PlaneKind, pool_home: Path) -> None:
             for number, content in own.items():
                 assert await service.read(service.volume(f"v{number}").map_id, 0, SPAN) == content
             await service.wait_reclaimed()
-            assert (await service.check(data=True)).is_clean
+            assert (await service.inspection.check(data=True)).is_clean

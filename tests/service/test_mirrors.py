@@ -47,8 +47,8 @@ async def opened(home: Path, plane: PlaneKind) -> AsyncIterator[Service]:
     async with open_service(home / "pool", options) as service:
         if is_new:
             with pytest.raises(UsageError):
-                await service.add_storage(str(home / "a.img"), mirrors=[str(home / "b.img")])
-            await service.add_storage(str(home / "a.img"), mirrors=[str(home / "b.img")], force=True)
+                await service.upkeep.add_storage(str(home / "a.img"), mirrors=[str(home / "b.img")])
+            await service.upkeep.add_storage(str(home / "a.img"), mirrors=[str(home / "b.img")], force=True)
             await service.upkeep.evacuate(StorageId(1), rate_bytes=None, progress=quiet)
             await service.upkeep.remove_storage(StorageId(1))
         yield service
@@ -144,7 +144,7 @@ async def test_a_leg_that_was_away_gets_what_it_lacks_and_no_more(pool_home: Pat
         assert await service.read(volume.map_id, 0, 2000 * BLOCK) == bytes(expected)
     async with opened(pool_home, plane) as service:
         assert leg_states(service) == ["online", "online"]
-        assert (await service.check(data=True)).is_clean
+        assert (await service.inspection.check(data=True)).is_clean
 
 
 async def test_a_stale_leg_alone_is_refused(pool_home: Path, plane: PlaneKind) -> None:
@@ -239,7 +239,7 @@ async def test_a_leg_that_was_stale_in_a_dump_lacks_everything(pool_home: Path) 
     async with opened(pool_home, "python") as service:
         await service.write(volume.map_id, 0, noise(50, seed=2))
         await service.commit()
-        await service.dump(pool_home / "dump")
+        await service.inspection.dump(pool_home / "dump")
     (pool_home / "away").rename(pool_home / "b.img")
     with restore.open_dump(pool_home / "dump") as lines:
         restore.restore(lines, pool_home / "again")
@@ -254,8 +254,8 @@ async def test_a_leg_that_was_stale_in_a_dump_lacks_everything(pool_home: Path) 
 async def test_a_dump_names_legs_so_that_they_are_found_from_elsewhere(pool_home: Path) -> None:
     pool = pools.make_pool(pool_home)
     async with open_service(pool, pools.tiny_options()) as service:
-        await service.add_storage(str(pool / "a.img"), mirrors=[str(pool / "b.img")], force=True)
-        await service.dump(pool_home / "dump")
+        await service.upkeep.add_storage(str(pool / "a.img"), mirrors=[str(pool / "b.img")], force=True)
+        await service.inspection.dump(pool_home / "dump")
     with restore.open_dump(pool_home / "dump") as lines:
         restore.restore(lines, pool_home / "elsewhere")
     async with open_service(pool_home / "elsewhere", pools.tiny_options()) as service:

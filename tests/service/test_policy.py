@@ -129,14 +129,14 @@ async def test_data_moves_to_where_the_rules_want_it(tmp_path: Path, service: Se
     volume = service.volume("db1")
     await service.write(volume.map_id, 0, b"x" * 65536)
     await service.commit()
-    await service.add_storage(str(tmp_path / "fast.img"), storage_class="ssd")
+    await service.upkeep.add_storage(str(tmp_path / "fast.img"), storage_class="ssd")
     await service.policies.set(
         '[pool]\nbalance = "yearly"\nmove_rate = "1G"\n[volume."db*"]\nplace = ["class=ssd"]\nmigrate = "weekly"\n'
     )
     assert await run(service) == [("balance", "done"), ("migrate", "done")]
     moved = [e["facts"]["moved_bytes"] for e in service.events() if e["kind"] == "policy-migrate"]
     assert moved == [65536]
-    assert {e["storage"] for e in await service.extents(volume.map_id, 0, 9)} == {2, None}
+    assert {e["storage"] for e in await service.inspection.extents(volume.map_id, 0, 9)} == {2, None}
     assert await service.read(volume.map_id, 0, 65536) == b"x" * 65536
 
 
@@ -148,9 +148,9 @@ async def test_copies_want_a_mirror(tmp_path: Path, service: Service) -> None:
     await service.write(service.volume("web").map_id, 0, b"x" * 4096)
     for leg in ("a", "b"):
         (tmp_path / leg).mkdir()
-    await service.add_storage(str(tmp_path / "a/1.img"), mirrors=[str(tmp_path / "b/1.img")], force=True)
+    await service.upkeep.add_storage(str(tmp_path / "a/1.img"), mirrors=[str(tmp_path / "b/1.img")], force=True)
     await service.write(volume.map_id, 0, b"x" * 4096)
-    assert {e["storage"] for e in await service.extents(volume.map_id, 0, 9)} == {2, None}
+    assert {e["storage"] for e in await service.inspection.extents(volume.map_id, 0, 9)} == {2, None}
 
 
 async def test_a_target_that_was_away_gets_what_it_needs(tmp_path: Path, service: Service) -> None:
@@ -283,12 +283,12 @@ async def test_the_same_failure_is_told_once(service: Service) -> None:
         set_clock(service, start + hour * HOUR_NS)
         if hour:
             (first,) = service.snapshots(service.volume("db1").id)
-            service.open_handle(first.map_id, "cp")
+            service.handles.open(first.map_id, "cp")
         await run(service)
     assert await run(service) == [("prune", "failed")]
     assert await run(service) == [("prune", "failed")]
     assert kinds(service).count("policy-failed") == 1
-    service.close_handle(first.map_id)
+    service.handles.close(first.map_id)
     assert await run(service) == [("prune", "done")]
 
 

@@ -62,7 +62,7 @@ async def test_a_full_pool_lets_parts_of_blocks_be_discarded_and_snapshots_be_re
         assert "full" in kinds(service)
         for block in range(8):
             await service.discard(volume.map_id, block * BLOCK + 3, 5)
-        assert (await service.check(data=True)).is_clean
+        assert (await service.inspection.check(data=True)).is_clean
         await service.remove_snapshot(volume.id, "s")
         await service.wait_reclaimed()
         await service.write(volume.map_id, 0, noise(30, seed=3))

@@ -73,14 +73,14 @@ async def test_a_storage_volume_is_emptied_while_it_is_written_and_then_removed(
         await service.upkeep.remove_storage(ONE)
         assert not path.exists()
         assert list(used(service)) == [TWO]
-        assert (await service.check(data=True)).is_clean
+        assert (await service.inspection.check(data=True)).is_clean
         assert await service.read(volume.map_id, 0, 1500 * BLOCK) == bytes(expected)
         assert await service.read(taken.map_id, 0, 1500 * BLOCK) == noise(1500)
         assert (await service.read(clone.map_id, 0, 200 * BLOCK))[: 100 * BLOCK] == noise(1500)[: 100 * BLOCK]
-        await service.add_storage(str(pool_home / "pool" / "third.img"), capacity_bytes=BLOCK * 100)
+        await service.upkeep.add_storage(str(pool_home / "pool" / "third.img"), capacity_bytes=BLOCK * 100)
         assert list(used(service)) == [TWO, 3]
     async with opened(pool_home) as service:
-        assert (await service.check(data=True)).is_clean
+        assert (await service.inspection.check(data=True)).is_clean
         assert await service.read(taken.map_id, 0, 1500 * BLOCK) == noise(1500)
 
 
@@ -99,7 +99,7 @@ async def test_an_interrupted_evacuation_goes_on(pool_home: Path) -> None:
         assert used(service)[ONE] == 0
         await service.upkeep.cancel_evacuation(ONE)
         assert service.storages()[0]["state"] == "online"
-        assert (await service.check(data=True)).is_clean
+        assert (await service.inspection.check(data=True)).is_clean
 
 
 async def test_an_evacuation_without_room_moves_what_fits_and_says_so(pool_home: Path) -> None:
@@ -109,7 +109,7 @@ async def test_an_evacuation_without_room_moves_what_fits_and_says_so(pool_home:
         with pytest.raises(NoSpace):
             await service.upkeep.evacuate(ONE, rate_bytes=None, progress=quiet)
         assert await service.read(volume.map_id, 0, 1500 * BLOCK) == noise(1500)
-        assert (await service.check(data=True)).is_clean
+        assert (await service.inspection.check(data=True)).is_clean
 
 
 async def test_the_only_storage_volume_stays(pool_home: Path) -> None:
@@ -144,13 +144,13 @@ async def test_restriping_moves_what_is_stored_of_volume_and_snapshots(pool_home
         await service.write(volume.map_id, 0, noise(60, seed=2))
         await service.upkeep.stripe(volume.id, columns=3, unit_bytes=10 * BLOCK)
         await service.upkeep.restripe(volume.id, rate_bytes=None, progress=quiet)
-        extents = await service.extents(volume.map_id, 0, 1000)
+        extents = await service.inspection.extents(volume.map_id, 0, 1000)
         for extent in extents:
             if extent["kind"] == "data":
                 assert extent["storage"] == extent["offset"] // BLOCK // 10 % 3 + 1
         assert used(service) == {1: 120, 2: 120, 3: 120}
         assert await service.read(taken.map_id, 0, 300 * BLOCK) == noise(300)
-        assert (await service.check(data=True)).is_clean
+        assert (await service.inspection.check(data=True)).is_clean
 
 
 async def test_balance_evens_out_and_migration_follows_the_rules(pool_home: Path) -> None:
@@ -165,4 +165,4 @@ async def test_balance_evens_out_and_migration_follows_the_rules(pool_home: Path
         await service.upkeep.migrate(volume.id, rate_bytes=None, progress=quiet)
         assert used(service) == {1: 0, 2: 1000}
         assert await service.read(volume.map_id, 0, 1000 * BLOCK) == noise(1000)
-        assert (await service.check(data=True)).is_clean
+        assert (await service.inspection.check(data=True)).is_clean

@@ -44,7 +44,7 @@ class Point:
         return "tests.support.failpoints:arm", self.name, rng.randint(1, self.most), rng.randrange(1 << 30)
 
 
-_PUNCH = "pool:StorageVolume.punch"
+_PUNCH = "storage:StorageVolume.punch"
 _FOLD = "checkpoint:Checkpoint.run_fold"
 _APPEND, _SEGMENT = "journal:Journal.append", "journal:Journal.start_segment"
 _RECOVER = "store:Store.fold_recovered"
@@ -83,13 +83,13 @@ _ALL = (
     Point("fold.durable", _TABLES, "after", _FOLD, most=3),
     Point("fold.ended", "store:Store.end_checkpoint", most=3),
     # Freed blocks and their host space.
-    Point("punch.planned", "pool:Pool.plan_reuse", most=3),
+    Point("punch.planned", "reuse:Reuse.plan", most=3),
     Point("punch.begun", _PUNCH, "before", most=3),
     Point("punch.one", _PUNCH, most=3),
-    Point("punch.ended", "pool:Pool.punched", most=3),
+    Point("punch.ended", "reuse:Reuse.punched", most=3),
     # Growth and leases.
-    Point("growth.begun", "pool:StorageVolume.grow", "before", most=1),
-    Point("growth.allocated", _ALLOCATE, "after", "pool:StorageVolume.grow", most=1),
+    Point("growth.begun", "storage:StorageVolume.grow", "before", most=1),
+    Point("growth.allocated", _ALLOCATE, "after", "storage:StorageVolume.grow", most=1),
     Point("growth.ended", "space:Growth.run", most=1),
     Point("lease.granted", "space:Space.grant"),
     # Snapshots, removal, resizing.
@@ -107,10 +107,10 @@ _ALL = (
     Point("volume.created", "volume:create", most=2),
     Point("volume.renamed", "volume:rename", most=2),
     # Another storage volume.
-    Point("storage.header-torn", _WRITE, "half", "pool:Pool.create_image", most=1),
-    Point("storage.image-created", "pool:Pool.create_image", most=1),
-    Point("storage.attached", "pool:Pool.attach", "after", "service:Service.add_storage", most=1),
-    Point("storage.committed", "service:Service.add_storage", most=1),
+    Point("storage.header-torn", _WRITE, "half", "images:Images.create", most=1),
+    Point("storage.image-created", "images:Images.create", most=1),
+    Point("storage.attached", "pool:Pool.attach", "after", "upkeep:Upkeep.add_storage", most=1),
+    Point("storage.committed", "upkeep:Upkeep.add_storage", most=1),
     # The copy of the metadata.
     Point("dump.begun", _COPIES, "before", most=2, options="dump=checkpoint"),
     Point("dump.torn", _WRITE, "half", _COPIES, most=2, options="dump=checkpoint"),

@@ -45,6 +45,7 @@ class FakeAdminService:
         self._snapshots: dict[VolumeId, list[Snapshot]] = {}
         self._ids = itertools.count(1)
         self.branches = Branches()
+        self.handles = self.inspection = self.upkeep = self  # it plays every part
 
     @property
     def block_bytes(self) -> int:
@@ -80,7 +81,7 @@ class FakeAdminService:
     def clones(self, snapshot: Snapshot) -> list[Volume]:
         return []
 
-    def holders(self, volume_id: VolumeId) -> list[str]:
+    def of_volume(self, volume_id: VolumeId) -> list[str]:
         return self.open_by
 
     async def create_volume(self, name: str, size_bytes: int = 0) -> Volume:

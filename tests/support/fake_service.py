@@ -26,6 +26,23 @@ class FakeBranches:
         return False
 
 
+class FakeHandles(dict):  # type: ignore[type-arg]
+    def __init__(self, closed):
+        self._closed = closed
+
+    def open(self, table, holder):
+        self.setdefault(table, []).append(holder)
+
+    def close(self, table):
+        self[table].pop()
+        if not self[table]:
+            del self[table]
+            self._closed(table)
+
+    def of_volume(self, volume_id):
+        return [h for table, held in self.items() if split_map_id(table)[0] == volume_id for h in held]
+
+
 class FakeService:
     def __init__(self, directory=Path("/fake")):
         self.directory = directory
@@ -35,7 +52,7 @@ class FakeService:
         self._volumes = {}
         self._snapshots = {}
         self._data = {}
-        self._opened = {}
+        self.handles = FakeHandles(self._reclaim)
         self._ids = count(1)
         self.branches = FakeBranches()
 
@@ -96,9 +113,6 @@ class FakeService:
     def require_ordinary(self, volume_id) -> None:
         """All of them are."""
 
-    def holders(self, volume_id):
-        return [h for table, held in self._opened.items() if split_map_id(table)[0] == volume_id for h in held]
-
     # data
 
     async def read(self, table, offset, length):
@@ -128,10 +142,6 @@ class FakeService:
         if data:
             raise NoData("no more data")
         return len(held)
-
-    async def clone_range(self, source, source_offset, target, target_offset, length):
-        data = bytes(self._data[source][source_offset : source_offset + length])
-        return await self.write(target, target_offset, data)
 
     async def commit(self):
         self._check_writable()
@@ -212,19 +222,12 @@ class FakeService:
 
     # life
 
-    def open_handle(self, table, holder):
-        self._opened.setdefault(table, []).append(holder)
-
-    def close_handle(self, table):
-        self._opened[table].pop()
-        self._reclaim(table)
-
     def fail(self, reason):
         self.failure = reason
 
     def _reclaim(self, table):
         volume_id = split_map_id(table)[0]
-        if not self._opened.get(table) and volume_id in self._volumes and not self._volumes[volume_id].name:
+        if table not in self.handles and volume_id in self._volumes and not self._volumes[volume_id].name:
             del self._volumes[volume_id], self._data[table]
 
     def _change(self, volume_id, **changes):

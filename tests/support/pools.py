@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from incfs import clone as clones
-from incfs import extents, ranges, relocation, removal, rollback
-from incfs import pool as pool_module
+from incfs import extents, groups, ranges, relocation, removal, rollback
 from incfs import snapshot as snapshots
 from incfs import volume as volumes
 from incfs.backing import Backing
@@ -18,9 +17,9 @@ from incfs.errors import NoSpace
 from incfs.model import HOLE, Generation, MapId, Snapshot, Volume, VolumeId, map_id, split_map_id
 from incfs.options import Options
 from incfs.overlay import TableKey
-from incfs.pool import PunchPlan
 from incfs.recovery import MIN_JOURNAL_BYTES, create_pool, open_store
 from incfs.relocation import Relocation, Wish
+from incfs.reuse import PunchPlan
 from incfs.store import Store
 
 BLOCK = 64
@@ -276,7 +275,7 @@ def _owned_addresses(store: Store) -> Iterator[int]:
 
 def _members(store: Store, kind: str) -> set[int]:
     return {
-        storage_id << 48 | group_index * pool_module.GROUP_BLOCKS + i
+        storage_id << 48 | group_index * groups.GROUP_BLOCKS + i
         for storage_id, storage in store.pool.volumes.items()
         for group_index, bits in enumerate(getattr(storage, kind))
         for i in range(bits.bit_length())
@@ -297,7 +296,7 @@ def _fresh_addresses(plane: PlaneState) -> Iterator[int]:
 
 def _freed_addresses(store: Store) -> list[int]:
     running = store._checkpoint.freed if store._checkpoint else []
-    return [*store.pool._freed, *store.pool._quarantine, *running]
+    return [*store.pool._freed, *store.pool.reuse.quarantine, *running]
 
 
 def _check_counters(store: Store) -> None:

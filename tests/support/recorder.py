@@ -7,7 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Self
 
-from incfs import pool as pool_module
+from incfs import reuse
 from incfs.checkpoint import Commit
 from incfs.options import Options
 from incfs.store import Store, new_nonce
@@ -99,8 +99,8 @@ class Recorder:
         checkpoint.run_fold()
         plan = self.store.end_checkpoint(checkpoint)
         between()
-        self.store.pool.punch(plan)
-        self.store.pool.punched(plan)
+        self.store.pool.reuse.punch(plan)
+        self.store.pool.reuse.punched(plan)
 
     def cuts(self) -> Iterator[Cut]:
         """Yield the moments before each sync and around each commit.
@@ -127,12 +127,12 @@ class Recorder:
 @contextmanager
 def tiny_punches() -> Iterator[None]:
     """Let tiny pools punch holes, too."""
-    original = pool_module.PUNCH_BYTES
-    pool_module.PUNCH_BYTES = PUNCH_BYTES
+    original = reuse.PUNCH_BYTES
+    reuse.PUNCH_BYTES = PUNCH_BYTES
     try:
         yield
     finally:
-        pool_module.PUNCH_BYTES = original
+        reuse.PUNCH_BYTES = original
 
 
 def make_media(root: Path, fill: Callable[[Store], None] | None = None, **options: Any) -> Media:

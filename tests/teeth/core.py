@@ -18,7 +18,7 @@ CORE: Final = (
     Breakage(
         "lease-granted-twice",
         "I9",
-        "incfs/pool.py",
+        "incfs/storage.py",
         "            self.busy[group_index] |= taken\n",
         "",
         "tests/unit/test_pool.py::test_allocation_wraps_round_and_ends",
@@ -26,7 +26,7 @@ CORE: Final = (
     Breakage(
         "live-blocks-punched",
         "I1",
-        "incfs/pool.py",
+        "incfs/storage.py",
         "        self.file.punch(self._offset(block_index), count * self._block_bytes)",
         "        self.file.punch(self._offset(block_index), (count + 1) * self._block_bytes)",
         "tests/unit/test_pool.py::test_whole_chunks_go_back_to_the_host",
@@ -34,15 +34,15 @@ CORE: Final = (
     Breakage(
         "punched-while-in-use",
         "I1",
-        "incfs/pool.py",
-        "            self.volumes[storage_id].set_busy(block_index, count, busy=True)\n            for group_index",
+        "incfs/reuse.py",
+        "            self._volumes[storage_id].set_busy(block_index, count, busy=True)\n            for group_index",
         "            assert storage_id, (block_index, count)\n            for group_index",
         "tests/unit/test_pool.py::test_whole_chunks_go_back_to_the_host",
     ),
     Breakage(
         "image-header-not-compared",
         "I11",
-        "incfs/pool.py",
+        "incfs/images.py",
         "            if header != expected:",
         "            if not header:",
         "tests/unit/test_pool.py::test_a_truncated_missing_or_foreign_image_is_refused",
@@ -58,7 +58,7 @@ CORE: Final = (
     Breakage(
         "image-lock-not-taken",
         "I1",
-        "incfs/pool.py",
+        "incfs/images.py",
         "            file.lock()  #",
         "            #",
         "tests/damage/test_repair.py::test_images_may_have_moved_and_nothing_is_overwritten",
@@ -74,9 +74,9 @@ CORE: Final = (
     Breakage(
         "freed-blocks-reused-under-a-check",
         "I3",
-        "incfs/pool.py",
-        "        if self.frees_held:",
-        "        if self.frees_held < 0:",
+        "incfs/reuse.py",
+        "        if self.held:",
+        "        if self.held < 0:",
         "tests/unit/test_pool.py::test_freed_blocks_are_held_while_somebody_verifies",
     ),
     # Failures

@@ -60,7 +60,7 @@ DURABILITY: Final = (
     Breakage(
         "directory-of-an-image-not-flushed",
         "I5",
-        "incfs/pool.py",
+        "incfs/images.py",
         "            file.close()\n        self._backing.sync_directory(path.parent)",
         "            file.close()",
         "tests/unit/test_pool.py::test_every_name_is_durable_once_a_pool_is_made",

@@ -65,7 +65,7 @@ SHELL: Final = (
         "open-snapshot-removed",
         "I9",
         "incfs/service.py",
-        "            self.require_closed(taken)\n        removal.remove",
+        "            self.handles.require_closed(taken)\n        removal.remove",
         "            str(taken)\n        removal.remove",
         "tests/mount/test_snapshots.py::test_an_open_snapshot_is_busy",
     ),

@@ -40,9 +40,9 @@ async def test_an_inode_that_never_was(operations):
 async def test_a_new_volume_belongs_to_the_caller(operations):
     opened, entry = await operations.create(inodes.ROOT, b"db", 0o4755, os.O_RDWR, CONTEXT)
     assert (entry.st_uid, entry.st_gid, stat.S_IMODE(entry.st_mode)) == (1000, 1001, 0o755)
-    assert operations.service.holders(VolumeId(1))
+    assert operations.service.handles.of_volume(VolumeId(1))
     await operations.release(opened.fh)
-    assert not operations.service.holders(VolumeId(1))
+    assert not operations.service.handles.of_volume(VolumeId(1))
 
 
 async def test_only_a_writers_handle_makes_seek_write_back(operations):

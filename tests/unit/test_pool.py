@@ -8,8 +8,9 @@ import pytest
 
 from incfs.backing import Backing, File
 from incfs.errors import ImageMismatch, NoSpace, PoolLocked
+from incfs.groups import GROUP_BLOCKS
 from incfs.model import StorageId
-from incfs.pool import GROUP_BLOCKS, PUNCH_BYTES
+from incfs.reuse import PUNCH_BYTES
 from incfs.store import Store
 from tests.support import pools
 from tests.support.media import MemoryBacking
@@ -71,7 +72,7 @@ def test_a_freed_block_waits_for_the_checkpoint(store: Store) -> None:
     assert store.pool.allocate(1, 1) == []
     _, freed = store.pool.freeze()
     assert store.pool.allocate(1, 1) == []
-    store.pool.punched(store.pool.plan_reuse(freed))
+    store.pool.reuse.punched(store.pool.reuse.plan(freed))
     assert store.pool.allocate(1, 1) == [(address, 1)]
 
 
@@ -190,12 +191,12 @@ def test_freed_blocks_are_held_while_somebody_verifies(store: Store) -> None:
     volume = pools.new_volume(store, "a")
     pools.write(store, volume.map_id, 0, b"x" * 640)
     store.checkpoint()
-    store.pool.frees_held += 1
+    store.pool.reuse.held += 1
     pools.discard(store, volume.map_id, 0, 640)
     store.checkpoint()
     assert not store.pool.volumes[ONE].live_blocks
     assert store.pool.volumes[ONE].is_busy(0, 10)
-    store.pool.frees_held -= 1
+    store.pool.reuse.held -= 1
     store.checkpoint()
     store.reclaim_leases()
     assert not store.pool.volumes[ONE].is_busy(0, 10)
@@ -214,11 +215,11 @@ def test_what_is_freed_block_by_block_goes_back_to_the_host_too(pool_home: Path)
     assert store.pool.volumes[ONE].file.allocated_bytes() == before
     pools.write(store, volume.map_id, 0, b"y" * 4096 * 3)
     store.reclaim_leases()
-    plan = store.pool.plan_leftovers(1000)
-    store.pool.punch(plan)
-    store.pool.punched(plan)
+    plan = store.pool.reuse.plan_leftovers(1000)
+    store.pool.reuse.punch(plan)
+    store.pool.reuse.punched(plan)
     assert before - store.pool.volumes[ONE].file.allocated_bytes() >= 120 * 4096
-    assert not store.pool.plan_leftovers(1000).runs
+    assert not store.pool.reuse.plan_leftovers(1000).runs
     pools.check_clean(store)
     assert pools.read(store, volume.map_id, 4096 * 3, 4096) == b"x" * 4096
     store.abandon()

@@ -1,0 +1,133 @@
+"""Image files: where they are, made, opened and proved to be the right ones, deleted."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from uuid import UUID
+
+from incfs.backing import Backing, File
+from incfs.errors import BackingError, ImageMismatch, IncfsError
+from incfs.image import ImageHeader, read_header, write_header
+from incfs.mirror import MirroredFile
+from incfs.model import Storage, StorageId
+
+
+class Images:
+    """The image files of one pool's storage volumes."""
+
+    def __init__(self, directory: Path, uuid: UUID, block_bytes: int, backing: Backing) -> None:
+        self._directory = directory
+        self._uuid = uuid
+        self._block_bytes = block_bytes
+        self._backing = backing
+        self.moved: Mapping[StorageId, Path] = {}
+        """Images that are not where their records say."""
+
+    def path(self, record: Storage) -> Path:
+        """Resolve a storage volume's path."""
+        return self.moved.get(record.id, self._directory / record.path)
+
+    def leg_paths(self, record: Storage) -> list[Path]:
+        """Resolve the paths of a storage volume's legs."""
+        return [self.path(record), *(self._directory / path for path in record.mirrors)]
+
+    def create(self, record: Storage) -> None:
+        """Make the image files of a storage volume, with their headers.
+
+        Durability: files, headers and names are durable on return.
+        """
+        for path in self.leg_paths(record):
+            self.create_leg(record, path)
+
+    def create_leg(self, record: Storage, path: Path) -> None:
+        """Make one image file with its header.
+
+        Durability: as ``create``.
+        """
+        file = self._backing.create(path)
+        try:
+            write_header(file, self._header(record))
+        finally:
+            file.close()
+        self._backing.sync_directory(path.parent)
+
+    def _header(self, record: Storage) -> ImageHeader:
+        return ImageHeader(self._uuid, UUID(record.uuid), record.id, self._block_bytes)
+
+    def open(self, record: Storage) -> File:
+        """Open the image, or the legs of a mirror, and prove that it is the one.
+
+        A leg that is missing or another's is left behind, as long as a sound one is there.
+
+        Raises:
+            ImageMismatch: Missing, truncated, damaged, or of another storage volume.
+        """
+        paths = self.leg_paths(record)
+        if len(paths) == 1:
+            return self.open_leg(record, paths[0])
+        legs, reasons = self._open_legs(record, paths)
+        if all(leg is None or number in record.stale_legs for number, leg in enumerate(legs)):
+            for leg in legs:
+                if leg is not None:
+                    leg.close()
+            why = "; ".join(str(reason) for reason in reasons.values()) or "all are stale"
+            raise ImageMismatch(f"storage volume {record.id}: no sound leg is there: {why}", storage=record.id)
+        mirror = MirroredFile(paths[0], legs, record.stale_legs)
+        mirror.failed.update({number: str(why) for number, why in reasons.items() if number in mirror.failed})
+        return mirror
+
+    def _open_legs(self, record: Storage, paths: Sequence[Path]) -> tuple[list[File | None], dict[int, IncfsError]]:
+        legs: list[File | None] = []
+        reasons: dict[int, IncfsError] = {}
+        for number, path in enumerate(paths):
+            try:
+                legs.append(self.open_leg(record, path))
+            except (ImageMismatch, BackingError) as error:
+                legs.append(None)
+                reasons[number] = error
+        return legs, reasons
+
+    def open_leg(self, record: Storage, path: Path) -> File:
+        """Open an image file and prove that it is of a storage volume.
+
+        Raises:
+            ImageMismatch: Missing, truncated, damaged, or of another storage volume.
+        """
+        if os.path.lexists(path) and not os.path.isfile(path):  # opening a device may do harm, a pipe may hang
+            raise ImageMismatch(f"storage volume {record.id}: {path} is not an ordinary file", storage=record.id)
+        if not os.path.exists(path):
+            raise ImageMismatch(
+                f"storage volume {record.id}: image {path} is missing; mount its disk or restore it; "
+                f"to read what is on the others, mount with -o degraded",
+                storage=record.id,
+            )
+        file = self._backing.open(path)
+        try:
+            header, expected = read_header(file), self._header(record)
+            if header != expected:
+                raise ImageMismatch(
+                    f"storage volume {record.id}: {path} is the image of {header}, expected {expected}",
+                    storage=record.id,
+                )
+            file.lock()  # a pool restored elsewhere over the same images would write into them, too
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def open_unproved(self, record: Storage) -> File:
+        """Open an image whatever its header says: checksums tell what in it is sound.
+
+        Raises:
+            BackingError: It cannot be opened.
+        """
+        return self._backing.open(self.path(record))
+
+    def delete(self, record: Storage) -> None:
+        """Delete the image files of a storage volume.
+
+        Durability: their names are gone on return.
+        """
+        for path in self.leg_paths(record):
+            self._backing.remove(path)
+            self._backing.sync_directory(path.parent)

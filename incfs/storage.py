@@ -1,0 +1,275 @@
+"""A storage volume: one image file, or the legs of a mirror, and the bitmaps of its blocks.
+
+A block is in one of these states:
+
+    free      may be leased
+    leased    given out, not committed: in ``busy`` only, so a crash makes it free
+    live      a committed mapping points to it: in ``busy`` and ``live``
+    freed     no mapping points to it, but the tables on disk may: in ``busy`` only, until
+              a checkpoint has made the free durable (I3)
+
+Invariants:
+    1. ``live`` is a subset of ``busy``; only ``live`` is ever stored.
+    2. Bit sets are immutable ints: a frozen one is a reference.
+"""
+
+from pathlib import Path
+
+from incfs import groups
+from incfs.backing import File
+from incfs.blocks import bit_mask, clear_runs, find_clear_run
+from incfs.codec import checksum
+from incfs.errors import ImageMismatch, NoSpace
+from incfs.groups import group_start, member_bits, split_groups
+from incfs.image import DATA_OFFSET_BYTES
+from incfs.mirror import MirroredFile
+from incfs.model import Storage
+
+
+class StorageVolume:
+    """One image file and its bitmaps.
+
+    Concurrency: bitmaps belong to the owner thread; block reads, writes and syncs may run
+    in any thread.
+    """
+
+    def __init__(self, record: Storage, file: File, block_bytes: int) -> None:
+        self.record = record
+        self.file = file
+        self._block_bytes = block_bytes
+        self.grown_blocks = 0
+        self.live: list[int] = []
+        self.busy: list[int] = []
+        self.live_blocks = 0
+        self.busy_blocks = 0
+        self.needs_sync = False
+        self.changed: dict[int, int] = {}
+        """Group -> blocks that became live while a leg was away: what it lacks."""
+        self.recent: list[dict[int, int]] = [{}, {}]
+        """The same, of blocks that the last checkpoint but one did not have: a leg that fails may lack them."""
+        self.host_device = self.host_free_bytes = self.host_total_bytes = 0
+        self.state = "online"
+        """online; or what is wrong with the image: missing, mismatch, truncated."""
+        self.measure()
+
+    def measure(self) -> None:
+        """Learn from the file's length how far the image has grown."""
+        self.grown_blocks = max(0, self.file.length_bytes() - DATA_OFFSET_BYTES) // self._block_bytes
+        self.measure_host()
+
+    def measure_host(self) -> None:
+        """Learn how full the image's filesystem is.  Any thread."""
+        self.host_device = self.file.host_device()
+        self.host_free_bytes = self.file.host_free_bytes()
+        self.host_total_bytes = self.file.host_total_bytes()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether new blocks may come from it."""
+        return self.state == "online" and not self.record.is_evacuating
+
+    @property
+    def path(self) -> Path:
+        """Where the image is."""
+        return self.file.path
+
+    @property
+    def mirror(self) -> MirroredFile | None:
+        """Its legs, if it is mirrored."""
+        return self.file if isinstance(self.file, MirroredFile) else None
+
+    def descriptor(self) -> tuple[int | tuple[int, ...], int]:
+        """Give the file descriptors of the image or its legs, and the offset of the first block's data."""
+        mirror = self.mirror
+        if mirror is None:
+            return self.file.fileno(), DATA_OFFSET_BYTES
+        return tuple(leg.fileno() for _, leg in mirror.written_legs()), DATA_OFFSET_BYTES
+
+    def note_live(self, group_index: int, bits: int) -> None:
+        """Remember new blocks for legs that are, or turn out to be, away."""
+        if self.mirror is not None:
+            self.recent[0][group_index] = self.recent[0].get(group_index, 0) | bits
+            if self.mirror.stale:
+                self.changed[group_index] = self.changed.get(group_index, 0) | bits
+
+    def lack_recent(self) -> set[int]:
+        """A leg failed: it may lack all that is recent.  Give the groups."""
+        for recent in self.recent:
+            for group_index, bits in recent.items():
+                self.changed[group_index] = self.changed.get(group_index, 0) | bits
+        return set(self.changed)
+
+    def heal(self, block_index: int, expected: int | None) -> int | None:
+        """Rewrite a block on legs that have it wrong; give how many, None when none has it right.  Any thread.
+
+        Args:
+            block_index: The block.
+            expected: Its checksum; None when it is not known: then any leg that can be read is right.
+        """
+        if self.mirror is None:
+            return None
+        return self.mirror.heal(
+            self._offset(block_index), self._block_bytes, lambda data: expected is None or checksum(data) == expected
+        )
+
+    @property
+    def healed_blocks(self) -> int:
+        """Blocks of legs that were rewritten since the pool was opened."""
+        return 0 if self.mirror is None else self.mirror.healed_count
+
+    def read_blocks(self, block_index: int, block_count: int) -> bytes:
+        """Read whole blocks, waiting for the disk."""
+        return self.file.pread(self._offset(block_index), block_count * self._block_bytes)
+
+    def read_blocks_cached(self, block_index: int, block_count: int) -> bytes | None:
+        """Read whole blocks if the page cache has them, else None."""
+        return self.file.pread_cached(self._offset(block_index), block_count * self._block_bytes)
+
+    def write_blocks(self, block_index: int, data: bytes | memoryview) -> None:
+        """Write whole blocks to the page cache; ``sync`` makes them durable once they are committed."""
+        self.file.pwrite(self._offset(block_index), data)
+
+    def sync(self) -> None:
+        """Make every block written before this call durable."""
+        self.needs_sync = False
+        self.file.sync()
+
+    def load(self, group_index: int, bits: int) -> None:
+        """Take over a stored bitmap at open."""
+        self.reach((group_index + 1) * groups.GROUP_BLOCKS)
+        self.live[group_index] = self.busy[group_index] = bits
+        self.live_blocks += bits.bit_count()
+        self.busy_blocks += bits.bit_count()
+
+    def reach(self, block_count: int) -> None:
+        """Have bitmaps for at least that many blocks."""
+        while len(self.live) * groups.GROUP_BLOCKS < block_count:
+            self.live.append(0)
+            self.busy.append(0)
+
+    def find_free(self, block_index: int, count: int) -> tuple[int, int]:
+        """Find the first free run at or after a block: (first, at most ``count``); 0 if none."""
+        for group_index in range(block_index // groups.GROUP_BLOCKS, -(-self.grown_blocks // groups.GROUP_BLOCKS)):
+            base = group_index * groups.GROUP_BLOCKS
+            self.reach(base + groups.GROUP_BLOCKS)
+            start = max(0, block_index - base)
+            limit = min(groups.GROUP_BLOCKS, self.grown_blocks - base)
+            first, found = find_clear_run(self.busy[group_index], start, limit)
+            if found:
+                return base + first, min(found, count)
+        return 0, 0
+
+    def take(self, block_index: int, count: int, most_runs: int) -> list[tuple[int, int]]:
+        """Lease up to ``count`` free blocks at or after a block in up to ``most_runs`` pieces: (first, blocks) of each.
+
+        Cost: the bitmap of a group is changed once for all its pieces.
+        """
+        runs: list[tuple[int, int]] = []
+        for group_index in range(block_index // groups.GROUP_BLOCKS, -(-self.grown_blocks // groups.GROUP_BLOCKS)):
+            base = group_index * groups.GROUP_BLOCKS
+            self.reach(base + groups.GROUP_BLOCKS)
+            start = max(0, block_index - base)
+            limit = min(groups.GROUP_BLOCKS, self.grown_blocks - base)
+            end = start
+            for first, length in clear_runs(self.busy[group_index], start, limit):
+                found = min(length, count)
+                runs.append((base + first, found))
+                end = first + found
+                count -= found
+                if not count or len(runs) == most_runs:
+                    break
+            taken = ~self.busy[group_index] & bit_mask(start, end - start)
+            self.busy[group_index] |= taken
+            self.busy_blocks += taken.bit_count()
+            if not count or len(runs) == most_runs:
+                break
+        return runs
+
+    def set_busy(self, block_index: int, count: int, *, busy: bool) -> None:
+        """Lease blocks, or make them free."""
+        self.busy_blocks += self._change(self.busy, block_index, count, present=busy)
+
+    def set_live(self, group_index: int, members: list[int], *, live: bool) -> None:
+        """Commit blocks of one group, or take them out of the committed set."""
+        self.reach((group_index + 1) * groups.GROUP_BLOCKS)
+        self.live_blocks += self._change_members(self.live, group_index, members, present=live)
+
+    def release(self, group_index: int, members: list[int]) -> None:
+        """Make blocks of one group free."""
+        self.busy_blocks += self._change_members(self.busy, group_index, members, present=False)
+
+    @staticmethod
+    def _change_members(bitmaps: list[int], group_index: int, members: list[int], *, present: bool) -> int:
+        mask = member_bits(members)
+        assert mask.bit_count() == len(members), f"a block of group {group_index} was given twice"
+        before = bitmaps[group_index] & mask
+        assert before == (0 if present else mask), f"blocks of group {group_index} are already in that state"
+        bitmaps[group_index] ^= mask
+        return len(members) if present else -len(members)
+
+    @staticmethod
+    def _change(bitmaps: list[int], block_index: int, count: int, *, present: bool) -> int:
+        for group_index, mask in split_groups(block_index, count):
+            before = bitmaps[group_index] & mask
+            assert before == (0 if present else mask), f"blocks at {block_index} are already in that state"
+            bitmaps[group_index] ^= mask
+        return count if present else -count
+
+    def is_busy(self, block_index: int, count: int) -> bool:
+        """Tell whether any of these blocks, at most a group's worth of them, is given out."""
+        for block in (block_index, block_index + count - 1):
+            group_index = block // groups.GROUP_BLOCKS
+            base = group_index * groups.GROUP_BLOCKS
+            start, stop = max(block_index, base), min(block_index + count, base + groups.GROUP_BLOCKS)
+            if group_index < len(self.busy) and self.busy[group_index] & bit_mask(start - base, stop - start):
+                return True
+        return False
+
+    def highest_live_block(self) -> int:
+        """Give the highest committed block, -1 without any."""
+        for group_index in range(len(self.live) - 1, -1, -1):
+            if self.live[group_index]:
+                return group_index * groups.GROUP_BLOCKS + self.live[group_index].bit_length() - 1
+        return -1
+
+    def require_grown(self, group_index: int, bits: int) -> None:
+        """Refuse a bitmap that has blocks behind the image's end.
+
+        Raises:
+            ImageMismatch: It has.
+        """
+        highest = group_start(group_index) + bits.bit_length() - 1
+        if highest >= self.grown_blocks:
+            raise self.truncated(highest)
+
+    def truncated(self, block_index: int) -> ImageMismatch:
+        """Say that the image ends before a block that is in use."""
+        return ImageMismatch(
+            f"storage volume {self.record.id}: {self.file.path} is truncated to "
+            f"{self.file.length_bytes()} bytes, but block {block_index} is in use",
+            storage=self.record.id,
+        )
+
+    def grow(self, block_count: int, *, reserve_bytes: int) -> None:
+        """Make the image longer by up to ``block_count`` blocks.  Any thread.
+
+        Raises:
+            NoSpace: At the capacity limit, or the host would have less than ``reserve_bytes`` left.
+        """
+        room = self.record.capacity_blocks - self.grown_blocks
+        self.measure_host()
+        host_room = (self.host_free_bytes - reserve_bytes) // self._block_bytes
+        block_count = min(block_count, room, host_room)
+        if block_count <= 0:
+            limit = "its capacity limit" if room <= 0 else "the reserve of its host filesystem"
+            raise NoSpace(f"storage volume {self.record.id} ({self.file.path}) is at {limit}", storage=self.record.id)
+        self.file.allocate(self._offset(self.grown_blocks), block_count * self._block_bytes)
+        self.grown_blocks += block_count
+        self.measure_host()
+
+    def punch(self, block_index: int, count: int) -> None:
+        """Give the host space of free blocks back.  Any thread."""
+        self.file.punch(self._offset(block_index), count * self._block_bytes)
+
+    def _offset(self, block_index: int) -> int:
+        return DATA_OFFSET_BYTES + block_index * self._block_bytes
