@@ -13,9 +13,10 @@ from pathlib import Path
 
 from incfs import volume as volumes
 from incfs.codec import checksum
-from incfs.model import PAGE_BLOCKS, Appended, MapId, SealedPage
+from incfs.model import PAGE_BLOCKS, MapId
 from incfs.options import Options
 from incfs.recovery import create_pool, open_store
+from incfs.sealed import seal_pages
 from incfs.store import Store
 
 BLOCK_BYTES = 512
@@ -33,9 +34,9 @@ def make_pool(directory: Path, count: int) -> None:
     for page_index in range(page_count):
         addresses = _take(store, made.map_id, PAGE_BLOCKS)
         random.Random(page_index).shuffle(addresses)
-        appended = [Appended(slot, address, crc, 0, 0) for slot, address in enumerate(addresses)]
+        entries = {slot: (address, crc) for slot, address in enumerate(addresses)}
         current = store.catalog.volume(made.id)
-        store.append_mappings(current, [SealedPage(made.map_id, page_index, appended)])
+        store.append_mappings(current, seal_pages(made.map_id, [(page_index, entries, {})]))
         if page_index % _PAGES_PER_CHECKPOINT == _PAGES_PER_CHECKPOINT - 1:
             store.checkpoint()
     store.close()

@@ -23,7 +23,8 @@ typedef struct {
 struct dataplane_python {
     PyObject *not_resident, *lease_exhausted, *read_would_wait, *leg_failed; /* incfs.dataplane */
     PyObject *batch;
-    PyTypeObject *appended, *sealed_page; /* incfs.model; named tuples */
+    PyTypeObject *sealed; /* incfs.sealed; a named tuple */
+    PyObject *array;      /* array.array */
 };
 
 extern struct dataplane_python python;

@@ -92,9 +92,10 @@ int import_python(void)
                                               "LegFailed"};
     PyObject **dataplane_slots[] = {&python.not_resident, &python.lease_exhausted, &python.read_would_wait,
                                     &python.batch, &python.leg_failed};
-    static const char *const of_model[] = {"Appended", "SealedPage"};
-    PyObject **model_slots[] = {(PyObject **)&python.appended, (PyObject **)&python.sealed_page};
+    static const char *const of_sealed[] = {"Sealed"}, *const of_array[] = {"array"};
+    PyObject **sealed_slots[] = {(PyObject **)&python.sealed}, **array_slots[] = {&python.array};
     if (import_names("incfs.dataplane", 5, of_dataplane, dataplane_slots) < 0)
         return -1;
-    return import_names("incfs.model", 2, of_model, model_slots);
+    return import_names("incfs.sealed", 1, of_sealed, sealed_slots) < 0 ? -1
+                                                                        : import_names("array", 1, of_array, array_slots);
 }

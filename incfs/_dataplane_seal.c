@@ -1,48 +1,109 @@
 /* Methods of the native data plane: sealed batches as Python sees them; what is inside, for tests. */
 #include "_dataplane.h"
 
-/* Makes a named tuple without going through its __new__: a seal makes thousands.  Steals the members. */
-static PyObject *make_tuple(PyTypeObject *type, Py_ssize_t count, PyObject **members)
+#include <endian.h>
+#include <stddef.h>
+#include <string.h>
+
+/* The mappings of one table in a batch: those of its pages, one behind the other. */
+struct sealed {
+    const struct plane_batch *batch;
+    size_t first_page, page_end, count;
+};
+
+/* Makes an array of one member of all mappings. */
+#define MAKE_COLUMN(sealed, code, type, member) \
+    make_column(sealed, code, sizeof(type), offsetof(struct plane_appended, member))
+
+static PyObject *make_column(const struct sealed *sealed, char code, size_t size, size_t offset)
 {
-    PyObject *tuple = type->tp_alloc(type, count);
-    for (Py_ssize_t i = 0; i < count; i++) {
-        if (!members[i])
-            Py_CLEAR(tuple);
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, sealed->count * size);
+    char *target = bytes ? PyBytes_AS_STRING(bytes) : NULL;
+    for (size_t p = sealed->first_page; bytes && p < sealed->page_end; p++) {
+        const struct plane_sealed_page *page = &sealed->batch->pages[p];
+        const char *source = (const char *)(sealed->batch->appended + page->first) + offset;
+        for (size_t i = 0; i < page->count; i++, target += size, source += sizeof(struct plane_appended))
+            memcpy(target, source, size);
     }
-    for (Py_ssize_t i = 0; i < count; i++) {
-        if (tuple)
-            PyTuple_SET_ITEM(tuple, i, members[i]);
+    PyObject *column = bytes ? PyObject_CallFunction(python.array, "CO", code, bytes) : NULL;
+    Py_XDECREF(bytes);
+    return column;
+}
+
+/* Where each page's part of the columns is. */
+static PyObject *make_pages(const struct sealed *sealed)
+{
+    PyObject *list = PyList_New(0);
+    size_t first = 0;
+    for (size_t p = sealed->first_page; list && p < sealed->page_end; p++) {
+        const struct plane_sealed_page *page = &sealed->batch->pages[p];
+        append_new(list, Py_BuildValue("(Knn)", (unsigned long long)page->page_index, (Py_ssize_t)first,
+                                       (Py_ssize_t)(first + page->count)));
+        first += page->count;
+    }
+    return list;
+}
+
+/* Four values for each run of a page, as put_runs in lane.c writes them. */
+static void append_runs(PyObject *list, const struct plane_batch *batch, const struct plane_sealed_page *page)
+{
+    uint32_t checksums[PLANE_PAGE_BLOCKS];
+    size_t end = page->first + page->count;
+    for (size_t i = page->first, count; i < end && !PyErr_Occurred(); i += count) {
+        const struct plane_appended *first = &batch->appended[i];
+        count = plane_run_length(batch->appended, i, end);
+        for (size_t k = 0; k < count; k++)
+            checksums[k] = htole32(first[k].checksum);
+        append_new(list, PyLong_FromUnsignedLongLong(page->page_index * PLANE_PAGE_BLOCKS + first->index));
+        append_new(list, PyLong_FromSize_t(count));
+        append_new(list, PyLong_FromUnsignedLongLong(first->address));
+        append_new(list, PyBytes_FromStringAndSize((const char *)checksums, first->address > PLANE_HOLE ? 4 * count : 0));
+    }
+}
+
+static PyObject *make_runs(const struct sealed *sealed)
+{
+    PyObject *list = PyList_New(0);
+    for (size_t p = sealed->first_page; list && p < sealed->page_end; p++)
+        append_runs(list, sealed->batch, &sealed->batch->pages[p]);
+    return list;
+}
+
+/* `with_runs`: they have to go into the journal. */
+static PyObject *make_sealed(const struct sealed *sealed, bool with_runs)
+{
+    PyObject *members[] = {
+        PyLong_FromUnsignedLongLong(sealed->batch->pages[sealed->first_page].map_id),
+        make_pages(sealed),
+        MAKE_COLUMN(sealed, 'H', uint16_t, index),
+        MAKE_COLUMN(sealed, 'Q', uint64_t, address),
+        MAKE_COLUMN(sealed, 'I', uint32_t, checksum),
+        MAKE_COLUMN(sealed, 'Q', uint64_t, old_address),
+        MAKE_COLUMN(sealed, 'I', uint32_t, old_checksum),
+        with_runs ? make_runs(sealed) : PyList_New(0),
+    };
+    enum { COUNT = sizeof members / sizeof *members };
+    PyObject *made = PyErr_Occurred() ? NULL : python.sealed->tp_alloc(python.sealed, COUNT);
+    for (size_t i = 0; i < COUNT; i++) {
+        if (made)
+            PyTuple_SET_ITEM(made, i, members[i]);
         else
             Py_XDECREF(members[i]);
     }
-    return tuple;
+    return made;
 }
 
-static PyObject *make_appended(const struct plane_appended *appended)
+static PyObject *make_tables(const struct plane_batch *batch, bool with_runs)
 {
-    PyObject *members[] = {
-        PyLong_FromUnsignedLong(appended->index),
-        PyLong_FromUnsignedLongLong(appended->address),
-        PyLong_FromUnsignedLong(appended->checksum),
-        PyLong_FromUnsignedLongLong(appended->old_address),
-        PyLong_FromUnsignedLong(appended->old_checksum),
-    };
-    return make_tuple(python.appended, 5, members);
-}
-
-static PyObject *make_sealed_page(const struct plane_sealed_page *page, const struct plane_appended *appended)
-{
-    PyObject *list = PyList_New(page->count);
-    for (size_t i = 0; list && i < page->count; i++) {
-        PyObject *mapping = make_appended(&appended[page->first + i]);
-        if (!mapping)
-            Py_CLEAR(list);
-        else
-            PyList_SET_ITEM(list, i, mapping);
+    PyObject *list = PyList_New(0);
+    for (size_t p = 0; list && p < batch->page_count && !PyErr_Occurred();) {
+        struct sealed sealed = {.batch = batch, .first_page = p};
+        for (; p < batch->page_count && batch->pages[p].map_id == batch->pages[sealed.first_page].map_id; p++)
+            sealed.count += batch->pages[p].count;
+        sealed.page_end = p;
+        append_new(list, make_sealed(&sealed, with_runs));
     }
-    PyObject *members[] = {PyLong_FromUnsignedLongLong(page->map_id), PyLong_FromUnsignedLongLong(page->page_index),
-                           list};
-    return make_tuple(python.sealed_page, 3, members);
+    return list;
 }
 
 static PyObject *make_dropped(const struct plane_batch *batch)
@@ -67,22 +128,15 @@ static PyObject *make_written(const struct plane_batch *batch)
     return written;
 }
 
-/* Steals `committed`, a list. */
+/* Steals `committed`: a list, or NULL for what is committed itself. */
 static PyObject *make_batch(const struct plane_batch *batch, PyObject *committed)
 {
-    PyObject *pages = PyList_New(batch->page_count), *dropped = make_dropped(batch), *written = make_written(batch);
-    for (size_t i = 0; pages && i < batch->page_count; i++) {
-        PyObject *page = make_sealed_page(&batch->pages[i], batch->appended);
-        if (!page)
-            Py_CLEAR(pages);
-        else
-            PyList_SET_ITEM(pages, i, page);
-    }
-    PyObject *made = pages && dropped && written && committed && !PyErr_Occurred()
-                         ? PyObject_CallFunctionObjArgs(python.batch, pages, dropped, written, committed, NULL)
+    PyObject *tables = make_tables(batch, committed != NULL), *dropped = make_dropped(batch), *written = make_written(batch);
+    PyObject *made = tables && dropped && written && !PyErr_Occurred()
+                         ? PyObject_CallFunctionObjArgs(python.batch, tables, dropped, written, committed, NULL)
                          : NULL;
     Py_XDECREF(committed);
-    Py_XDECREF(pages);
+    Py_XDECREF(tables);
     Py_XDECREF(dropped);
     Py_XDECREF(written);
     return made;
@@ -94,7 +148,7 @@ static PyObject *make_committed(struct lane_batch *committed)
     PyObject *list = PyList_New(0);
     for (struct lane_batch *batch = committed, *next; batch; batch = next) {
         next = batch->next;
-        PyObject *made = list && !PyErr_Occurred() ? make_batch(&batch->batch, PyList_New(0)) : NULL;
+        PyObject *made = list && !PyErr_Occurred() ? make_batch(&batch->batch, NULL) : NULL;
         if (made)
             append_new(list, Py_BuildValue("(KN)", (unsigned long long)batch->sequence, made));
         lane_batch_free(batch);

@@ -22,9 +22,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from incfs.codec import Entries, entry_runs, pack, unpack
+from incfs.codec import pack, unpack
 from incfs.errors import FormatError
-from incfs.model import HOLE, PAGE_BLOCKS, SealedPage
+from incfs.model import HOLE, PAGE_BLOCKS, split_map_id
+from incfs.sealed import Sealed
 
 Change = list[Any]
 _MAX_BLOCK = 1 << 62
@@ -40,18 +41,9 @@ class MapRun:
     checksums: tuple[int, ...]
 
 
-def map_change(volume_id: int, pages: list[SealedPage]) -> Change:
+def map_change(sealed: Sealed) -> Change:
     """Describe the mappings appended to one volume."""
-    flat: list[Any] = []
-    for page in pages:
-        entries: Entries = {c.slot: (c.address, c.checksum) for c in page.appended}
-        packed = struct.pack(f"<{len(entries)}I", *(entries[slot][1] for slot in sorted(entries)))
-        position, base = 0, page.page_index * PAGE_BLOCKS
-        for first, count, address in entry_runs(entries):
-            end = position + 4 * count
-            flat += (base + first, count, address, packed[position:end] if address > HOLE else b"")
-            position = end
-    return ["map", volume_id, flat]
+    return ["map", split_map_id(sealed.map_id)[0], sealed.runs]
 
 
 def map_runs(flat: Any) -> Iterator[MapRun]:

@@ -20,7 +20,8 @@ from typing import NamedTuple, Protocol
 from incfs.blocks import split_address, split_pages
 from incfs.codec import Entries, checksum
 from incfs.errors import BackingError, ChecksumMismatch, IncfsError
-from incfs.model import HOLE, INHERIT, PAGE_BLOCKS, Appended, Facts, MapId, SealedPage, StorageId
+from incfs.model import HOLE, INHERIT, PAGE_BLOCKS, Facts, MapId, StorageId
+from incfs.sealed import Sealed, runs_of, seal_pages
 
 
 class BlockFile(Protocol):
@@ -95,13 +96,13 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Everything appended between two seals, ordered by table and virtual block."""
+    """Everything appended between two seals, ordered by table."""
 
-    pages: list[SealedPage]
+    tables: list[Sealed]
     dropped: list[int]
     """Addresses taken from a lease and discarded again: no mapping ever named them."""
     written: list[tuple[MapId, int]] = field(default_factory=list)
-    """(table, time in nanoseconds) of writes by other threads to these pages' tables."""
+    """(table, time in nanoseconds) of writes by other threads to these tables."""
     committed: list[tuple[int, "Batch"]] = field(default_factory=list)
     """(sequence, batch) of what other threads sealed and committed before."""
 
@@ -471,21 +472,19 @@ class DataPlane:
 
         Atomicity: one point in time over all tables.
         """
-        pages = []
+        changed: dict[MapId, list[tuple[int, Entries, Entries]]] = {}
         for (map_id, page_index), page in sorted(self._dirty.items()):
-            appended = [
-                Appended(index, page.addresses[index], page.checksums[index], *replaced)
-                for index, replaced in sorted(page.fresh.items())
-                if page.addresses[index] != replaced[0]
-            ]
+            old = {slot: entry for slot, entry in page.fresh.items() if page.addresses[slot] != entry[0]}
+            new = {slot: (page.addresses[slot], page.checksums[slot]) for slot in old}
             page.fresh = {}
-            if appended:
-                pages.append(SealedPage(map_id, page_index, appended))
+            if new:
+                changed.setdefault(map_id, []).append((page_index, new, old))
+        sealed = [seal_pages(map_id, pages) for map_id, pages in changed.items()]
         dropped, self._dropped = self._dropped, []
         self._dirty = {}
         self._mapped_delta = {}
         self.fresh_count = 0
-        return Batch(pages, dropped)
+        return Batch([table._replace(runs=runs_of(table)) for table in sealed], dropped)
 
     def inspect(self) -> PlaneState:
         """Copy everything inside, for tests."""

@@ -192,17 +192,6 @@ static void put_text(struct bytes *bytes, const char *text)
     put(bytes, text, strlen(text));
 }
 
-/* Mappings from `start` on that are one run: of slots, and of addresses or of one kind of zeros. */
-static size_t run_length(const struct plane_appended *appended, size_t start, size_t end)
-{
-    uint64_t step = appended[start].address > PLANE_HOLE;
-    size_t count = 1;
-    while (start + count < end && appended[start + count].index == appended[start].index + count &&
-           appended[start + count].address == appended[start].address + step * count)
-        count++;
-    return count;
-}
-
 /* Four values of a "map" change for each run of a page, without their array's head; returns how many runs. */
 static uint32_t put_runs(struct bytes *bytes, const struct plane_batch *batch, const struct plane_sealed_page *page)
 {
@@ -211,7 +200,7 @@ static uint32_t put_runs(struct bytes *bytes, const struct plane_batch *batch, c
     size_t end = page->first + page->count;
     for (size_t i = page->first, count; i < end; i += count, runs++) {
         const struct plane_appended *first = &batch->appended[i];
-        count = run_length(batch->appended, i, end);
+        count = plane_run_length(batch->appended, i, end);
         for (size_t k = 0; k < count; k++)
             checksums[k] = htole32(first[k].checksum);
         put_number(bytes, page->page_index * PLANE_PAGE_BLOCKS + first->index);

@@ -13,14 +13,16 @@ Invariants:
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol
 
+from incfs.blocks import bit_set
 from incfs.codec import Entries
 from incfs.errors import FormatError
-from incfs.model import HOLE, INHERIT, Appended, SealedPage, StorageId, VolumeId, map_id
+from incfs.model import HOLE, INHERIT, PAGE_BLOCKS, StorageId, split_map_id
 from incfs.overlay import Chain, Layer, Overlay, TableKey
+from incfs.sealed import Sealed
 from incfs.tables import Reader, Tables
 
 logger = logging.getLogger(__name__)
@@ -64,50 +66,51 @@ class IncrementalLog:
         self.epoch = 0
         """Rises when a checkpoint ends: pages fetched before are stale."""
 
-    def append(self, volume_id: int, newest_generation: int, page_index: int, changes: Iterable[Appended]) -> list[int]:
-        """Append mappings of one page; the replaced ones move into the increment or become free.
+    def append(self, newest_generation: int, sealed: Sealed) -> list[int]:
+        """Append mappings of one volume; the replaced ones move into the increment or become free.
 
         Args:
-            volume_id: The volume.
             newest_generation: Of its newest snapshot; 0 without one.
-            page_index: The page.
-            changes: Each index at most once.
+            sealed: The mappings.
 
         Returns:
             The stored addresses that nothing refers to any more.
         """
-        try:
-            replaced = self._replaced_bits(volume_id, newest_generation, page_index) if newest_generation else -1
-        except FormatError as error:
-            return self._append_beside_damage(volume_id, page_index, changes, error)
-        live = self._overlay.patch(TableKey(volume_id), page_index).entries
+        table = TableKey(split_map_id(sealed.map_id)[0])
+        entries = list(zip(sealed.addresses, sealed.checksums, strict=True))
+        for page_index, first, end in sealed.pages:
+            self._overlay.patch(table, page_index).entries.update(
+                zip(sealed.slots[first:end], entries[first:end], strict=True)
+            )
+        if not newest_generation:
+            return [address for address in sealed.old_addresses if address > HOLE]
+        old = list(zip(sealed.old_addresses, sealed.old_checksums, strict=True))
         freed: list[int] = []
-        kept: Entries = {}
-        for change in changes:
-            live[change.slot] = change.address, change.checksum
-            if not replaced >> change.slot & 1:
-                kept[change.slot] = change.old_address, change.old_checksum
-                replaced |= 1 << change.slot
-            elif change.old_address > HOLE:
-                freed.append(change.old_address)
-        if kept:
-            self._overlay.patch(TableKey(volume_id, newest_generation), page_index).entries.update(kept)
-            self._replaced[volume_id, page_index] = newest_generation, replaced
+        for page_index, first, end in sealed.pages:
+            replaced = dict(zip(sealed.slots[first:end], old[first:end], strict=True))
+            freed += self._displace(TableKey(table.volume_id, newest_generation), page_index, replaced)
         return freed
 
-    def _append_beside_damage(
-        self, volume_id: int, page_index: int, changes: Iterable[Appended], error: FormatError
-    ) -> list[int]:
-        """The newest increment's page is lost: nobody knows which replaced blocks it has, so none becomes free."""
-        logger.warning("volume %d, page %d: replaced blocks stay in use: %s", volume_id, page_index, error)
-        live = self._overlay.patch(TableKey(volume_id), page_index).entries
-        live.update({change.slot: (change.address, change.checksum) for change in changes})
-        return []
+    def _displace(self, increment: TableKey, page_index: int, replaced: Entries) -> list[int]:
+        """Move mappings into the newest increment; those that it has already been replaced for become free."""
+        try:
+            bits = self._replaced_bits(increment.volume_id, increment.generation, page_index)
+        except FormatError as error:
+            # The increment's page is lost: nobody knows which replaced blocks it has, so none becomes free.
+            where = increment.volume_id, page_index
+            logger.warning("volume %d, page %d: replaced blocks stay in use: %s", *where, error)
+            return []
+        kept = {slot: entry for slot, entry in replaced.items() if not bits >> slot & 1}
+        if kept:
+            self._overlay.patch(increment, page_index).entries.update(kept)
+            bits |= bit_set(kept, PAGE_BLOCKS)
+            self._replaced[increment.volume_id, page_index] = increment.generation, bits
+        return [entry[0] for slot, entry in replaced.items() if slot not in kept and entry[0] > HOLE]
 
     def _replaced_bits(self, volume_id: int, generation: int, page_index: int) -> int:
         known, bits = self._replaced.get((volume_id, page_index), (0, 0))
         if known != generation:
-            bits = sum(1 << index for index in self.entries(TableKey(volume_id, generation), page_index))
+            bits = bit_set(self.entries(TableKey(volume_id, generation), page_index), PAGE_BLOCKS)
             self._replaced[volume_id, page_index] = generation, bits
         return bits
 
@@ -150,12 +153,6 @@ class IncrementalLog:
                     own = {**composed, **own}
             resolved = {**own, **{index: entry for index, entry in resolved.items() if entry[0] != INHERIT}}
         return resolved
-
-    def appended(self, volume_id: int, page_index: int, new: Entries) -> SealedPage:
-        """Describe mappings that are going to be appended, with what the lookup table itself has for them now."""
-        old = self.entries(TableKey(volume_id), page_index)
-        changes = [Appended(slot, *entry, *old.get(slot, (INHERIT, 0))) for slot, entry in new.items()]
-        return SealedPage(map_id(VolumeId(volume_id)), page_index, changes)
 
     def page_indexes(self, table: TableKey, start: int = 0, limit: int | None = None) -> list[int]:
         """List pages that may hold mappings, ascending from ``start``, at most ``limit`` of them."""

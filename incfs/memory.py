@@ -32,7 +32,6 @@ from incfs.model import (
     INHERIT,
     Facts,
     MapId,
-    SealedPage,
     Snapshot,
     Storage,
     Volume,
@@ -44,6 +43,7 @@ from incfs.options import Options
 from incfs.overlay import Chain, TableKey
 from incfs.planes import PlaneKind, make_plane
 from incfs.pool import Pool
+from incfs.sealed import Sealed
 from incfs.space import Space
 from incfs.superblock import Superblock
 from incfs.tables import Tables
@@ -233,13 +233,14 @@ class Memory:
     def absorb(self) -> None:
         """Seal the data plane and append what it wrote to the log.
 
-        Cost: about 3 us for each mapping since the last seal.
+        Cost: 1 to 1.5 us for each mapping since the last seal.
         """
         batch = self.plane.seal()
         self._take_committed(batch.committed)
-        for volume_id, pages in self._take(batch):
-            self._pending.append(map_change(volume_id, pages))
-            self.pending_mappings += sum(len(page.appended) for page in pages)
+        self._take(batch)
+        for sealed in batch.tables:
+            self._pending.append(map_change(sealed))
+            self.pending_mappings += len(sealed.slots)
         for table, written_ns in [*batch.written, *self.plane.written()]:
             self._note_written(split_map_id(table)[0], written_ns, self.touch)
 
@@ -256,16 +257,12 @@ class Memory:
                 self.apply_written(split_map_id(table)[0], written_ns)
             self.sequence = self.durable_sequence = sequence
 
-    def _take(self, batch: Batch) -> list[tuple[VolumeId, list[SealedPage]]]:
-        """Append a sealed batch to the log; give its pages by volume."""
+    def _take(self, batch: Batch) -> None:
+        """Append a sealed batch to the log."""
         self.pool.release(batch.dropped)
-        by_volume: dict[VolumeId, list[SealedPage]] = {}
-        for page in batch.pages:
-            by_volume.setdefault(split_map_id(page.map_id)[0], []).append(page)
-        for volume_id, pages in by_volume.items():
-            volume = self.catalog.volume(volume_id)
-            self.append_mappings(volume, [self._owned(page) for page in pages] if volume.origin else pages)
-        return list(by_volume.items())
+        for sealed in batch.tables:
+            volume = self.catalog.volume(split_map_id(sealed.map_id)[0])
+            self.append_mappings(volume, self._owned(volume.id, sealed) if volume.origin else sealed)
 
     def apply_written(self, volume_id: VolumeId, written_ns: int) -> None:
         """Set a volume's time of modification, as a journal record says it."""
@@ -276,20 +273,19 @@ class Memory:
         if written_ns > volume.modified_ns:
             put(replace(volume, modified_ns=written_ns, changed_ns=written_ns))
 
-    def _owned(self, page: SealedPage) -> SealedPage:
+    def _owned(self, volume_id: VolumeId, sealed: Sealed) -> Sealed:
         """Say what a clone's own table had: the data plane does not tell its blocks from those of the origin."""
-        new = {change.slot: (change.address, change.checksum) for change in page.appended}
-        return self.log.appended(split_map_id(page.map_id)[0], page.page_index, new)
+        old: list[tuple[int, int]] = []
+        for page_index, first, end in sealed.pages:
+            entries = self.log.entries(TableKey(volume_id), page_index)
+            old += [entries.get(slot, (INHERIT, 0)) for slot in sealed.slots[first:end]]
+        return sealed.replacing(old)
 
-    def append_mappings(self, volume: Volume, pages: list[SealedPage]) -> None:
+    def append_mappings(self, volume: Volume, sealed: Sealed) -> None:
         """Append sealed mappings: into the log, the bitmaps and the counters."""
-        new: list[int] = []
-        freed: list[int] = []
-        replaced = 0
-        for page in pages:
-            new += [c.address for c in page.appended if c.address > HOLE]
-            replaced += sum(c.old_address > HOLE for c in page.appended)
-            freed += self.log.append(volume.id, volume.newest_generation, page.page_index, page.appended)
+        new = [address for address in sealed.addresses if address > HOLE]
+        replaced = len([address for address in sealed.old_addresses if address > HOLE])
+        freed = self.log.append(volume.newest_generation, sealed)
         self.pool.commit(new)
         self.pool.free(freed)
         mapped = len(new) - replaced

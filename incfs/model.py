@@ -224,25 +224,6 @@ MAX_POLICY_BYTES: Final = 32768
 """Of the text: it fits into one small journal record."""
 
 
-class Appended(NamedTuple):
-    """One mapping appended to a page: the new one and the one it replaced."""
-
-    slot: int
-    """Index in the page."""
-    address: int
-    checksum: int
-    old_address: int
-    old_checksum: int
-
-
-class SealedPage(NamedTuple):
-    """The mappings appended to one page of a live volume since the last seal."""
-
-    map_id: MapId
-    page_index: int
-    appended: list[Appended]
-
-
 class Facts(NamedTuple):
     """What ``stat`` shows of a table besides its size."""
 

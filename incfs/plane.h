@@ -66,7 +66,7 @@ struct plane_run {
 struct plane_appended {
     uint64_t address, old_address;
     uint32_t checksum, old_checksum;
-    uint32_t index; /* in the page */
+    uint16_t index; /* in the page */
 };
 
 struct plane_sealed_page {
@@ -184,6 +184,9 @@ int write_fully(int fd, const void *bytes, size_t length, uint64_t offset);
 /* Reads one block, waiting for the disk.  Returns an errno. */
 int plane_read_stored(struct plane *plane, uint64_t address, char *block);
 void plane_batch_free(struct plane_batch *batch);
+/* Mappings of a page, from `start` on and before `end`, that are one run: of slots, and of addresses or of one kind
+ * of zeros. */
+size_t plane_run_length(const struct plane_appended *appended, size_t start, size_t end);
 
 /* Shows everything to callbacks, for tests; they must not call the plane. */
 struct plane_visitor {

@@ -189,6 +189,16 @@ void plane_batch_free(struct plane_batch *batch)
     memset(batch, 0, sizeof *batch);
 }
 
+size_t plane_run_length(const struct plane_appended *appended, size_t start, size_t end)
+{
+    uint64_t step = appended[start].address > PLANE_HOLE;
+    size_t count = 1;
+    while (start + count < end && appended[start + count].index == appended[start].index + count &&
+           appended[start + count].address == appended[start].address + step * count)
+        count++;
+    return count;
+}
+
 /* ---- For tests ---------------------------------------------------------------------------------- */
 
 static void inspect_page(struct page *page, const struct plane_visitor *visitor)

@@ -15,6 +15,7 @@ from incfs.backing import Backing
 from incfs.blocks import split_address
 from incfs.catalog import KINDS, record_from, record_puts
 from incfs.changes import Change, MapRun, decode_body, map_runs, move_triples
+from incfs.codec import Entries
 from incfs.errors import (
     AlreadyExists,
     BackingError,
@@ -37,15 +38,16 @@ from incfs.model import (
     PAGE_BLOCKS,
     REDUNDANCIES,
     Generation,
-    SealedPage,
     Storage,
     StorageId,
     Volume,
     VolumeId,
+    map_id,
 )
 from incfs.options import Options
 from incfs.overlay import TableKey
 from incfs.pool import Pool
+from incfs.sealed import seal_pages
 from incfs.store import TABLES_NAME, Store, new_nonce
 from incfs.superblock import (
     ANNOUNCED_NAME,
@@ -468,8 +470,9 @@ def _apply_map(store: Store, volume_id: VolumeId, runs: list[MapRun], blocks: _D
                 if volume.state == "online":
                     volume.write_blocks(block_index, data)
             store.pool.adopt(range(run.address, run.address + run.block_count))
-    pages = [_sealed(store, volume_id, index, members) for index, members in _by_page(runs)]
-    store.append_mappings(store.catalog.volume(volume_id), pages)
+    live = TableKey(volume_id)
+    pages = [(index, _entries(members), store.log.entries(live, index)) for index, members in _by_page(runs)]
+    store.append_mappings(store.catalog.volume(volume_id), seal_pages(map_id(volume_id), pages))
 
 
 def _by_page(runs: list[MapRun]) -> Iterator[tuple[int, list[MapRun]]]:
@@ -483,8 +486,8 @@ def _by_page(runs: list[MapRun]) -> Iterator[tuple[int, list[MapRun]]]:
         yield members[0].first_block // PAGE_BLOCKS, members
 
 
-def _sealed(store: Store, volume_id: VolumeId, page_index: int, runs: list[MapRun]) -> SealedPage:
-    new = {
+def _entries(runs: list[MapRun]) -> Entries:
+    return {
         run.first_block % PAGE_BLOCKS + i: (
             run.address + i if run.address > HOLE else run.address,
             run.checksums[i] if run.checksums else 0,
@@ -492,4 +495,3 @@ def _sealed(store: Store, volume_id: VolumeId, page_index: int, runs: list[MapRu
         for run in runs
         for i in range(run.block_count)
     }
-    return store.log.appended(volume_id, page_index, new)

@@ -26,8 +26,8 @@ from incfs.errors import (
     PoolReadOnly,
     UnsupportedFormat,
 )
-from incfs.model import Appended
 from incfs.overlay import TableKey
+from incfs.sealed import seal_pages
 from incfs.service import open_service
 from incfs.store import Store
 from incfs.tables import LMDB_LIB_VERSION
@@ -297,7 +297,7 @@ def test_check_finds_two_owners_and_leaks(pool_home: Path) -> None:
         pools.write(store, volume.map_id, 0, b"x" * 640)
         store.commit()
         address, crc = store.log.entries(TableKey(volume.id), 0)[3]
-        store.log.append(other.id, 0, 0, [Appended(0, address, crc, 0, 0)])
+        store.log.append(0, seal_pages(other.map_id, [(0, {0: (address, crc)}, {})]))
         store.space.grant(volume.map_id, 1)
         store.pool.commit(store.plane.revoke(volume.map_id)[:1])
         store.checkpoint()

@@ -232,8 +232,8 @@ DURABILITY: Final = (
         "increment-entry-dropped",
         "I9",
         "incfs/log.py",
-        "                kept[change.slot] = change.old_address, change.old_checksum",
-        "                kept[change.slot | 1] = change.old_address, change.old_checksum",
+        "        kept = {slot: entry for slot",
+        "        kept = {slot | 1: entry for slot",
         "tests/unit/test_store.py::test_a_snapshot_keeps_its_bytes",
     ),
     Breakage(

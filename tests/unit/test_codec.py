@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from incfs import changes, codec
 from incfs.errors import FormatError, IncfsError
-from incfs.model import HOLE, INHERIT, PAGE_BLOCKS, Appended, Generation, SealedPage, Snapshot, Storage, Volume
+from incfs.model import HOLE, INHERIT, PAGE_BLOCKS, Generation, MapId, Snapshot, Storage, Volume
+from incfs.sealed import runs_of, seal_pages
 from incfs.superblock import Superblock, decode_superblock, encode_superblock
 
 addresses = st.one_of(st.sampled_from([INHERIT, HOLE]), st.integers(1 << 48, (1 << 64) - 1))
@@ -115,9 +116,10 @@ def test_a_damaged_or_misplaced_value_is_noticed(key: bytes, body: bytes, place:
 
 @given(entries)
 def test_map_changes_say_what_was_appended(page: codec.Entries) -> None:
-    sealed = SealedPage(1 << 32, 3, [Appended(i, a, crc, 0, 0) for i, (a, crc) in sorted(page.items())])  # type: ignore[arg-type]
+    sealed = seal_pages(MapId(1 << 32), [(3, page, {})])
+    change = changes.map_change(sealed._replace(runs=runs_of(sealed)))
     found: codec.Entries = {}
-    for run in changes.map_runs(codec.unpack(codec.pack(changes.map_change(1, [sealed])))[2]):
+    for run in changes.map_runs(codec.unpack(codec.pack(change))[2]):
         for i in range(run.block_count):
             stored = run.address > HOLE
             found[run.first_block - 3 * PAGE_BLOCKS + i] = (

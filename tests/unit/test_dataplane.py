@@ -4,7 +4,8 @@ import pytest
 
 from incfs.dataplane import DataPlane, LeaseExhausted, NotResident
 from incfs.errors import ChecksumMismatch
-from incfs.model import Appended, MapId, StorageId
+from incfs.model import MapId, StorageId
+from incfs.sealed import seal_pages
 
 TABLE = MapId(1 << 32)
 BASE = 1 << 48
@@ -51,13 +52,13 @@ def test_a_fresh_block_is_rewritten_in_place_and_a_sealed_one_is_not() -> None:
     plane.write(TABLE, 3 * 64, b"a" * 64)
     plane.write(TABLE, 3 * 64, b"b" * 64)
     assert blocks.writes == [(0, 1), (0, 1)]
-    (page,) = plane.seal().pages
-    assert [(c.slot, c.address, c.old_address) for c in page.appended] == [(3, BASE, 0)]
+    (sealed,) = plane.seal().tables
+    assert (list(sealed.slots), list(sealed.addresses), list(sealed.old_addresses)) == ([3], [BASE], [0])
     plane.write(TABLE, 3 * 64, b"c" * 64)
     assert blocks.writes[-1] == (1, 1)
-    (page,) = plane.seal().pages
-    assert [(c.slot, c.address, c.old_address) for c in page.appended] == [(3, BASE + 1, BASE)]
-    assert plane.seal().pages == []
+    (sealed,) = plane.seal().tables
+    assert (list(sealed.slots), list(sealed.addresses), list(sealed.old_addresses)) == ([3], [BASE + 1], [BASE])
+    assert plane.seal().tables == []
 
 
 def test_zeros_become_holes_and_give_fresh_blocks_back() -> None:
@@ -67,16 +68,17 @@ def test_zeros_become_holes_and_give_fresh_blocks_back() -> None:
     plane.write(TABLE, 0, bytes(64))
     plane.discard(TABLE, 2, 1)
     batch = plane.seal()
-    assert (batch.pages, sorted(batch.dropped)) == ([], [BASE, BASE + 1])
+    assert (batch.tables, sorted(batch.dropped)) == ([], [BASE, BASE + 1])
     assert plane.read(TABLE, 0, 3) == bytes(192)
 
 
 def test_a_discard_of_a_sealed_block_is_appended() -> None:
     plane, _ = plane_with_a_page()
     plane.write(TABLE, 0, b"a" * 64)
-    crc = plane.seal().pages[0].appended[0].checksum
+    crc = plane.seal().tables[0].checksums[0]
     plane.discard(TABLE, 0, 2)
-    assert plane.seal().pages[0].appended == [Appended(0, 0, 0, BASE, crc)]
+    expected = seal_pages(TABLE, [(0, {0: (0, 0)}, {0: (BASE, crc)})])
+    assert plane.seal().tables == [expected._replace(runs=[0, 1, 0, b""])]
 
 
 def test_neighbours_are_written_at_once() -> None:

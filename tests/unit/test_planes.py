@@ -160,11 +160,14 @@ class Run:
 
     def seal(self) -> None:
         batch = self.pair.both(lambda plane: plane.seal())
-        for page in batch.pages:
-            entries = self.sealed.setdefault((page.map_id, page.page_index), {})
-            for change in page.appended:
-                assert entries.get(change.slot, (0, 0)) == (change.old_address, change.old_checksum)
-                entries[change.slot] = change.address, change.checksum
+        for table in batch.tables:
+            new = list(zip(table.addresses, table.checksums, strict=True))
+            old = list(zip(table.old_addresses, table.old_checksums, strict=True))
+            for page_index, first, end in table.pages:
+                entries = self.sealed.setdefault((table.map_id, page_index), {})
+                slots = table.slots[first:end]
+                assert [entries.get(slot, (0, 0)) for slot in slots] == old[first:end]
+                entries.update(zip(slots, new[first:end], strict=True))
 
     def move(self, page_index: int) -> None:
         """Move each second sealed block of a page, as the store would, in all tables."""
@@ -260,7 +263,7 @@ def test_no_room_drops_the_new_blocks(pair, tmp_path):
     assert outcome[0].__name__ == "NoSpace"
     pair.check()
     batch = pair.both(lambda plane: plane.seal())
-    assert batch.pages == []
+    assert batch.tables == []
     assert len(batch.dropped) == 3
 
 
@@ -316,7 +319,7 @@ def test_pages_with_unsealed_mappings_stay_resident(pair):
         False,
         False,
     ]
-    assert len(pair.both(lambda plane: plane.seal()).pages) == 1
+    assert len(pair.both(lambda plane: plane.seal()).tables) == 1
 
 
 def test_a_write_over_leases_that_lie_apart(pair):
