@@ -109,6 +109,7 @@ class Committer:
 
     async def run(self) -> None:
         """Commit whenever asked; never returns."""
+        self._go_on_with_recovery()
         while True:
             await self._wake.wait()
             self._wake = trio.Event()
@@ -127,6 +128,13 @@ class Committer:
                 current.done.set()
             if self._store.failure is None and self._store.wants_checkpoint and not self._store.is_checkpointing:
                 self.checkpoint_soon()
+
+    def _go_on_with_recovery(self) -> None:
+        """Finish the checkpoint that there was no room for when the pool was opened."""
+        checkpoint = self._store.unfinished_checkpoint
+        if checkpoint is not None:
+            self._fold_told = trio.Event()
+            self._nursery.start_soon(self._fold, checkpoint)
 
     async def run_timers(self) -> None:
         """Commit and checkpoint without being asked, as the options say; never returns."""

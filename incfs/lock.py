@@ -4,6 +4,7 @@ An ``flock`` on ``POOL/lock``: the kernel drops it with the process, so a crash 
 nothing to clean up.
 """
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ from incfs.backing import translate
 from incfs.errors import PoolLocked
 
 LOCK_NAME = "lock"
+_PID_BYTES = 19
 
 
 class PoolLock:
@@ -26,11 +28,12 @@ class PoolLock:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.pread(self._fd, 20, 0).strip().decode("ascii", "replace") or "unknown"
+            holder = os.pread(self._fd, _PID_BYTES, 0).strip().decode("ascii", "replace") or "unknown"
             os.close(self._fd)
             raise PoolLocked(f"pool {directory} is in use by process {holder}", pid=holder) from error
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        # Without emptying it first: on a full disk what was there can be written over.  It is only for messages.
+        with contextlib.suppress(OSError):
+            os.pwrite(self._fd, f"{os.getpid():<{_PID_BYTES}}\n".encode(), 0)
 
     def release(self) -> None:
         """Let the next process have the pool."""

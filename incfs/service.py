@@ -18,7 +18,7 @@ from incfs.branches import Branches
 from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
 from incfs.dataplane import DataPlane
 from incfs.driver import Driver
-from incfs.errors import IncfsError, VolumeNotFound
+from incfs.errors import IncfsError, NoSpace, VolumeNotFound
 from incfs.events import KEPT_EVENTS
 from incfs.handles import Handles
 from incfs.histogram import Histogram
@@ -405,14 +405,21 @@ class Service:
                 logger.warning("volume %s: what a shrink left is not dropped yet: %s", found.name, error)
 
     async def close(self) -> None:
-        """Make everything durable and fold it into the tables.
+        """Make everything durable and fold it into the tables; without room for that the journal has all of it.
 
         Raises:
             PoolReadOnly: The pool failed; what was committed before is recovered at the next open.
         """
-        if self._store.failure is None:
-            self._committer.is_closing = True
+        if self._store.failure is not None:
+            return
+        self._committer.is_closing = True
+        try:
             await self.checkpoint()
+        except NoSpace as error:
+            if self._store.failure is not None:
+                raise
+            await self.commit()  # the checkpoint that lacks room may be an earlier one
+            logger.warning("pool %s is closed without a checkpoint: %s", self.directory, error)
 
 
 @asynccontextmanager
@@ -426,7 +433,7 @@ async def open_service(
         options: How it behaves.
         degraded: Open it also when images are missing, read-only.
 
-    Durability: on a normal exit everything is durable and folded into the tables.
+    Durability: on a normal exit everything is durable, and folded into the tables if there is room for that.
 
     Raises:
         IncfsError: As ``recovery.open_store``, and whatever closing meets.

@@ -9,6 +9,7 @@ Invariants:
     2. After a failure (``fail``) nothing is written any more (I10).
 """
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from incfs.backing import Backing
 from incfs.checkpoint import Checkpoint, Commit
 from incfs.codec import encode_record
 from incfs.dataplane import DataPlane
-from incfs.errors import IncfsError
+from incfs.errors import IncfsError, NoSpace
 from incfs.journal import Journal
 from incfs.lock import PoolLock
 from incfs.memory import Memory
@@ -28,6 +29,8 @@ from incfs.options import Options
 from incfs.reuse import PunchPlan
 from incfs.superblock import Superblock
 from incfs.tables import Tables
+
+logger = logging.getLogger(__name__)
 
 TABLES_NAME = "tables.mdb"
 
@@ -130,14 +133,18 @@ class Store(Memory):
         """After replay: fold it into the tables and go on appending to the same segment.
 
         Before this is durable the journal is untouched, so recovery may be cut off anywhere
-        and begins again (I5).
+        and begins again (I5).  Without room for it on the host the checkpoint stays unfinished.
         """
         self.sequence = self.durable_sequence = sequence
         self.note_failed_legs()
         self._touched.clear()
         self._stripe_all()
         checkpoint = self._freeze(None, self.journal.segment.number, 0)
-        checkpoint.reserve()
+        try:
+            checkpoint.reserve()
+        except NoSpace as error:
+            logger.warning("pool %s is opened without folding its journal: %s", self.directory, error)
+            return
         checkpoint.run_fold()
         self._reuse(checkpoint)
 
@@ -184,6 +191,11 @@ class Store(Memory):
     def is_checkpointing(self) -> bool:
         """Whether a checkpoint was begun and has not ended."""
         return self._checkpoint is not None
+
+    @property
+    def unfinished_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint that was begun and has not ended: after opening, recovery's own, which lacked room."""
+        return self._checkpoint
 
     def lend_journal(self) -> None:
         """Let the data plane's own threads commit by themselves, while nothing else waits to be committed."""
@@ -237,13 +249,22 @@ class Store(Memory):
         """Checkpoint unless the pool failed, and let go of every file.
 
         Durability: everything is durable on return, or the error is raised; files are closed
-        in both cases.
+        in both cases.  Without room for a checkpoint it is all in the journal.
         """
         try:
             if self.failure is None:
-                self.checkpoint()
+                self._checkpoint_or_commit()
         finally:
             self.abandon()
+
+    def _checkpoint_or_commit(self) -> None:
+        try:
+            self.checkpoint()
+        except NoSpace as error:
+            if self.failure is not None:
+                raise
+            self.commit()  # the checkpoint that lacks room may be an earlier one
+            logger.warning("pool %s is closed without a checkpoint: %s", self.directory, error)
 
     def abandon(self) -> None:
         """Let go of every file without writing, as a crash would."""

@@ -5,6 +5,7 @@ checkpoint is one transaction.  Knows nothing of what has changed since the last
 """
 
 import logging
+import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Any
 
 import lmdb
 
-from incfs.backing import Backing
+from incfs.backing import Backing, translated
 from incfs.codec import Entries, decode_entries, encode_entries, open_value, pack, seal_value, unpack
 from incfs.errors import BackingError, FormatError, NoSpace
 from incfs.model import INHERIT, STALE_GROUPS
@@ -30,6 +31,8 @@ DATABASES = ("meta", "map", "inc", "space", "volume", "snapshot", "storage", "po
 INITIAL_MAP_BYTES = 1 << 30
 _MAP_KEY = struct.Struct(">IQ")
 _INC_KEY = struct.Struct(">IIQ")
+_READERS_BYTES = 8192
+"""More than ``max_readers`` need."""
 _CHECKPOINT_KEY = b"checkpoint"
 _SPACE_KEY = struct.Struct(">HQ")
 
@@ -56,6 +59,16 @@ class Puts:
     """The checkpoint's own facts."""
 
 
+def _reserve_readers(path: Path) -> None:
+    """Have room for LMDB's list of readers: it is mapped, and a page that a full disk cannot give ends the process."""
+    with translated(path, "grow"):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, _READERS_BYTES)
+        finally:
+            os.close(fd)
+
+
 class Tables:
     """The LMDB environment.
 
@@ -80,6 +93,7 @@ class Tables:
         self._marks = (0, 0) if create else self._prove()
         self._reader_count = 0
         self._readers_changed = threading.Condition()
+        _reserve_readers(path.with_name(f"{path.name}-lock"))
         with self._translated("open"):
             self._env = lmdb.open(
                 str(path),

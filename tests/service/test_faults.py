@@ -202,15 +202,49 @@ async def folded(service: Service) -> None:
             await trio.sleep(0.05)
 
 
-async def test_closing_without_room_says_so_and_loses_nothing(pool_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with trio.fail_after(PATIENCE_S), pytest.RaisesGroup(NoSpace, flatten_subgroups=True, allow_unwrapped=True):
+@pytest.mark.parametrize("is_waiting", [False, True])
+async def test_closing_without_room_says_so_and_loses_nothing(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_waiting: bool
+) -> None:
+    """What was written after a checkpoint had begun to wait for room was lost at a clean end."""
+    with trio.fail_after(PATIENCE_S):
         async with two_volumes(pool_home) as (service, first, _):
-            await rewrite(service, first)
             without_room(monkeypatch)
+            if is_waiting:
+                await service.write(first.map_id, 0, b"earlier")
+                with pytest.raises(NoSpace):
+                    await service.checkpoint()
+            await rewrite(service, first)
+    assert "closed without a checkpoint" in caplog.text
     monkeypatch.undo()
     async with two_volumes(pool_home) as (service, first, _):
         assert await service.read(first.map_id, 0, len(DATA)) == DATA[::-1]
         assert (await service.inspection.check(True)).is_clean
+
+
+async def test_a_pool_without_room_for_its_recovery_opens_and_goes_on(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could not be opened at all, not even to be read."""
+    async with two_volumes(pool_home) as (service, first, _):
+        without_room(monkeypatch)
+        await rewrite(service, first)
+        with pytest.raises(NoSpace):
+            await service.checkpoint()
+    for _ in range(2):
+        with trio.fail_after(PATIENCE_S):
+            async with two_volumes(pool_home) as (service, first, second):
+                assert await service.read(first.map_id, 0, len(DATA)) == DATA[::-1]
+                await service.write(second.map_id, 0, b"more")
+                await service.commit()
+                assert not service.facts()["read_only"]
+    async with two_volumes(pool_home) as (service, first, second):
+        monkeypatch.undo()
+        with trio.fail_after(PATIENCE_S):
+            await folded(service)
+        assert await service.read(second.map_id, 0, 4) == b"more"
+        assert (await service.inspection.check(True)).is_clean
+        assert not service._store.has_unfolded
 
 
 async def test_a_write_finds_room_by_growing_when_a_checkpoint_finds_none(
