@@ -12,6 +12,8 @@ endif
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 PYTEST_ARGS ?=
+# The tests of one module run in one process after each other; PARALLEL= runs all in one.
+PARALLEL ?= --numprocesses auto --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 TEETH ?=
 C_SOURCES := $(wildcard incfs/*.c incfs/*.h)
@@ -61,7 +63,7 @@ sweep: ## take away dead mounts that killed tests left
 	@tools/sweep-mounts.sh
 
 test: setup system-test lint sweep ## lint, then every test (PYTEST_ARGS=... narrows them)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 sanitize: setup ## the C data plane and the threads on /dev/fuse, with ThreadSanitizer and AddressSanitizer
 	INCFS_TEST_PROFILE=long $(BIN)/python -m pytest -o timeout=300 tests/native $(PYTEST_ARGS)

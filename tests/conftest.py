@@ -3,12 +3,16 @@
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+
+from tests.support.figures import FIGURES
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background by a shell: tests of Ctrl-C need a child that minds it.
@@ -37,3 +41,29 @@ def pool_home() -> Iterator[Path]:
     home = Path(tempfile.mkdtemp(prefix="incfs-test-", dir=fast_directory()))
     yield home
     shutil.rmtree(home)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Take away what a run that was killed left behind; workers of a run leave each other's mounts alone."""
+    if not hasattr(session.config, "workerinput"):
+        subprocess.run([Path(__file__).parents[1] / "tools" / "sweep-mounts.sh"], check=True, timeout=60)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add what a worker has tried to what is printed at the end."""
+    FIGURES.update(getattr(node, "workeroutput", {}).get("figures", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the run of which this is a worker what was tried here."""
+    if (workeroutput := getattr(session.config, "workeroutput", None)) is not None:
+        workeroutput["figures"] = dict(FIGURES)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what was tried."""
+    if FIGURES:
+        terminalreporter.section("figures of the crash tests")
+        for name, count in FIGURES.items():
+            terminalreporter.write_line(f"{count:>9,}  {name}")

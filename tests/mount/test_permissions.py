@@ -2,6 +2,8 @@
 
 import errno
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -9,18 +11,22 @@ from tests.mount.conftest import mounted_pool
 from tests.support.users import NOBODY, as_nobody
 
 
+def let_in(directory):
+    """Let everybody reach a test's own directory."""
+    for place in (directory, *directory.parents):
+        if Path(tempfile.gettempdir()) in place.parents:
+            os.chmod(place, 0o755)
+
+
 @pytest.fixture
 def shared(tmp_path):
-    os.chmod(tmp_path, 0o755)
-    for parent in tmp_path.parents[:2]:
-        os.chmod(parent, 0o755)
+    let_in(tmp_path)
     with mounted_pool(tmp_path, "allow_other") as pool:
         yield pool
 
 
 def test_nobody_else_gets_in_by_default(mounted):
-    for parent in (mounted.path.parent, *mounted.path.parents[1:3]):
-        os.chmod(parent, 0o755)
+    let_in(mounted.path.parent)
     (mounted / "db").touch()
     os.chmod(mounted / "db", 0o666)
     assert as_nobody(os.stat, mounted / "db") == errno.EACCES

@@ -1,15 +1,12 @@
 """What the system tests need of the machine: FUSE, loop devices, root, and programs of others."""
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.spawner import Spawner
-
-SWEEP = Path(__file__).resolve().parents[2] / "tools" / "sweep-mounts.sh"
 
 
 def _lacks() -> str:
@@ -24,8 +21,6 @@ def machine() -> None:
     lacking = _lacks()
     if lacking:
         (pytest.fail if os.environ.get("INCFS_REQUIRE_MOUNT") == "1" else pytest.skip)(f"needs {lacking}")
-    # What a run that was killed left behind must not be in the way of this one.
-    subprocess.run([SWEEP], check=True, timeout=60)
 
 
 @pytest.fixture(scope="session")

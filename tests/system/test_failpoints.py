@@ -36,7 +36,7 @@ CASES = [
 ]
 """In a short run every other point has the other plane."""
 ROUNDS_OF_A_CASE = max(1, ROUNDS // len(CASES))
-MAX_TRIES = 4
+MAX_TRIES = 20
 """Recovery, for one, has nothing to do when the kill came just after a checkpoint."""
 WORK_S = 5
 """A point is reached by then, or another time."""
