@@ -68,11 +68,11 @@ static void plane_type_dealloc(DataPlane *self)
 
 static PyObject *method_read(DataPlane *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"map_id", "first_block", "block_count", "wait", NULL};
+    static char *names[] = {"map_id", "first_block", "block_count", "wait", "verify", NULL};
     unsigned long long map_id, first_block;
     Py_ssize_t block_count;
-    int wait = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KKn|$p", names, &map_id, &first_block, &block_count, &wait))
+    int wait = 0, verify = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KKn|$pp", names, &map_id, &first_block, &block_count, &wait, &verify))
         return NULL;
     if (block_count < 0 || block_count > PY_SSIZE_T_MAX / self->block_bytes)
         return PyErr_Format(PyExc_ValueError, "cannot read %zd blocks", block_count);
@@ -82,7 +82,7 @@ static PyObject *method_read(DataPlane *self, PyObject *args, PyObject *kwargs)
     struct plane_refusal why = {0};
     enum plane_status status;
     PyThreadState *thread = wait || PyBytes_GET_SIZE(data) >= LONG_BYTES ? PyEval_SaveThread() : NULL;
-    status = plane_read(self->plane, map_id, first_block, block_count, wait, PyBytes_AS_STRING(data), &why);
+    status = plane_read(self->plane, map_id, first_block, block_count, wait, verify, PyBytes_AS_STRING(data), &why);
     if (thread)
         PyEval_RestoreThread(thread);
     if (status == PLANE_OK)
@@ -93,16 +93,16 @@ static PyObject *method_read(DataPlane *self, PyObject *args, PyObject *kwargs)
 
 static PyObject *method_write(DataPlane *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"map_id", "offset_bytes", "data", "wait", NULL};
+    static char *names[] = {"map_id", "offset_bytes", "data", "wait", "keep_zeros", NULL};
     unsigned long long map_id, offset_bytes;
     Py_buffer data;
-    int wait = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KKy*|$p", names, &map_id, &offset_bytes, &data, &wait))
+    int wait = 0, keep_zeros = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KKy*|$pp", names, &map_id, &offset_bytes, &data, &wait, &keep_zeros))
         return NULL;
     struct plane_refusal why = {0};
     enum plane_status status;
     PyThreadState *thread = wait || data.len >= LONG_BYTES ? PyEval_SaveThread() : NULL;
-    status = plane_write(self->plane, map_id, offset_bytes, data.buf, data.len, wait, &why);
+    status = plane_write(self->plane, map_id, offset_bytes, data.buf, data.len, wait, keep_zeros, &why);
     if (thread)
         PyEval_RestoreThread(thread);
     PyBuffer_Release(&data);

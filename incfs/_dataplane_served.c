@@ -5,19 +5,20 @@
 
 PyObject *method_serve(DataPlane *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"map_id", "size_bytes", "facts", "is_writable", NULL};
+    static char *names[] = {"map_id", "size_bytes", "facts", "is_writable", "keep_zeros", "verify", NULL};
     unsigned long long map_id, size_bytes, mapped_blocks, accessed_ns, modified_ns, changed_ns;
     struct plane_facts facts;
-    int is_writable;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KK(IIIIKKKK)$p", names, &map_id, &size_bytes, &facts.mode,
+    int is_writable = 0, keep_zeros = 0, verify = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KK(IIIIKKKK)|$ppp", names, &map_id, &size_bytes, &facts.mode,
                                      &facts.uid, &facts.gid, &facts.link_count, &mapped_blocks, &accessed_ns,
-                                     &modified_ns, &changed_ns, &is_writable))
+                                     &modified_ns, &changed_ns, &is_writable, &keep_zeros, &verify))
         return NULL;
     facts.mapped_blocks = mapped_blocks;
     facts.accessed_ns = accessed_ns;
     facts.modified_ns = modified_ns;
     facts.changed_ns = changed_ns;
-    if (plane_serve(self->plane, map_id, size_bytes, is_writable, &facts) != PLANE_OK)
+    struct plane_rules rules = {.keeps_zeros = keep_zeros, .is_unverified = !verify};
+    if (plane_serve(self->plane, map_id, size_bytes, is_writable, rules, &facts) != PLANE_OK)
         return PyErr_NoMemory();
     Py_RETURN_NONE;
 }

@@ -268,8 +268,17 @@ class DataPlane:
 
     # Other threads: the native plane serves requests by itself; this one has no other threads.
 
-    def serve(self, map_id: MapId, size_bytes: int, facts: Facts, *, is_writable: bool) -> None:
-        """Let other threads read a table up to a size, and perhaps write it."""
+    def serve(
+        self,
+        map_id: MapId,
+        size_bytes: int,
+        facts: Facts,
+        *,
+        is_writable: bool,
+        keep_zeros: bool = False,
+        verify: bool = True,
+    ) -> None:
+        """Let other threads read a table up to a size, and perhaps write it, by the rules of ``read`` and ``write``."""
 
     def unserve(self, map_id: MapId) -> None:
         """Let other threads no longer read or write a table."""
@@ -293,7 +302,9 @@ class DataPlane:
 
     # Blocks
 
-    def read(self, map_id: MapId, first_block: int, block_count: int, *, wait: bool = False) -> bytes:
+    def read(
+        self, map_id: MapId, first_block: int, block_count: int, *, wait: bool = False, verify: bool = True
+    ) -> bytes:
         """Read whole blocks; holes and inherited blocks without an origin read as zeros.
 
         Args:
@@ -301,6 +312,7 @@ class DataPlane:
             first_block: First virtual block.
             block_count: At least 1.
             wait: Read the disk here rather than refuse.
+            verify: Compare checksums.  Without it what is read goes to whoever asked for that, and nowhere else.
 
         Raises:
             NotResident: A page must be loaded first.
@@ -316,9 +328,10 @@ class DataPlane:
                     pieces.append(self._zeros if run == 1 else bytes(run * self._block_bytes))
                     continue
                 data = self._read_run(address, run, wait=wait)
-                self._verify(
-                    map_id, page_index * PAGE_BLOCKS + index, address, data, page.checksums[index : index + run]
-                )
+                if verify:
+                    self._verify(
+                        map_id, page_index * PAGE_BLOCKS + index, address, data, page.checksums[index : index + run]
+                    )
                 pieces.append(data)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -341,8 +354,10 @@ class DataPlane:
             if found != crc:
                 raise mismatch(map_id, virtual_block + i, address + i, found=found, expected=crc)
 
-    def write(self, map_id: MapId, offset_bytes: int, data: bytes, *, wait: bool = False) -> None:
-        """Write a range: new blocks to leased ones, fresh ones in place, zeros as holes.
+    def write(
+        self, map_id: MapId, offset_bytes: int, data: bytes, *, wait: bool = False, keep_zeros: bool = False
+    ) -> None:
+        """Write a range: new blocks to leased ones, fresh ones in place, zeros as holes unless they are kept.
 
         What the range lacks of its first and last block is read, verified and kept.
 
@@ -358,7 +373,7 @@ class DataPlane:
             BackingError: The host failed.
         """
         data, first_block = self._complete(map_id, offset_bytes, data, wait=wait)
-        placements = self._place(map_id, first_block, data)
+        placements = self._place(map_id, first_block, data, keep_zeros=keep_zeros)
         position = 0
         try:
             while position < len(placements):
@@ -386,7 +401,7 @@ class DataPlane:
         after = self.read(map_id, last, 1, wait=wait)[block - tail :] if tail else b""
         return before + data + after, first
 
-    def _place(self, map_id: MapId, first_block: int, data: bytes) -> list[_Placement]:
+    def _place(self, map_id: MapId, first_block: int, data: bytes, *, keep_zeros: bool) -> list[_Placement]:
         size, zeros = self._block_bytes, self._zeros
         placements: list[_Placement] = []
         new_blocks: list[int] = []
@@ -394,7 +409,7 @@ class DataPlane:
             page = self._page(map_id, page_index)
             for index in range(start, start + count):
                 block = data[len(placements) * size : (len(placements) + 1) * size]
-                if block == zeros:
+                if block == zeros and not keep_zeros:
                     placements.append(_Placement(page, index, None, 0, False))
                     continue
                 address = page.addresses[index]

@@ -161,7 +161,7 @@ class FileHandlers(pyfuse3.Operations):
         handle = self._handles[fh]
         if handle.content is not None:
             return handle.content[offset : offset + size]
-        return await self.service.read(handle.map_id, offset, size)
+        return await self.service.read_for_user(handle.map_id, offset, size)
 
     @handler
     async def write(self, fh: int, offset: int, buf: bytes) -> int:

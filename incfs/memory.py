@@ -44,6 +44,7 @@ from incfs.overlay import Chain, TableKey
 from incfs.planes import PlaneKind, make_plane
 from incfs.pool import Pool
 from incfs.sealed import Sealed
+from incfs.settings import VolumeSettings
 from incfs.space import Space
 from incfs.superblock import Superblock
 from incfs.tables import Tables
@@ -107,8 +108,8 @@ class Memory:
         self.moves = Moves(self.catalog, self.log, self.pool, self._pend_move, self._put)
         self._pending: list[Change] = []
         self._touched: dict[RecordId, None] = {}
-        self._served: dict[MapId, tuple[int, Facts, bool]] = {}
-        """Open tables -> (size, facts, whether the data plane's own threads may write)."""
+        self._served: dict[MapId, tuple[int, Facts, bool, VolumeSettings]] = {}
+        """Open tables -> (size, facts, whether the data plane's own threads may write, what rules the volume)."""
         self._quiet: Counter[MapId] = Counter()
         """Tables that the data plane's own threads must not write."""
         self._is_watched = False
@@ -329,11 +330,23 @@ class Memory:
         volume_id, generation = split_map_id(table)
         is_writable = not generation and self.catalog.volume(volume_id).trim_from_bytes is None
         is_writable = is_writable and not self._quiet[table]
-        served = self.catalog.size_bytes(table), self.catalog.facts(table), is_writable and self.failure is None
+        is_writable = is_writable and self.failure is None
+        settings = self.space.settings_of(volume_id)
+        served = self.catalog.size_bytes(table), self.catalog.facts(table), is_writable, settings
         if self._served.get(table) != served:
             self._served[table] = served
-            size_bytes, facts, may_write = served
-            self.plane.serve(table, size_bytes, facts, is_writable=may_write)
+            self.plane.serve(
+                table,
+                *served[:2],
+                is_writable=is_writable,
+                keep_zeros=not settings.zero_elision,
+                verify=settings.verifies_reads,
+            )
+
+    def serve_anew(self) -> None:
+        """Let other settings rule what is served."""
+        for table in list(self._served):
+            self.serve(table)
 
     @contextmanager
     def quiet(self, table: MapId) -> Iterator[None]:

@@ -124,12 +124,18 @@ struct plane_move {
 void plane_move(struct plane *plane, uint64_t map_id, uint64_t page_index, const struct plane_move *moves,
                 size_t move_count);
 
+/* What a volume's policy says of its data. */
+struct plane_rules {
+    bool keeps_zeros;   /* blocks of zeros are stored, they become no holes */
+    bool is_unverified; /* reads do not compare checksums; all else does */
+};
+
 /* Blocks.  `can_wait`: read the disk here rather than refuse. */
 enum plane_status plane_read(struct plane *plane, uint64_t map_id, uint64_t first_block, size_t block_count, bool can_wait,
-                             void *buffer, struct plane_refusal *why);
+                             bool verify, void *buffer, struct plane_refusal *why);
 /* Any byte range; what is missing of the first and the last block is read and kept. */
 enum plane_status plane_write(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
-                              size_t length_bytes, bool can_wait, struct plane_refusal *why);
+                              size_t length_bytes, bool can_wait, bool keep_zeros, struct plane_refusal *why);
 enum plane_status plane_discard(struct plane *plane, uint64_t map_id, uint64_t first_block, size_t block_count,
                                 struct plane_refusal *why);
 
@@ -143,7 +149,7 @@ struct plane_facts {
 /* Requests that are served without the control plane.  It says of which tables, up to which size, and
  * whether they may be written; everything else is PLANE_NOT_SERVED and has changed nothing. */
 enum plane_status plane_serve(struct plane *plane, uint64_t map_id, uint64_t size_bytes, bool is_writable,
-                              const struct plane_facts *facts);
+                              struct plane_rules rules, const struct plane_facts *facts);
 void plane_unserve(struct plane *plane, uint64_t map_id);
 /* The pool failed: no write is served any more, and none is under way on return. */
 void plane_freeze(struct plane *plane);

@@ -32,6 +32,7 @@ struct table {
     /* For served requests; gate */
     bool is_served, is_writable;
     uint64_t size_bytes;
+    struct plane_rules rules;
     struct plane_facts facts;
     _Atomic uint64_t written_ns; /* time of the last served write that was not asked for yet */
     _Atomic int64_t mapped_delta;
@@ -77,6 +78,7 @@ struct plane {
     int failed_errno;
     uint64_t failed_address;
     /* no lock */
+    _Atomic uint64_t seal_count; /* a block that is given up is not used again before it rises */
     atomic_bool is_frozen;
     atomic_bool is_calling; /* attention_fd was written to and not attended yet */
     int attention_fd;
@@ -106,12 +108,13 @@ enum plane_status write_extent(struct plane *plane, uint64_t address, size_t blo
 /* ---- plane_read.c, plane_write.c ---------------------------------------------------------------------- */
 
 /* Reads one block of a locked page: nobody rewrites it meanwhile, so a mismatch is damage. */
-enum plane_status read_locked(struct plane *plane, struct page *page, unsigned index, bool can_wait, char *buffer,
-                              struct plane_refusal *why);
+enum plane_status read_locked(struct plane *plane, struct page *page, unsigned index, bool can_wait, bool verify,
+                              char *buffer, struct plane_refusal *why);
 
-/* `is_served`: nobody asked the control plane. */
+/* `is_served`: nobody asked the control plane, and the table's rules say whether zeros are kept. */
 enum plane_status write_bytes(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
-                              size_t length_bytes, bool is_served, bool can_wait, struct plane_refusal *why);
+                              size_t length_bytes, bool is_served, bool can_wait, bool keep_zeros,
+                              struct plane_refusal *why);
 
 /* ---- plane_spans.c: the pages of a change ------------------------------------------------------------- */
 

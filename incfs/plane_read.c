@@ -28,8 +28,8 @@ static bool matches(struct plane *plane, uint64_t virtual_block, uint64_t addres
 }
 
 /* Reads one block of a locked page: nobody rewrites it meanwhile, so a mismatch is damage. */
-enum plane_status read_locked(struct plane *plane, struct page *page, unsigned index, bool can_wait, char *buffer,
-                              struct plane_refusal *why)
+enum plane_status read_locked(struct plane *plane, struct page *page, unsigned index, bool can_wait, bool verify,
+                              char *buffer, struct plane_refusal *why)
 {
     uint64_t address = page->addresses[index];
     if (address <= PLANE_HOLE) {
@@ -37,15 +37,15 @@ enum plane_status read_locked(struct plane *plane, struct page *page, unsigned i
         return PLANE_OK;
     }
     enum plane_status status = read_extent(plane, address, 1, can_wait, buffer, why);
-    if (status != PLANE_OK)
+    if (status != PLANE_OK || !verify)
         return status;
     uint64_t virtual_block = page->page_index * PLANE_PAGE_BLOCKS + index;
     return matches(plane, virtual_block, address, buffer, page->checksums[index], why) ? PLANE_OK : PLANE_MISMATCH;
 }
 
-/* What was read without the lock did not match: the block may have been rewritten since. */
+/* What was read without the lock did not match: the block may have been rewritten since, or be another's by now. */
 static enum plane_status read_again(struct plane *plane, uint64_t map_id, uint64_t page_index, unsigned index, bool can_wait,
-                                    char *buffer, struct plane_refusal *why)
+                                    bool verify, char *buffer, struct plane_refusal *why)
 {
     enum plane_status status = PLANE_NOT_RESIDENT;
     why->page_index = page_index;
@@ -53,7 +53,7 @@ static enum plane_status read_again(struct plane *plane, uint64_t map_id, uint64
     struct page *page = plane_find_page(plane, map_id, page_index);
     if (page) {
         pthread_mutex_lock(&page->lock);
-        status = read_locked(plane, page, index, can_wait, buffer, why);
+        status = read_locked(plane, page, index, can_wait, verify, buffer, why);
         pthread_mutex_unlock(&page->lock);
     }
     pthread_rwlock_unlock(&plane->gate);
@@ -61,6 +61,7 @@ static enum plane_status read_again(struct plane *plane, uint64_t map_id, uint64
 }
 
 struct copied {
+    uint64_t seal_count;
     uint64_t addresses[PLANE_PAGE_BLOCKS];
     uint32_t checksums[PLANE_PAGE_BLOCKS];
 };
@@ -73,6 +74,7 @@ static bool copy_mappings(struct plane *plane, uint64_t map_id, uint64_t page_in
     if (page) {
         atomic_store_explicit(&page->was_used, true, memory_order_relaxed);
         pthread_mutex_lock(&page->lock);
+        copied->seal_count = atomic_load(&plane->seal_count);
         memcpy(copied->addresses, page->addresses + start, count * sizeof *copied->addresses);
         memcpy(copied->checksums, page->checksums + start, count * sizeof *copied->checksums);
         pthread_mutex_unlock(&page->lock);
@@ -81,8 +83,10 @@ static bool copy_mappings(struct plane *plane, uint64_t map_id, uint64_t page_in
     return page != NULL;
 }
 
+/* A checksum that matches also shows that the block was not another's while it was read.  Without it, nobody can have
+ * got the block as long as nothing was sealed since its mapping was looked up. */
 static enum plane_status read_page(struct plane *plane, uint64_t map_id, uint64_t page_index, unsigned start, unsigned count,
-                                   bool can_wait, char *buffer, struct plane_refusal *why)
+                                   bool can_wait, bool verify, char *buffer, struct plane_refusal *why)
 {
     struct copied copied;
     why->page_index = page_index;
@@ -97,18 +101,20 @@ static enum plane_status read_page(struct plane *plane, uint64_t map_id, uint64_
             continue;
         }
         status = read_extent(plane, copied.addresses[i], run, can_wait, target, why);
+        if (!verify && atomic_load(&plane->seal_count) == copied.seal_count)
+            continue;
         for (size_t k = i; k < i + run && status == PLANE_OK; k++) {
             char *block = buffer + k * plane->block_bytes;
             uint64_t virtual_block = page_index * PLANE_PAGE_BLOCKS + start + k;
             if (!matches(plane, virtual_block, copied.addresses[k], block, copied.checksums[k], why))
-                status = read_again(plane, map_id, page_index, start + k, can_wait, block, why);
+                status = read_again(plane, map_id, page_index, start + k, can_wait, verify, block, why);
         }
     }
     return status;
 }
 
 enum plane_status plane_read(struct plane *plane, uint64_t map_id, uint64_t first_block, size_t block_count, bool can_wait,
-                             void *buffer, struct plane_refusal *why)
+                             bool verify, void *buffer, struct plane_refusal *why)
 {
     char *target = buffer;
     enum plane_status status = PLANE_OK;
@@ -117,7 +123,7 @@ enum plane_status plane_read(struct plane *plane, uint64_t map_id, uint64_t firs
         unsigned count = PLANE_PAGE_BLOCKS - start;
         if (count > block_count)
             count = block_count;
-        status = read_page(plane, map_id, first_block / PLANE_PAGE_BLOCKS, start, count, can_wait, target, why);
+        status = read_page(plane, map_id, first_block / PLANE_PAGE_BLOCKS, start, count, can_wait, verify, target, why);
         first_block += count;
         block_count -= count;
         target += (size_t)count * plane->block_bytes;

@@ -172,6 +172,7 @@ enum plane_status plane_seal(struct plane *plane, size_t most, struct plane_batc
     memset(batch, 0, sizeof *batch);
     pthread_rwlock_wrlock(&plane->gate);
     enum plane_status status = plane_fresh_count(plane) > most ? PLANE_NOT_SERVED : gather(plane, batch);
+    atomic_fetch_add(&plane->seal_count, 1);
     pthread_rwlock_unlock(&plane->gate);
     if (status != PLANE_OK)
         plane_batch_free(batch);

@@ -11,7 +11,7 @@
 /* ---- What may be served ------------------------------------------------------------------------- */
 
 enum plane_status plane_serve(struct plane *plane, uint64_t map_id, uint64_t size_bytes, bool is_writable,
-                              const struct plane_facts *facts)
+                              struct plane_rules rules, const struct plane_facts *facts)
 {
     pthread_rwlock_wrlock(&plane->gate);
     struct table *table = need_table(plane, map_id);
@@ -19,6 +19,7 @@ enum plane_status plane_serve(struct plane *plane, uint64_t map_id, uint64_t siz
         table->is_served = true;
         table->is_writable = is_writable;
         table->size_bytes = size_bytes;
+        table->rules = rules;
         table->facts = *facts;
     }
     pthread_rwlock_unlock(&plane->gate);
@@ -182,14 +183,16 @@ int plane_failure(struct plane *plane, uint64_t *address)
 
 /* ---- Requests ----------------------------------------------------------------------------------- */
 
-/* Under no lock: where a read ends; false when the table is not served. */
-static bool find_end(struct plane *plane, uint64_t map_id, uint64_t *size_bytes)
+/* Under no lock: where a read ends, and what rules it; false when the table is not served. */
+static bool find_end(struct plane *plane, uint64_t map_id, uint64_t *size_bytes, struct plane_rules *rules)
 {
     pthread_rwlock_rdlock(&plane->gate);
     const struct table *table = plane_find_table(plane, map_id);
     bool is_served = table && table->is_served;
-    if (is_served)
+    if (is_served) {
         *size_bytes = table->size_bytes;
+        *rules = table->rules;
+    }
     pthread_rwlock_unlock(&plane->gate);
     return is_served;
 }
@@ -198,7 +201,8 @@ enum plane_status plane_serve_read(struct plane *plane, uint64_t map_id, uint64_
                                    bool can_wait, char *buffer, size_t room, size_t *start, size_t *count)
 {
     uint64_t size_bytes, block = plane->block_bytes;
-    if (!find_end(plane, map_id, &size_bytes))
+    struct plane_rules rules;
+    if (!find_end(plane, map_id, &size_bytes, &rules))
         return PLANE_NOT_SERVED;
     *start = *count = 0;
     if (offset_bytes >= size_bytes)
@@ -211,7 +215,8 @@ enum plane_status plane_serve_read(struct plane *plane, uint64_t map_id, uint64_
     if (block_count * block > room)
         return PLANE_NOT_SERVED;
     struct plane_refusal why;
-    return plane_read(plane, map_id, offset_bytes / block, block_count, can_wait, buffer, &why);
+    return plane_read(plane, map_id, offset_bytes / block, block_count, can_wait, !rules.is_unverified, buffer,
+                      &why);
 }
 
 static void note_served_write(struct plane *plane, uint64_t map_id)
@@ -233,7 +238,7 @@ enum plane_status plane_serve_write(struct plane *plane, uint64_t map_id, uint64
                                     size_t length_bytes)
 {
     struct plane_refusal why;
-    enum plane_status status = write_bytes(plane, map_id, offset_bytes, data, length_bytes, true, false, &why);
+    enum plane_status status = write_bytes(plane, map_id, offset_bytes, data, length_bytes, true, false, false, &why);
     if (status == PLANE_OK)
         note_served_write(plane, map_id);
     else if (status == PLANE_WRITE_ERROR && why.host_errno != ENOSPC && why.host_errno != EDQUOT)

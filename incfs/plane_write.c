@@ -27,6 +27,7 @@ struct write {
     size_t block_count, new_count;
     bool in_place;  /* some block is rewritten where it is */
     bool is_served; /* nobody asked the control plane */
+    bool keep_zeros;
     struct placement *placements;
 };
 
@@ -40,7 +41,7 @@ static void digest(struct write *write, size_t block)
 {
     size_t size = write->plane->block_bytes;
     const char *data = write->data + block * size;
-    write->placements[block].is_zero = is_zero(data, size);
+    write->placements[block].is_zero = !write->keep_zeros && is_zero(data, size);
     write->placements[block].checksum = write->placements[block].is_zero ? 0 : crc32c(data, size);
 }
 
@@ -247,9 +248,9 @@ static enum plane_status complete(struct write *write, const struct bytes *bytes
     const struct span *last_span = &write->spans.items[write->spans.count - 1];
     enum plane_status status = PLANE_OK;
     if (bytes->head || (bytes->tail && !last))
-        status = read_locked(write->plane, first_span->page, first_span->start, can_wait, bytes->whole, why);
+        status = read_locked(write->plane, first_span->page, first_span->start, can_wait, true, bytes->whole, why);
     if (status == PLANE_OK && bytes->tail && last)
-        status = read_locked(write->plane, last_span->page, last_span->start + last_span->count - 1, can_wait,
+        status = read_locked(write->plane, last_span->page, last_span->start + last_span->count - 1, can_wait, true,
                              bytes->whole + last * size, why);
     if (status != PLANE_OK)
         return status;
@@ -289,6 +290,17 @@ static bool may_serve(const struct write *write, uint64_t end_bytes)
            plane_fresh_count(write->plane) < MOST_UNSEALED;
 }
 
+/* Under the gate: a served write keeps zeros if its table does.  Those that were found are data after all. */
+static void follow_rules(struct write *write)
+{
+    if (!write->is_served || !write->spans.items[0].page->table->rules.keeps_zeros)
+        return;
+    write->keep_zeros = true;
+    for (size_t i = 0; i < write->block_count; i++)
+        if (write->placements[i].is_zero)
+            digest(write, i);
+}
+
 static enum plane_status write_whole(struct write *write, uint64_t map_id, uint64_t first_block,
                                      const struct bytes *bytes, bool can_wait, struct plane_refusal *why)
 {
@@ -301,6 +313,7 @@ static enum plane_status write_whole(struct write *write, uint64_t map_id, uint6
     if (status == PLANE_OK && write->is_served && !may_serve(write, (first_block * size) + bytes->head + bytes->length))
         status = PLANE_NOT_SERVED;
     if (status == PLANE_OK) {
+        follow_rules(write);
         lock_spans(&write->spans);
         status = write_locked(write, bytes, can_wait, why);
         unlock_spans(&write->spans);
@@ -311,7 +324,8 @@ static enum plane_status write_whole(struct write *write, uint64_t map_id, uint6
 }
 
 enum plane_status write_bytes(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
-                              size_t length_bytes, bool is_served, bool can_wait, struct plane_refusal *why)
+                              size_t length_bytes, bool is_served, bool can_wait, bool keep_zeros,
+                              struct plane_refusal *why)
 {
     size_t size = plane->block_bytes;
     struct bytes bytes = {.data = data, .head = offset_bytes % size, .length = length_bytes};
@@ -332,6 +346,7 @@ enum plane_status write_bytes(struct plane *plane, uint64_t map_id, uint64_t off
             .block_count = block_count,
             .placements = placements,
             .is_served = is_served,
+            .keep_zeros = keep_zeros,
         };
         status = write_whole(&write, map_id, offset_bytes / size, &bytes, can_wait, why);
     }
@@ -342,11 +357,11 @@ enum plane_status write_bytes(struct plane *plane, uint64_t map_id, uint64_t off
 }
 
 enum plane_status plane_write(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
-                              size_t length_bytes, bool can_wait, struct plane_refusal *why)
+                              size_t length_bytes, bool can_wait, bool keep_zeros, struct plane_refusal *why)
 {
     why->host_errno = plane_failure(plane, &why->address);
     /* Nobody has been told yet of the served write that failed, and none is tried again after it (I10). */
     if (why->host_errno)
         return PLANE_WRITE_ERROR;
-    return write_bytes(plane, map_id, offset_bytes, data, length_bytes, false, can_wait, why);
+    return write_bytes(plane, map_id, offset_bytes, data, length_bytes, false, can_wait, keep_zeros, why);
 }

@@ -125,8 +125,18 @@ def finish_trim(store: Store, volume_id: VolumeId) -> None:
         pass
 
 
-def read(store: Store, table: MapId, offset_bytes: int, length_bytes: int, *, wait: bool = False) -> bytes:
+def read(
+    store: Store, table: MapId, offset_bytes: int, length_bytes: int, *, wait: bool = False, verify: bool = True
+) -> bytes:
     """Read a range; short at the end of the volume.
+
+    Args:
+        store: The pool.
+        table: A volume or snapshot.
+        offset_bytes: Where.
+        length_bytes: How much.
+        wait: Read the disk here rather than refuse.
+        verify: Compare checksums; only what goes to the user and nowhere else may do without.
 
     Raises:
         ChecksumMismatch: A block in it is not what was written.
@@ -137,7 +147,7 @@ def read(store: Store, table: MapId, offset_bytes: int, length_bytes: int, *, wa
         return b""
     block = store.block_bytes
     first = offset_bytes // block
-    data = store.plane.read(table, first, -(-end // block) - first, wait=wait)
+    data = store.plane.read(table, first, -(-end // block) - first, wait=wait, verify=verify)
     start = offset_bytes - first * block
     return data if start == 0 and len(data) == end - offset_bytes else data[start : start + end - offset_bytes]
 
@@ -161,7 +171,8 @@ def write(store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: b
     if not data:
         return 0
     try:
-        _write_bytes(store, table, offset_bytes, data, wait=wait)
+        keep_zeros = not store.space.settings_of(volume.id).zero_elision
+        _write_bytes(store, table, offset_bytes, data, wait=wait, keep_zeros=keep_zeros)
     except NoSpace:
         # Some of it may be written, and nothing stored may lie behind the end: it would come
         # to light when the volume grows.
@@ -172,22 +183,25 @@ def write(store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: b
     return len(data)
 
 
-def _write_bytes(store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: bool) -> None:
-    _require_quota(store, table, offset_bytes, data)
+def _write_bytes(
+    store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: bool, keep_zeros: bool = False
+) -> None:
+    if keep_zeros or any(data):
+        _require_quota(store, table, offset_bytes, len(data))
     try:
-        store.plane.write(table, offset_bytes, data, wait=wait)
+        store.plane.write(table, offset_bytes, data, wait=wait, keep_zeros=keep_zeros)
     except BackingError as error:
         if error.facts.get("action") != "read":  # the rest of a partly written block
             store.fail(error)
         raise
 
 
-def _require_quota(store: Store, table: MapId, offset_bytes: int, data: bytes) -> None:
+def _require_quota(store: Store, table: MapId, offset_bytes: int, length_bytes: int) -> None:
     """Refuse a write that would lead its volume over its quota; one that only replaces is none."""
     volume_id, _ = split_map_id(table)
     left = store.space.quota_left(volume_id)
-    first, end = offset_bytes // store.block_bytes, -(-(offset_bytes + len(data)) // store.block_bytes)
-    if left is None or end - first <= left or not any(data):
+    first, end = offset_bytes // store.block_bytes, -(-(offset_bytes + length_bytes) // store.block_bytes)
+    if left is None or end - first <= left:
         return
     store.absorb()
     gained = sum(_gained(store, volume_id, *part) for part in split_pages(first, end - first))

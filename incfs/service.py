@@ -186,9 +186,16 @@ class Service:
     # Data
 
     async def read(self, table: MapId, offset_bytes: int, length_bytes: int) -> bytes:
-        """Read a range; short only at the end of the volume."""
+        """Read a range, verified; short only at the end of the volume."""
         return await self._driver.drive(
             lambda wait: ranges.read(self._store, table, offset_bytes, length_bytes, wait=wait)
+        )
+
+    async def read_for_user(self, table: MapId, offset_bytes: int, length_bytes: int) -> bytes:
+        """Read a range for whoever has the file open, verified or not as the volume's policy says; else as ``read``."""
+        verify = self._store.space.settings_of(split_map_id(table)[0]).verifies_reads
+        return await self._driver.drive(
+            lambda wait: ranges.read(self._store, table, offset_bytes, length_bytes, wait=wait, verify=verify)
         )
 
     async def write(self, table: MapId, offset_bytes: int, data: bytes) -> int:
@@ -340,6 +347,7 @@ class Service:
         """Let these settings rule from now on; they last until the pool is closed."""
         self._store.space.settings = settings
         self._store.space.review()
+        self._store.serve_anew()
         self._keeper.look_soon()
 
     def record_event(self, kind: str, subject: str, reason: str, **facts: Any) -> None:

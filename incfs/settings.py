@@ -49,7 +49,12 @@ class VolumeSettings:
     zero_elision: bool = True
     """Blocks of zeros become holes."""
     verify: str = "always"
-    """When checksums are compared.  Only ``always`` exists."""
+    """Whether reads compare checksums: ``always`` or ``never``; what copies, moves or checks data always does."""
+
+    @property
+    def verifies_reads(self) -> bool:
+        """Whether reads compare checksums."""
+        return self.verify == "always"
 
 
 @dataclass(frozen=True, slots=True)

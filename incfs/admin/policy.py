@@ -9,6 +9,7 @@ from incfs.policy.effective import effective_volume, rules_for, rules_for_pool
 from incfs.policy.periods import moment, nanoseconds
 from incfs.policy.plan import Work
 from incfs.policy.planner import decisions_for
+from incfs.settings import VolumeSettings
 from incfs.targets import find_volume
 from incfs.units import format_time
 
@@ -74,7 +75,21 @@ async def policy_explain(service: "Service", *, volume: str) -> Document:
         "schedule": None if rule.schedule is None else rule.schedule.text,
         "next_due": None if due is None else format_time(nanoseconds(due)),
         "snapshots": rows,
+        "notes": notes_on_data(rule.settings),
     }
+
+
+def notes_on_data(settings: VolumeSettings) -> list[str]:
+    """Say what a volume's rules mean for its data, where that is not what everybody expects."""
+    notes = []
+    if not settings.verifies_reads:
+        notes.append(
+            'verify = "never": reads do not compare checksums, so what a disk has damaged is returned as data, is not '
+            "healed from a mirror, and counts as right once a program or the kernel's cache writes it back"
+        )
+    if not settings.zero_elision:
+        notes.append("zero_elision = false: blocks of zeros that are written occupy space")
+    return notes
 
 
 VERBS: Final = {

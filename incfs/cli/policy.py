@@ -108,6 +108,8 @@ def explain(
     """Tell for each snapshot of a volume whether it stays, and why."""
     document = call(context, "policy.explain", volume=volume)
     output.print_list(document, "snapshots", _EXPLAINED, style)
+    for note in document["notes"] if not style.json else ():
+        typer.echo(f"incfs: {note}", err=True)
 
 
 def _read(name: str) -> str:

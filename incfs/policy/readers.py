@@ -89,13 +89,6 @@ def or_none(reader: Reader) -> Reader:
     return lambda value: None if value == NONE else reader(value)
 
 
-def always_true(value: Any) -> bool:
-    """Read a flag of something that cannot be switched off."""
-    if not flag(value):
-        raise UsageError("this cannot be switched off")
-    return True
-
-
 def one_of(*choices: str) -> Reader:
     """Make a reader of one of several words."""
 

@@ -41,6 +41,13 @@ def test_policy_life(cli: Cli, tmp_path: Path) -> None:
     assert explained["schedule"] == "hourly"
     assert [(row["kept"], row["reasons"]) for row in explained["snapshots"]] == [(True, ["last 1 of 2"])]
     assert "last 1 of 2" in cli.ok("policy", "explain", "db")
+    assert explained["notes"] == []
+    file.write_text('[volume."*"]\nverify = "never"\nzero_elision = false\n')
+    cli.ok("policy", "set", file)
+    assert [note.split(":")[0] for note in cli.json("policy", "explain", "db")["notes"]] == [
+        'verify = "never"',
+        "zero_elision = false",
+    ]
     assert "policy-snapshot" in cli.ok("events")
 
 

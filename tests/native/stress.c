@@ -295,10 +295,10 @@ static void write_part(unsigned *seed, uint64_t *number)
     struct plane_refusal why;
     fill(words, block, ++*number);
     size_t half = BLOCK / 2;
-    if (plane_write(plane, TABLE, block * BLOCK, words, BLOCK, true, &why) != PLANE_OK)
+    if (plane_write(plane, TABLE, block * BLOCK, words, BLOCK, true, false, &why) != PLANE_OK)
         return;
     /* Content that a reader accepts at every moment: both halves equal the whole block. */
-    enum plane_status status = plane_write(plane, TABLE, block * BLOCK + half, (char *)words + half, half, true, &why);
+    enum plane_status status = plane_write(plane, TABLE, block * BLOCK + half, (char *)words + half, half, true, false, &why);
     if (status != PLANE_OK && status != PLANE_NO_LEASE)
         fail("partial write", block, status, 0);
     atomic_store(&acknowledged[block], *number);
@@ -331,7 +331,7 @@ static void control(unsigned seed, time_t end)
         }
         case 6:
             plane_unserve(plane, TABLE);
-            plane_serve(plane, TABLE, (uint64_t)BLOCKS * BLOCK, true, &(struct plane_facts){0});
+            plane_serve(plane, TABLE, (uint64_t)BLOCKS * BLOCK, true, (struct plane_rules){0}, &(struct plane_facts){0});
             break;
         case 8: case 9:
             take_committed(NULL);
@@ -357,7 +357,7 @@ static void check_all(void)
     struct plane_refusal why;
     seal();
     load_missing();
-    if (plane_read(plane, TABLE, 0, BLOCKS, true, words, &why) != PLANE_OK)
+    if (plane_read(plane, TABLE, 0, BLOCKS, true, true, words, &why) != PLANE_OK)
         fail("last read", why.virtual_block, why.found, why.expected);
     for (uint64_t block = 0; block < BLOCKS; block++)
         check_block(words + block * WORDS, block, acknowledged[block], zero_state[block] & 1);
@@ -380,7 +380,7 @@ int main(int count, char **arguments)
                                            .limit_bytes = UINT64_MAX,
                                            .most_blocks = 64,
                                            .block_bytes = BLOCK});
-    plane_serve(plane, TABLE, (uint64_t)BLOCKS * BLOCK, true, &(struct plane_facts){0});
+    plane_serve(plane, TABLE, (uint64_t)BLOCKS * BLOCK, true, (struct plane_rules){0}, &(struct plane_facts){0});
     for (size_t block = 0; block < BLOCKS; block++)
         atomic_store(&zero_state[block], 1);
     pthread_t threads[THREADS];

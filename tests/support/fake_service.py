@@ -115,7 +115,7 @@ class FakeService:
 
     # data
 
-    async def read(self, table, offset, length):
+    async def read_for_user(self, table, offset, length):
         return bytes(self._data[table][offset : offset + length])
 
     async def write(self, table, offset, data):

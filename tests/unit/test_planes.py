@@ -114,8 +114,8 @@ def data(draw: st.DrawFn) -> bytes:
 
 steps = st.lists(
     st.one_of(
-        st.tuples(st.just("write"), tables, blocks, st.sampled_from([0, 0, 0, 1, 40]), data()),
-        st.tuples(st.just("read"), tables, blocks, counts),
+        st.tuples(st.just("write"), tables, blocks, st.sampled_from([0, 0, 0, 1, 40]), data(), st.booleans()),
+        st.tuples(st.just("read"), tables, blocks, counts, st.booleans()),
         st.tuples(st.just("discard"), tables, blocks, counts),
         st.tuples(st.just("seal")),
         st.tuples(st.just("grant"), tables, st.integers(1, 30), st.sampled_from([1, 2])),
@@ -186,10 +186,10 @@ class Run:
 
     def step(self, step: tuple[Any, ...]) -> None:  # noqa: C901 - one case for each call
         match step:
-            case ("write", table, block, shift, content):
-                self.drive(lambda plane: plane.write(table, block * BLOCK + shift, content))
-            case ("read", table, block, count):
-                self.drive(lambda plane: plane.read(table, block, count))
+            case ("write", table, block, shift, content, keep_zeros):
+                self.drive(lambda plane: plane.write(table, block * BLOCK + shift, content, keep_zeros=keep_zeros))
+            case ("read", table, block, count, verify):
+                self.drive(lambda plane: plane.read(table, block, count, verify=verify))
             case ("discard", table, block, count):
                 self.drive(lambda plane: plane.discard(table, block, count))
             case ("seal",):
@@ -365,3 +365,29 @@ def test_checksum_is_crc32c(content: bytes) -> None:
 def test_checksum_of_long_data(length):
     content = os.urandom(length)
     assert _dataplane.crc32c(content) == crc32c.crc32c(content)
+
+
+def test_zeros_that_are_kept_are_blocks_like_others(pair):
+    run = Run(pair)
+    run.drive(lambda plane: plane.write(TABLES[0], 0, bytes(4 * BLOCK), keep_zeros=True))
+    assert pair.both(lambda plane: plane.mapped_delta(TABLES[0])) == 4
+    run.drive(lambda plane: plane.write(TABLES[0], BLOCK, bytes(BLOCK)))
+    assert pair.both(lambda plane: plane.mapped_delta(TABLES[0])) == 3
+    run.drive(lambda plane: plane.write(TABLES[0], BLOCK // 2, bytes(BLOCK), keep_zeros=True))
+    assert pair.both(lambda plane: plane.mapped_delta(TABLES[0])) == 4
+    pair.check()
+    run.seal()
+    assert run.drive(lambda plane: plane.read(TABLES[0], 0, 4)) == bytes(4 * BLOCK)
+
+
+def test_a_read_that_does_not_verify_gives_what_is_there_and_nothing_is_made_of_it(pair):
+    """A part of a block is still merged with verified bytes only: damage never gets a checksum of its own."""
+    run = Run(pair)
+    run.grant(TABLES[0], 4, 1)
+    run.drive(lambda plane: plane.write(TABLES[0], 0, b"a" * 2 * BLOCK))
+    run.seal()
+    run.step(("damage", 2))
+    damaged = b"a" * (BLOCK + 5) + b"!" + b"a" * (BLOCK - 6)
+    assert run.drive(lambda plane: plane.read(TABLES[0], 0, 2, verify=False)) == damaged
+    assert run.drive(lambda plane: plane.read(TABLES[0], 0, 2))[0] is ChecksumMismatch
+    assert run.drive(lambda plane: plane.write(TABLES[0], BLOCK + 9, b"b"))[0] is ChecksumMismatch

@@ -1,6 +1,7 @@
 """What the native data plane does for its own threads, without a mount: only what the control plane allows."""
 
 import os
+import threading
 from typing import Any
 
 import pytest
@@ -78,3 +79,54 @@ def test_a_served_write_without_room_harms_nothing(native):
     redirect(native, path)
     assert served.write(TABLES[0], 0, b"a" * BLOCK)
     assert served.read(TABLES[0], 0, BLOCK) == b"a" * BLOCK
+
+
+def test_served_writes_keep_zeros_where_the_rules_say_so(native):
+    served = Served(native)
+    assert served.write(TABLES[0], 0, bytes(2 * BLOCK))
+    assert native.mapped_delta(TABLES[0]) == 0
+    native.serve(TABLES[0], 4 * BLOCK, FACTS, is_writable=True, keep_zeros=True)
+    assert served.write(TABLES[0], 0, bytes(2 * BLOCK))
+    assert served.write(TABLES[0], 2 * BLOCK + 1, bytes(BLOCK))
+    assert native.mapped_delta(TABLES[0]) == 4
+    assert served.read(TABLES[0], 0, 4 * BLOCK) == bytes(4 * BLOCK)
+
+
+def test_served_reads_compare_unless_the_rules_say_otherwise(native):
+    served = Served(native)
+    assert served.write(TABLES[0], 0, b"a" * BLOCK)
+    native.images[StorageId(1)].write_blocks(1, b"b" * BLOCK)
+    assert served.read(TABLES[0], 0, BLOCK) is None
+    native.serve(TABLES[0], 4 * BLOCK, FACTS, is_writable=True, verify=False)
+    assert served.read(TABLES[0], 0, BLOCK) == b"b" * BLOCK
+    native.serve(TABLES[0], 4 * BLOCK, FACTS, is_writable=True)
+    assert served.read(TABLES[0], 0, BLOCK) is None
+
+
+def test_a_read_that_does_not_verify_never_sees_who_got_the_block_next(native):
+    """The checksum also showed that a block was not reused while it was read; without it a seal does."""
+    served, seen, last = Served(native), set(), 511
+    native.serve(TABLES[0], 512 * BLOCK, FACTS, is_writable=True, verify=False)
+    for block in range(1, 1024, 2):  # apart, so that a read of all takes long between its look at the map and the last
+        native.grant(TABLES[0], (1 << 48) + 100 + block, 1)
+    native.write(TABLES[0], 0, b"a" * 512 * BLOCK)
+    ended = threading.Event()
+
+    def read() -> None:
+        while not ended.is_set():
+            seen.add((served.read(TABLES[0], 0, 512 * BLOCK) or b"refused")[last * BLOCK :])
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    spare, used = 2000, 2002
+    for number in range(20_000):
+        native.seal()
+        native.revoke()
+        native.grant(TABLES[0], (1 << 48) + spare, 1)
+        native.write(TABLES[0], last * BLOCK, (b"a", b"b")[number % 2] * BLOCK)
+        native.seal()  # what was replaced may be somebody else's from now on, and is at once
+        spare, used = used, spare
+        native.images[StorageId(1)].write_blocks(spare, b"?" * BLOCK)
+    ended.set()
+    reader.join()
+    assert seen <= {b"a" * BLOCK, b"b" * BLOCK}
