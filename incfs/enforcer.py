@@ -15,6 +15,7 @@ from incfs import replicator
 from incfs.committer import offload
 from incfs.errors import HookFailed, IncfsError, NotFound
 from incfs.hooks import run_hook
+from incfs.jobs import Request
 from incfs.model import Snapshot, Volume
 from incfs.mover import MoveReport
 from incfs.policy.effective import rules_for
@@ -247,20 +248,22 @@ class Executor:
     async def _move(self, action: Work) -> Item:
         """Move data, or verify it; give what came of it."""
         service = self._service
+        rate = {"rate_bytes": action.rate_bytes}
         if action.kind == "scrub":
-            return await service.upkeep.mirrors.scrub(
-                rate_bytes=action.rate_bytes, restart=False, progress=_no_progress
-            )
+            async with service.jobs.under_way(Request("pool.scrub", "pool", rate)) as tell:
+                return await service.upkeep.mirrors.scrub(**rate, restart=False, progress=tell)
         if action.kind == "balance":
-            report = await service.upkeep.balance(rate_bytes=action.rate_bytes, progress=_no_progress)
-            return report.to_dict(service.block_bytes)
+            async with service.jobs.under_way(Request("pool.balance", "pool", rate)) as tell:
+                return (await service.upkeep.balance(**rate, progress=tell)).to_dict(service.block_bytes)
         total = MoveReport()
         for name in action.volumes:
             try:
-                volume_id = service.volume(name).id
+                volume = service.volume(name)
             except NotFound:
                 continue  # removed since the plan was made
-            moved = await service.upkeep.migrate(volume_id, rate_bytes=action.rate_bytes, progress=_no_progress)
+            request = Request("volume.migrate", f"volume {name}", {"volume": f"uuid:{volume.uuid}", **rate})
+            async with service.jobs.under_way(request) as tell:
+                moved = await service.upkeep.migrate(volume.id, **rate, progress=tell)
             total.moved_blocks += moved.moved_blocks
             total.unreadable_blocks += moved.unreadable_blocks
             total.first_error = total.first_error or moved.first_error
@@ -268,10 +271,6 @@ class Executor:
 
     def _note(self, kind: str, action: Action, reason: str, **facts: Any) -> None:
         self._service.record_event(kind, subject_of(action), reason, **facts)
-
-
-def _no_progress(done: int, total: int) -> None:
-    """Nobody watches."""
 
 
 def subject_of(action: Action) -> str:

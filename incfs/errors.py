@@ -38,6 +38,7 @@ Owns the tree, the stable codes, and for each class its errno (FUSE), its exit c
     ├── BaseMismatch               a stream's base is not what the target holds
     ├── UnsupportedFormat          a newer incfs wrote this
     ├── HookFailed                 a program around a snapshot
+    ├── JobStopped                 somebody stopped it; what it did stays done
     ├── PoolReadOnly               failsafe after a failed write, sync or commit (I10)
     └── DaemonError                the daemon could not be reached, or refused the caller
         └── PermissionRefused
@@ -311,6 +312,14 @@ class HookFailed(IncfsError):
     """A program that a policy names did not start, failed, took too long, or may not run on this host."""
 
     code = "policy.hook-failed"
+
+
+class JobStopped(IncfsError):
+    """A job was stopped by somebody else; what it did stays done."""
+
+    code = "job.stopped"
+    errno = _errno.ECANCELED
+    exit_code = 1
 
 
 class NoData(IncfsError):

@@ -123,6 +123,27 @@ class Images:
         """
         return self._backing.open(self.path(record))
 
+    def delete_left(self, path: Path, storage_uuid: str) -> bool:
+        """Delete an image file of a storage volume that is the pool's no more; False when it is not there.
+
+        Durability: its name is gone on return.
+
+        Raises:
+            ImageMismatch: The file is another's; it stays.
+        """
+        if not path.is_file():
+            return False
+        file = self._backing.open(path)
+        try:
+            header = read_header(file)
+        finally:
+            file.close()
+        if (header.pool_uuid, header.storage_uuid) != (self._uuid, UUID(storage_uuid)):
+            raise ImageMismatch(f"{path} is the image of {header}; it is not deleted")
+        self._backing.remove(path)
+        self._backing.sync_directory(path.parent)
+        return True
+
     def delete(self, record: Storage) -> None:
         """Delete the image files of a storage volume.
 

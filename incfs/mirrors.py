@@ -21,6 +21,8 @@ from incfs.recovery import stored_path
 from incfs.scrubstate import ScrubState
 from incfs.store import Store
 
+_SAVE_EVERY_S = 10.0
+
 Progress = Callable[[int, int], None]
 
 _STEP_PAGES = 64
@@ -66,6 +68,8 @@ class Mirrors:
         self._store = store
         self._committer = committer
         self._moving = moving
+        self._save_at = 0.0
+        """When the state of a scrub is saved next, so that a kill costs little of it."""
 
     async def resilver(self, storage_id: StorageId, *, rate_bytes: int | None, progress: Progress) -> ResilverReport:
         """Bring the stale legs of a mirror up to date: copy what they lack, verified.
@@ -163,6 +167,9 @@ class Mirrors:
                 self._store.events.record("damage", where, f"{found.lost_blocks} blocks have no right copy")
             state.add(table, page_index, len(blocks), found)
             tell()
+            if trio.current_time() >= self._save_at:
+                self._save_at = trio.current_time() + _SAVE_EVERY_S
+                await offload(lambda: state.save(self._store.directory))
             await throttle(len(blocks) * self._store.block_bytes, rate_bytes)
 
     async def _scrub_blocks(self, blocks: list[tuple[StorageId, int, int]]) -> legs.Scrubbed:

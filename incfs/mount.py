@@ -45,6 +45,7 @@ from incfs.mount_table import (
 )
 from incfs.options import Options
 from incfs.outside import Outside, fork_outside
+from incfs.resume import resume_jobs
 from incfs.service import open_service
 from incfs.superblock import read_superblock
 
@@ -148,6 +149,7 @@ async def _run(pool: Path, mountpoint: Path, options: MountOptions, parent: Pare
                         aborted = await _serve_requests(mountpoint, outside, stopping)
                     notify_systemd("STOPPING=1")
                     logger.info("%s: no more requests; closing the pool", mountpoint)
+                    service.jobs.is_ending = True
                     nursery.cancel_scope.cancel()
         minding.cancel_scope.cancel()
     logger.info("%s: the pool is closed", mountpoint)
@@ -163,6 +165,7 @@ async def _start_tasks(nursery: trio.Nursery, service: "Service", options: Mount
     if not options.read_only:
         service.policies.may_hook = options.hooks
         nursery.start_soon(enforce, service)
+        nursery.start_soon(resume_jobs, service)
 
 
 async def _serve_requests(mountpoint: Path, outside: Outside, stopping: "_Stopping") -> IncfsError | None:

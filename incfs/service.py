@@ -23,8 +23,9 @@ from incfs.events import KEPT_EVENTS
 from incfs.handles import Handles
 from incfs.histogram import Histogram
 from incfs.inspection import Inspection
+from incfs.jobs import Jobs
 from incfs.keeper import Keeper
-from incfs.model import Facts, Generation, MapId, Snapshot, Volume, VolumeId, split_map_id
+from incfs.model import Facts, Generation, MapId, Snapshot, StorageId, Volume, VolumeId, split_map_id
 from incfs.options import Options
 from incfs.policies import Policies
 from incfs.reclaimer import Reclaimer
@@ -91,6 +92,8 @@ class Service:
         self.mounted: MountHook | None = None
         self.durations: Mapping[str, Histogram] = {}
         """How long requests of the kernel took, by operation; the mount fills it."""
+        self.jobs = Jobs(store)
+        """Long work that is under way."""
         self.policies = Policies(store, self._committer, self.apply_settings)
         """The policy and what it has done."""
 
@@ -113,9 +116,14 @@ class Service:
     def storages(self) -> list[dict[str, Any]]:
         """Report every storage volume."""
         return [
-            {**status.storage_facts(self._store, s), **self._keeper.storage_outlook(s.id)}
+            {**status.storage_facts(self._store, s), **self._keeper.storage_outlook(s.id), "job": self._job(s.id)}
             for s in self._store.catalog.storages.values()
         ]
+
+    def _job(self, storage_id: StorageId) -> str | None:
+        """Say what is done to a storage volume, and how far that is."""
+        found = self.jobs.about(f"storage {storage_id}")
+        return f"{found[0].request.verb.partition('.')[2]} {found[0].percent or 0}%" if found else None
 
     def volumes(self) -> list[Volume]:
         """List the volumes by name."""
@@ -454,6 +462,7 @@ async def open_service(
         async with trio.open_nursery() as nursery:
             service = Service(store, nursery)
             service.policies.load()
+            await offload(service.jobs.load)
             # Closing needs the background work: it outlives a cancellation that comes as the caller ends.
             background = trio.CancelScope(shield=True)
             nursery.start_soon(service.run, background)

@@ -227,6 +227,21 @@ class Upkeep:
         except IncfsError as error:
             self._tell("image-left", storage_id, f"it belongs to the pool no more, but could not be deleted: {error}")
 
+    def image_files(self, storage_id: StorageId) -> list[str]:
+        """Give a storage volume's UUID, and where its image files are.
+
+        Raises:
+            StorageNotFound: No such storage volume.
+        """
+        record = self._store.catalog.storage(storage_id)
+        return [record.uuid, *map(str, self._store.pool.images.leg_paths(record))]
+
+    async def delete_left(self, uuid: str, paths: Sequence[str]) -> None:
+        """Delete image files that a removal, which was cut off, left behind."""
+        for path in paths:
+            if await offload(lambda: self._store.pool.images.delete_left(Path(path), uuid)):  # noqa: B023
+                self._store.events.record("image-removed", path, "its storage volume had been removed from the pool")
+
     def _tell(self, kind: str, storage_id: StorageId, reason: str, **facts: Any) -> None:
         self._store.events.record(kind, f"storage {storage_id}", reason, **facts)
 

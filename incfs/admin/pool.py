@@ -9,6 +9,7 @@ from incfs import fusext
 from incfs.admin.verb import Progress, Verb
 from incfs.documents import Document
 from incfs.errors import UsageError
+from incfs.jobs import Request
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -57,23 +58,34 @@ async def pool_scrub(
     service: "Service", *, rate_bytes: int | None = None, restart: bool = False, progress: Progress
 ) -> Document:
     """Verify every copy of every block on disk, and heal what can be."""
-    report = await service.upkeep.mirrors.scrub(
-        rate_bytes=rate_bytes, restart=restart, progress=lambda done, total: progress(done, total, "blocks")
-    )
+    async with service.jobs.under_way(Request("pool.scrub", "pool", {"rate_bytes": rate_bytes}), progress) as tell:
+        report = await service.upkeep.mirrors.scrub(rate_bytes=rate_bytes, restart=restart, progress=tell)
     return {"scrub": report}
 
 
 async def pool_balance(service: "Service", *, rate_bytes: int | None = None, progress: Progress) -> Document:
     """Move blocks from the fullest storage volumes to the emptiest."""
-    report = await service.upkeep.balance(
-        rate_bytes=rate_bytes, progress=lambda done, total: progress(done, total, "blocks")
-    )
+    async with service.jobs.under_way(Request("pool.balance", "pool", {"rate_bytes": rate_bytes}), progress) as tell:
+        report = await service.upkeep.balance(rate_bytes=rate_bytes, progress=tell)
     return {"move": report.to_dict(service.block_bytes)}
+
+
+async def pool_jobs(service: "Service") -> Document:
+    """List the long jobs that are under way."""
+    return {"jobs": [job.to_dict() for job in service.jobs.running()]}
+
+
+async def pool_stop(service: "Service", *, job: int) -> Document:
+    """Stop a job; what it did stays done."""
+    service.jobs.stop(job)
+    return {}
 
 
 VERBS: Final = {
     "pool.scrub": Verb(pool_scrub, is_read_only=False, can_stop=True),
     "pool.balance": Verb(pool_balance, is_read_only=False, can_stop=True),
+    "pool.jobs": Verb(pool_jobs, is_read_only=True),
+    "pool.stop": Verb(pool_stop, is_read_only=False),
     "pool.show": Verb(pool_show, is_read_only=True),
     "pool.activity": Verb(pool_activity, is_read_only=True),
     "pool.check": Verb(pool_check, is_read_only=True),

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Final
 
 from incfs.admin.verb import Progress, Verb
 from incfs.documents import Document
+from incfs.jobs import Request
 from incfs.model import StorageId
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ async def storage_evacuate(
     service: "Service", *, storage: int, rate_bytes: int | None = None, progress: Progress
 ) -> Document:
     """Move everything off a storage volume; it gets nothing new from now on."""
-    report = await service.upkeep.evacuate(
-        StorageId(storage), rate_bytes=rate_bytes, progress=lambda done, total: progress(done, total, "blocks")
-    )
+    request = _request("storage.evacuate", storage, rate_bytes=rate_bytes)
+    async with service.jobs.under_way(request, progress) as tell:
+        report = await service.upkeep.evacuate(StorageId(storage), rate_bytes=rate_bytes, progress=tell)
     return {"move": report.to_dict(service.block_bytes)}
 
 
@@ -51,9 +52,9 @@ async def storage_resilver(
     service: "Service", *, storage: int, rate_bytes: int | None = None, progress: Progress
 ) -> Document:
     """Bring the stale legs of a mirror up to date."""
-    report = await service.upkeep.mirrors.resilver(
-        StorageId(storage), rate_bytes=rate_bytes, progress=lambda done, total: progress(done, total, "blocks")
-    )
+    request = _request("storage.resilver", storage, rate_bytes=rate_bytes)
+    async with service.jobs.under_way(request, progress) as tell:
+        report = await service.upkeep.mirrors.resilver(StorageId(storage), rate_bytes=rate_bytes, progress=tell)
     return {"resilver": report.to_dict(service.block_bytes)}
 
 
@@ -65,14 +66,32 @@ async def storage_replace(service: "Service", *, storage: int, leg: int, path: s
 
 async def storage_keep(service: "Service", *, storage: int) -> Document:
     """Let a storage volume that was being evacuated get new data again."""
+    for job in service.jobs.about(f"storage {storage}"):
+        if job.request.verb == "storage.evacuate":
+            service.jobs.stop(job.number)
     await service.upkeep.cancel_evacuation(StorageId(storage))
     return {}
 
 
-async def storage_remove(service: "Service", *, storage: int) -> Document:
-    """Take an empty storage volume out of the pool and delete its image."""
-    await service.upkeep.remove_storage(StorageId(storage))
+async def storage_remove(service: "Service", *, storage: int, left: list[str] | None = None) -> Document:
+    """Take an empty storage volume out of the pool and delete its image.
+
+    Args:
+        service: The pool.
+        storage: Which one.
+        left: Image files of one whose removal had been cut off, after its UUID.
+    """
+    if left and left[0] not in [known["uuid"] for known in service.storages()]:
+        await service.upkeep.delete_left(left[0], left[1:])
+        return {}
+    request = _request("storage.remove", storage, left=service.upkeep.image_files(StorageId(storage)))
+    async with service.jobs.under_way(request):
+        await service.upkeep.remove_storage(StorageId(storage))
     return {}
+
+
+def _request(verb: str, storage: int, **arguments: int | list[str] | None) -> Request:
+    return Request(verb, f"storage {storage}", {"storage": storage, **arguments})
 
 
 VERBS: Final = {

@@ -6,7 +6,8 @@ from incfs.admin.raw import raw_path
 from incfs.admin.verb import Progress, Verb, busy, refuse_open, refuse_taken
 from incfs.documents import Document, volume_document, volume_removal
 from incfs.errors import Busy, UsageError
-from incfs.model import validate_name
+from incfs.jobs import Request
+from incfs.model import Volume, validate_name
 from incfs.mover import MoveReport
 from incfs.settings import DEFAULT_STRIPE_UNIT_BYTES
 from incfs.targets import find_snapshot, find_table, find_volume
@@ -100,7 +101,8 @@ async def volume_clone(service: "Service", *, target: str, name: str) -> Documen
 async def volume_flatten(service: "Service", *, volume: str, progress: Progress) -> Document:
     """Copy what a clone inherits into blocks of its own, so that it needs its origin no more."""
     found = find_volume(service, volume)
-    flat = await service.branches.flatten(found.id, lambda done, total: progress(done, total, "bytes"))
+    async with service.jobs.under_way(_request("volume.flatten", found), progress, "bytes") as tell:
+        flat = await service.branches.flatten(found.id, tell)
     return {"volume": volume_document(service, flat)}
 
 
@@ -182,9 +184,9 @@ async def volume_restripe(
         columns = stripe_columns or (len(row.columns) if row is not None else 1)
         await service.upkeep.stripe(found.id, columns=columns, unit_bytes=stripe_unit_bytes or unit)
     if not new_only:
-        report = await service.upkeep.restripe(
-            found.id, rate_bytes=rate_bytes, progress=lambda done, total: progress(done, total, "blocks")
-        )
+        request = _request("volume.restripe", found, rate_bytes=rate_bytes)  # the columns are chosen now
+        async with service.jobs.under_way(request, progress) as tell:
+            report = await service.upkeep.restripe(found.id, rate_bytes=rate_bytes, progress=tell)
     return {"move": report.to_dict(service.block_bytes)}
 
 
@@ -192,12 +194,14 @@ async def volume_migrate(
     service: "Service", *, volume: str, rate_bytes: int | None = None, progress: Progress
 ) -> Document:
     """Move what a volume stores off storage volumes that its placement rules do not allow."""
-    report = await service.upkeep.migrate(
-        find_volume(service, volume).id,
-        rate_bytes=rate_bytes,
-        progress=lambda done, total: progress(done, total, "blocks"),
-    )
+    found = find_volume(service, volume)
+    async with service.jobs.under_way(_request("volume.migrate", found, rate_bytes=rate_bytes), progress) as tell:
+        report = await service.upkeep.migrate(found.id, rate_bytes=rate_bytes, progress=tell)
     return {"move": report.to_dict(service.block_bytes)}
+
+
+def _request(verb: str, volume: Volume, **arguments: int | None) -> Request:
+    return Request(verb, f"volume {volume.name}", {"volume": f"uuid:{volume.uuid}", **arguments})
 
 
 VERBS: Final = {

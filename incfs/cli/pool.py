@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from incfs.cli import output
-from incfs.cli.options import Json, Rate, new_noun, pool_directory, verb
+from incfs.cli.options import Json, Rate, new_noun, pool_directory, table, verb
 from incfs.cli.progress import ProgressDisplay
 from incfs.cli.session import call
 from incfs.errors import UsageError
@@ -19,6 +19,7 @@ MIN_POOL_BLOCK_BYTES: Final = 512
 EXIT_SKIPPED: Final = 3
 EXIT_DAMAGE: Final = 4
 EXIT_LEAKS: Final = 5
+_JOB_COLUMNS: Final = ("number", "job", "subject", "percent")
 
 app = new_noun("pool", "Pools.")
 
@@ -207,6 +208,21 @@ def _verdict(report: dict[str, Any]) -> str:
 def balance(context: typer.Context, *, rate: Rate = None, as_json: Json = False) -> None:
     """Even out how full the storage volumes are; it may be interrupted."""
     output.print_facts(call(context, "pool.balance", rate_bytes=rate), "move", as_json=as_json)
+
+
+@verb(app, "jobs")
+@table
+def jobs(
+    context: typer.Context,
+    *,
+    stop: Annotated[int | None, typer.Option("--stop", metavar="N", help="Stop this one.")] = None,
+    style: output.TableStyle,
+) -> None:
+    """List the long jobs that are under way: moves, resilvers, scrubs, flattening."""
+    if stop is not None:
+        call(context, "pool.stop", job=stop)
+        return
+    output.print_list(call(context, "pool.jobs"), "jobs", _JOB_COLUMNS, style)
 
 
 @verb(app, "scrub")

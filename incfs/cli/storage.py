@@ -22,6 +22,7 @@ _COLUMNS: Final = (
     "class",
     "redundancy",
     "state",
+    "job",
 )
 
 StorageNumber = Annotated[int, typer.Argument(metavar="ID", help="A storage volume's id.")]

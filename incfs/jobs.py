@@ -1,0 +1,173 @@
+"""Long jobs that move or verify data: which are under way, noted in ``POOL/jobs.json``.
+
+Each may be cut off anywhere, and goes on where it was when it is begun again.  One that ended, failed or
+was stopped is in the file no more; what a killed or unmounted daemon leaves there, the next one goes on
+with.  The file is for that only: without it nothing is lost, but a job must be asked for again.
+"""
+
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import trio
+
+from incfs.committer import offload
+from incfs.errors import IncfsError, JobStopped, NotFound
+from incfs.store import Store
+
+logger = logging.getLogger(__name__)
+
+JOBS_NAME: Final = "jobs.json"
+_NEW_NAME: Final = "jobs.json.new"
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be done: a verb and what it needs to go on."""
+
+    verb: str
+    subject: str
+    """What it is about: ``storage 2``, ``volume db``, ``pool``."""
+    arguments: Mapping[str, Any]
+
+    def replaces(self, other: "Request") -> bool:
+        """Tell whether the other needs not be done any more once this is."""
+        return self.subject == other.subject and self.verb in (other.verb, "storage.remove")
+
+
+@dataclass
+class Job:
+    """A request that is under way."""
+
+    number: int
+    request: Request
+    done: int = 0
+    total: int = 0
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope, repr=False)
+
+    @property
+    def percent(self) -> int | None:
+        """How far it is; None before it knows."""
+        return min(100, 100 * self.done // self.total) if self.total else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values."""
+        return {
+            "number": self.number,
+            "job": self.request.verb,
+            "subject": self.request.subject,
+            "percent": self.percent,
+        }
+
+
+class Jobs:
+    """The jobs of one open pool.  The trio thread."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._running: dict[int, Job] = {}
+        self._left: list[Request] = []
+        """What an earlier daemon was at, and nobody has gone on with."""
+        self._last_number = 0
+        self._saving = trio.Lock()
+        self.is_ending = False
+        """Set when the daemon ends: what is cut off now goes on with the next one."""
+
+    def load(self) -> None:
+        """Read what an earlier daemon was at.  Any thread."""
+        try:
+            found = json.loads((self._store.directory / JOBS_NAME).read_text())
+            self._left = [Request(str(verb), str(subject), dict(values)) for verb, subject, values in found]
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError) as error:
+            logger.warning("what jobs were under way cannot be read: %s", error)
+
+    def take_left(self) -> list[Request]:
+        """Give what an earlier daemon was at, once, to go on with."""
+        left, self._left = self._left, []
+        return left
+
+    def running(self) -> list[Job]:
+        """List what is under way, oldest first."""
+        return list(self._running.values())
+
+    def about(self, subject: str) -> list[Job]:
+        """List the jobs about something, oldest first."""
+        return [job for job in self._running.values() if job.request.subject == subject]
+
+    def stop(self, number: int) -> None:
+        """Stop a job: what it has moved stays moved.
+
+        Raises:
+            NotFound: No such job is under way.
+        """
+        job = self._running.get(number)
+        if job is None:
+            raise NotFound(f"no job {number} is under way; `incfs pool jobs` lists them", job=number)
+        job.scope.cancel()
+
+    @asynccontextmanager
+    async def under_way(
+        self, request: Request, progress: Progress | None = None, unit: str = "blocks"
+    ) -> AsyncIterator[Callable[[int, int], None]]:
+        """Note a job while the body does it; give what to tell progress to.
+
+        Args:
+            request: What it is.
+            progress: Who else is told, and the unit.
+            unit: Of what is done.
+
+        Durability: the note is durable before the body begins.
+
+        Raises:
+            JobStopped: Somebody stopped it.
+        """
+        self._last_number += 1
+        job = self._running[self._last_number] = Job(self._last_number, request)
+        self._left = [left for left in self._left if not request.replaces(left)]
+
+        def tell(done: int, total: int) -> None:
+            job.done, job.total = done, total
+            if progress is not None:
+                progress(done, total, unit)
+
+        try:
+            with job.scope:
+                await self._save()
+                yield tell
+        finally:
+            if not self.is_ending and self._store.failure is None:
+                del self._running[job.number]
+                with trio.CancelScope(shield=True):
+                    await self._save()
+        if job.scope.cancelled_caught:
+            raise JobStopped(f"{request.verb} of {request.subject} was stopped; what it did stays done")
+
+    async def _save(self) -> None:
+        async with self._saving:
+            requests = [job.request for job in self._running.values()] + self._left
+            text = json.dumps([[request.verb, request.subject, dict(request.arguments)] for request in requests])
+            await offload(lambda: self._write(text.encode()))
+
+    def _write(self, text: bytes) -> None:
+        """Replace the file.  Any thread."""
+        backing, directory = self._store.backing, self._store.directory
+        try:
+            if (directory / _NEW_NAME).exists():
+                backing.remove(directory / _NEW_NAME)
+            file = backing.create(directory / _NEW_NAME)
+            try:
+                file.pwrite(0, text)
+                file.sync()
+            finally:
+                file.close()
+            backing.replace(directory / _NEW_NAME, directory / JOBS_NAME)
+            backing.sync_directory(directory)
+        except IncfsError as error:
+            logger.warning("what jobs are under way cannot be noted, so they will not go on by themselves: %s", error)
