@@ -86,7 +86,9 @@ _PYTHON: Final = "incfs-python"
 
 
 def _of(work: str, place: str, job: str, peer: str, at_least: float, access: str = "file") -> Goal:
-    return Goal(work, (place, access, job, "tps" if job == "pgbench" else "rate"), peer, at_least)
+    """Make a goal of the native plane; the Python plane's peer is the binding's own pass-through."""
+    key = (place, access, job, "tps" if job == "pgbench" else "rate")
+    return Goal(work, key, peer, at_least, (_NATIVE,))
 
 
 def _floors(results: Results) -> list[Goal]:
