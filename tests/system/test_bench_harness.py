@@ -92,11 +92,11 @@ def sample(subject: str, number: int, value: float, job: str = "randread-4k-qd16
 
 def test_ratios_are_of_medians_with_extremes_within_a_round():
     mine, others = [30.0, 60.0, 90.0], [10.0, 30.0, 15.0]
-    samples = [sample("incfs-python", n, v) for n, v in enumerate(mine)]
+    samples = [sample("incfs-native", n, v) for n, v in enumerate(mine)]
     samples += [sample("qemu", n, v) for n, v in enumerate(others)]
     results = collect(samples)
     line = results["tmpfs", "file", "randread-4k-qd16", "rate"]
-    found = ratio(line["incfs-python"], line["qemu"])
+    found = ratio(line["incfs-native"], line["qemu"])
     assert (found.value, found.low, found.high) == (4.0, 2.0, 6.0)
     verdict = next(v for v in judge(results) if v.goal.peer == "qemu")
     assert verdict.is_met
