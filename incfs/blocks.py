@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from incfs.model import PAGE_BLOCKS, Address, StorageId
 
 _BLOCK_BITS = 48
-_ZEROS = re.compile("0+")
+_ZEROS, _ONES = re.compile("0+"), re.compile("1+")
 _BLOCK_MASK = (1 << _BLOCK_BITS) - 1
 
 
@@ -67,6 +67,12 @@ def bit_set(members: Iterable[int], limit: int) -> int:
     return int.from_bytes(content, "little")
 
 
+def sorted_bit_set(members: list[int], limit: int) -> int:
+    """Make a bit set of ascending members; quickly where they follow each other without a gap."""
+    first, count = members[0], len(members)
+    return bit_mask(first, count) if members == list(range(first, first + count)) else bit_set(members, limit)
+
+
 def bit_mask(start: int, count: int) -> int:
     """Members ``start`` to ``start + count - 1``."""
     return ((1 << count) - 1) << start
@@ -104,11 +110,5 @@ def clear_runs(bits: int, start: int, limit: int) -> Iterator[tuple[int, int]]:
 
 def set_runs(bits: int) -> Iterator[tuple[int, int]]:
     """Yield (first, count) of each run of members, ascending."""
-    position = 0
-    while bits:
-        skip = (bits & -bits).bit_length() - 1
-        bits >>= skip
-        count = (~bits & (bits + 1)).bit_length() - 1
-        yield position + skip, count
-        bits >>= count
-        position += skip + count
+    for found in _ONES.finditer(bin(bits)[:1:-1]):
+        yield found.start(), found.end() - found.start()

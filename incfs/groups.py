@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 
-from incfs.blocks import bit_mask, bit_set, pack_address, split_address
+from incfs.blocks import bit_mask, pack_address, sorted_bit_set, split_address
 from incfs.model import StorageId
 
 GROUP_BLOCKS = 32768
@@ -13,11 +13,6 @@ GROUP_BLOCKS = 32768
 def group_start(group_index: int) -> int:
     """Give the first block of a group."""
     return group_index * GROUP_BLOCKS
-
-
-def member_bits(members: Iterable[int]) -> int:
-    """Make the bit set of some members of a group."""
-    return bit_set(members, GROUP_BLOCKS)
 
 
 def split_groups(block_index: int, count: int) -> Iterator[tuple[int, int]]:
@@ -30,18 +25,20 @@ def split_groups(block_index: int, count: int) -> Iterator[tuple[int, int]]:
         count -= step
 
 
-def by_group(addresses: Iterable[int]) -> Iterator[tuple[StorageId, int, list[int]]]:
+def by_group(addresses: Iterable[int]) -> Iterator[tuple[StorageId, int, int]]:
     """Sort addresses into groups: a group's bit set is long, so it is changed once for all its members.
 
     Yields:
-        (storage volume, group, indexes in the group).
+        (storage volume, group, its members as a bit set).
     """
     rest = sorted(addresses)
     start = 0
     while start < len(rest):
         storage_id, block_index = split_address(rest[start])
         group_index = block_index // GROUP_BLOCKS
-        base = pack_address(storage_id, group_index * GROUP_BLOCKS)
+        base = pack_address(storage_id, group_start(group_index))
         end = bisect_left(rest, base + GROUP_BLOCKS, start)
-        yield storage_id, group_index, [address - base for address in rest[start:end]]
+        bits = sorted_bit_set([address - base for address in rest[start:end]], GROUP_BLOCKS)
+        assert bits.bit_count() == end - start, f"a block of group {group_index} was given twice"
+        yield storage_id, group_index, bits
         start = end

@@ -78,7 +78,7 @@ class Keeper:
         pool = self._store.pool
         for _ in range(_PUNCH_BATCHES):
             plan = pool.reuse.plan_leftovers(_PUNCH_RUNS)
-            if not plan.runs:
+            if not plan.held:
                 return
             with trio.CancelScope(shield=True):
                 await offload(lambda: pool.reuse.punch(plan))  # noqa: B023

@@ -318,9 +318,9 @@ class Memory:
             return self.fail(error)
         if self.failure is None:
             self._take_committed(self.plane.take_committed())
-            self.seal_if_large()
-            for table in low:
+            for table in low:  # before the seal: writes wait when a lease is used up
                 self.space.top_up(table)
+            self.seal_if_large()
         return None
 
     # What the data plane may serve by itself

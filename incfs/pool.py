@@ -12,7 +12,7 @@ from uuid import UUID
 from incfs.backing import Backing, File
 from incfs.blocks import address_runs, pack_address, split_address
 from incfs.errors import FormatError, IncfsError, StorageNotFound
-from incfs.groups import by_group, member_bits
+from incfs.groups import by_group, split_groups
 from incfs.image import AbsentImage
 from incfs.images import Images
 from incfs.mirror import MirroredFile
@@ -156,8 +156,8 @@ class Pool:
 
     def release(self, addresses: Iterable[int]) -> None:
         """Take back leased blocks that no commit mentions: they are free at once."""
-        for storage_id, group_index, members in by_group(addresses):
-            self.volumes[storage_id].release(group_index, members)
+        for storage_id, group_index, bits in by_group(addresses):
+            self.volumes[storage_id].set_busy(group_index, bits, busy=False)
 
     def commit(self, addresses: Iterable[int]) -> None:
         """Mark leased blocks as live: a mapping of the current batch points to them.
@@ -167,8 +167,8 @@ class Pool:
         addresses = list(addresses)
         for storage_id in self._set_live(addresses, live=True):
             self.volumes[storage_id].needs_sync = True
-        for storage_id, group_index, members in by_group(addresses) if self._has_mirrors else ():
-            self.volumes[storage_id].note_live(group_index, member_bits(members))
+        for storage_id, group_index, bits in by_group(addresses) if self._has_mirrors else ():
+            self.volumes[storage_id].note_live(group_index, bits)
             if self.volumes[storage_id].record.stale_legs:
                 self._dirty_stale.add((storage_id, group_index))
 
@@ -180,8 +180,8 @@ class Pool:
 
     def _set_live(self, addresses: Iterable[int], *, live: bool) -> set[StorageId]:
         changed = set()
-        for storage_id, group_index, members in by_group(addresses):
-            self.volumes[storage_id].set_live(group_index, members, live=live)
+        for storage_id, group_index, bits in by_group(addresses):
+            self.volumes[storage_id].set_live(group_index, bits, live=live)
             self._dirty_groups.add((storage_id, group_index))
             changed.add(storage_id)
         return changed
@@ -198,7 +198,8 @@ class Pool:
                     storage=storage_id,
                 )
             volume.reach(block_index + count)
-            volume.set_busy(block_index, count, busy=True)
+            for group_index, bits in split_groups(block_index, count):
+                volume.set_busy(group_index, bits, busy=True)
 
     @property
     def freed_blocks(self) -> int:

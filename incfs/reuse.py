@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 
-from incfs.blocks import address_runs, set_runs, split_address
+from incfs import groups
+from incfs.blocks import bit_mask, set_runs
 from incfs.errors import IncfsError
-from incfs.groups import by_group, group_start, member_bits, split_groups
+from incfs.groups import by_group, group_start
 from incfs.model import StorageId
 from incfs.storage import StorageVolume
 
@@ -19,11 +20,24 @@ punched in the background, for it costs about 0.1 ms a piece."""
 HOST_BLOCK_BYTES = 4096
 
 
+Held = tuple[StorageId, int, int]
+"""(storage volume, group, blocks of it as a bit set)."""
+
+
 @dataclass(frozen=True, slots=True)
 class PunchPlan:
-    """Freed runs whose host space is given back before they become free."""
+    """Freed blocks whose host space is given back before they become free."""
 
-    runs: tuple[tuple[StorageId, int, int], ...]
+    held: tuple[Held, ...]
+
+    @property
+    def runs(self) -> list[tuple[StorageId, int, int]]:
+        """(storage volume, first block, blocks) of each piece."""
+        return [
+            (storage_id, group_start(group_index) + first, count)
+            for storage_id, group_index, bits in self.held
+            for first, count in set_runs(bits)
+        ]
 
 
 class Reuse:
@@ -53,61 +67,54 @@ class Reuse:
         if self.held:
             self.quarantine = freed
             return PunchPlan(())
-        for storage_id, group_index, members in by_group(freed):
-            self._volumes[storage_id].release(group_index, members)
-        chunk = max(1, PUNCH_BYTES // self._block_bytes)
-        runs = []
-        for first, count in address_runs({address // chunk for address in freed}):
-            storage_id, block_index = split_address(first * chunk)
-            runs += self._free_chunks(storage_id, block_index, count * chunk, chunk)
-        self._note_leftovers(freed)
-        return self._hold(runs)
+        held: list[Held] = []
+        for storage_id, group_index, bits in by_group(freed):
+            self._volumes[storage_id].set_busy(group_index, bits, busy=False)
+            if self._block_bytes >= HOST_BLOCK_BYTES:  # smaller than the host's, nothing is won by single ones
+                self._leftovers[storage_id, group_index] = self._leftovers.get((storage_id, group_index), 0) | bits
+            if chunks := self._free_chunks(storage_id, group_index, bits):
+                held.append((storage_id, group_index, chunks))
+        return self._hold(held)
 
-    def _hold(self, runs: list[tuple[StorageId, int, int]]) -> PunchPlan:
-        """Let nothing be written to free runs until they are punched."""
-        for storage_id, block_index, count in runs:
-            self._volumes[storage_id].set_busy(block_index, count, busy=True)
-            for group_index, mask in split_groups(block_index, count):
-                self._leftovers[storage_id, group_index] = self._leftovers.get((storage_id, group_index), 0) & ~mask
-        return PunchPlan(tuple(runs))
-
-    def _note_leftovers(self, freed: list[int]) -> None:
-        """Remember freed blocks beside others that are in use; smaller than the host's, nothing is won by them."""
-        if self._block_bytes >= HOST_BLOCK_BYTES:
-            for storage_id, group_index, members in by_group(freed):
-                before = self._leftovers.get((storage_id, group_index), 0)
-                self._leftovers[storage_id, group_index] = before | member_bits(members)
+    def _hold(self, held: list[Held]) -> PunchPlan:
+        """Let nothing be written to free blocks until they are punched."""
+        for storage_id, group_index, bits in held:
+            self._volumes[storage_id].set_busy(group_index, bits, busy=True)
+            self._leftovers[storage_id, group_index] = self._leftovers.get((storage_id, group_index), 0) & ~bits
+        return PunchPlan(tuple(held))
 
     def plan_leftovers(self, limit: int) -> PunchPlan:
         """Choose up to ``limit`` runs of blocks that were freed one by one and are still free, to be punched too."""
-        runs: list[tuple[StorageId, int, int]] = []
+        held: list[Held] = []
         for (storage_id, group_index), bits in list(self._leftovers.items()):
             volume = self._volumes.get(storage_id)
             free = bits & ~volume.busy[group_index] if volume is not None else 0
             self._leftovers[storage_id, group_index] = free
-            for first, count in islice(set_runs(free), limit - len(runs)):
-                runs.append((storage_id, group_start(group_index) + first, count))
             if not free:
                 del self._leftovers[storage_id, group_index]
-            if len(runs) >= limit:
-                break
-        return self._hold(runs)
-
-    def _free_chunks(
-        self, storage_id: StorageId, block_index: int, count: int, chunk: int
-    ) -> list[tuple[StorageId, int, int]]:
-        volume = self._volumes[storage_id]
-        end = min(block_index + count, volume.grown_blocks)
-        runs: list[tuple[StorageId, int, int]] = []
-        for start in range(block_index, end, chunk):
-            length = min(chunk, end - start)
-            if volume.find_free(start, length) != (start, length):
                 continue
-            if runs and runs[-1][1] + runs[-1][2] == start:
-                runs[-1] = (storage_id, runs[-1][1], runs[-1][2] + length)
-            else:
-                runs.append((storage_id, start, length))
-        return runs
+            runs = list(islice(set_runs(free), limit))
+            held.append((storage_id, group_index, free & bit_mask(0, sum(runs[-1]))))
+            limit -= len(runs)
+            if not limit:
+                break
+        return self._hold(held)
+
+    def _free_chunks(self, storage_id: StorageId, group_index: int, bits: int) -> int:
+        """Find the chunks around blocks of a group that are free as a whole.
+
+        Cost: a few operations on the group's set, however many chunks there are.
+        """
+        volume = self._volumes[storage_id]
+        chunk, everything = max(1, PUNCH_BYTES // self._block_bytes), bit_mask(0, groups.GROUP_BLOCKS)
+        free, near = everything & ~volume.busy[group_index], bits
+        length = 1
+        while length < chunk:  # a member stays where all, or comes where any, of those before its chunk's end are
+            free &= free >> length
+            near |= near >> length
+            length *= 2
+        starts = free & near & everything // bit_mask(0, chunk)
+        return starts * bit_mask(0, chunk) & bit_mask(0, volume.grown_blocks - group_start(group_index))
 
     def punch(self, plan: PunchPlan) -> None:
         """Give host space back, where the host lets us: the blocks are free in any case.  Any thread."""
@@ -119,5 +126,5 @@ class Reuse:
 
     def punched(self, plan: PunchPlan) -> None:
         """Make punched blocks free."""
-        for storage_id, block_index, count in plan.runs:
-            self._volumes[storage_id].set_busy(block_index, count, busy=False)
+        for storage_id, group_index, bits in plan.held:
+            self._volumes[storage_id].set_busy(group_index, bits, busy=False)

@@ -25,9 +25,12 @@ from incfs.pool import Pool
 from incfs.settings import PoolSettings, VolumeSettings
 from incfs.storage import StorageVolume
 
-MAX_LEASE_BLOCKS = 2048
-_MOST_RUNS = 256
-"""Pieces that a lease may come in at once, where free space is scattered: about half a millisecond."""
+MAX_LEASE_BLOCKS = 8192
+"""What a second's tenth of writing takes: a lease that is used up before it was added to makes writes wait."""
+_MOST_RUNS = 1024
+"""Pieces that a lease may come in at once, where free space is scattered: about a millisecond."""
+_WAIT_AT_EXTENDS = 4
+"""So many times what an image grows by must wait to be free before a write waits for it."""
 MOVER = 1 << 31
 """In the lower half of a lease's key, beside the column: blocks for data that moves."""
 
@@ -363,10 +366,10 @@ class Space:
         self.checkpoint_refusal = None
         may_add = bool(self.settings.directories)
         while (lease := self._lacking(needs, urgent=urgent)) is not None:
-            if self._frees_much():
+            growth = self.next_growth(lease)
+            if self._frees_much(growth):
                 yield Step.CHECKPOINT
                 continue
-            growth = self.next_growth(lease)
             if growth is None and not may_add:
                 break
             if growth is None:
@@ -385,9 +388,14 @@ class Space:
         if (lease := self._lacking(needs, urgent=urgent, is_scarce=True)) is not None:
             raise self._full(lease)
 
-    def _frees_much(self) -> bool:
-        """Tell whether a checkpoint frees as much as an image would grow, if there is room for one."""
-        return self.checkpoint_refusal is None and self._pool.freed_blocks * self._block_bytes >= self.extend_bytes
+    def _frees_much(self, growth: Growth | None) -> bool:
+        """Tell whether a checkpoint frees enough to be waited for, if there is room for one.
+
+        Growing takes milliseconds, and what is punched is given back to the host: as long as an image can grow,
+        only a multiple of that makes a write wait; the store asks for checkpoints before (``wants_checkpoint``).
+        """
+        enough_bytes = self.extend_bytes * (_WAIT_AT_EXTENDS if growth is not None else 1)
+        return self.checkpoint_refusal is None and self._pool.freed_blocks * self._block_bytes >= enough_bytes
 
     def _full(self, lease: MapId) -> NoSpace:
         settings = self.settings_of(split_map_id(lease)[0])

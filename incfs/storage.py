@@ -20,7 +20,7 @@ from incfs.backing import File
 from incfs.blocks import bit_mask, clear_runs, find_clear_run
 from incfs.codec import checksum
 from incfs.errors import ImageMismatch, NoSpace
-from incfs.groups import group_start, member_bits, split_groups
+from incfs.groups import group_start
 from incfs.image import DATA_OFFSET_BYTES
 from incfs.mirror import MirroredFile
 from incfs.model import Storage
@@ -185,35 +185,21 @@ class StorageVolume:
                 break
         return runs
 
-    def set_busy(self, block_index: int, count: int, *, busy: bool) -> None:
-        """Lease blocks, or make them free."""
-        self.busy_blocks += self._change(self.busy, block_index, count, present=busy)
+    def set_busy(self, group_index: int, bits: int, *, busy: bool) -> None:
+        """Lease blocks of one group, or make them free."""
+        self.busy_blocks += self._change(self.busy, group_index, bits, present=busy)
 
-    def set_live(self, group_index: int, members: list[int], *, live: bool) -> None:
+    def set_live(self, group_index: int, bits: int, *, live: bool) -> None:
         """Commit blocks of one group, or take them out of the committed set."""
         self.reach((group_index + 1) * groups.GROUP_BLOCKS)
-        self.live_blocks += self._change_members(self.live, group_index, members, present=live)
-
-    def release(self, group_index: int, members: list[int]) -> None:
-        """Make blocks of one group free."""
-        self.busy_blocks += self._change_members(self.busy, group_index, members, present=False)
+        self.live_blocks += self._change(self.live, group_index, bits, present=live)
 
     @staticmethod
-    def _change_members(bitmaps: list[int], group_index: int, members: list[int], *, present: bool) -> int:
-        mask = member_bits(members)
-        assert mask.bit_count() == len(members), f"a block of group {group_index} was given twice"
-        before = bitmaps[group_index] & mask
-        assert before == (0 if present else mask), f"blocks of group {group_index} are already in that state"
-        bitmaps[group_index] ^= mask
-        return len(members) if present else -len(members)
-
-    @staticmethod
-    def _change(bitmaps: list[int], block_index: int, count: int, *, present: bool) -> int:
-        for group_index, mask in split_groups(block_index, count):
-            before = bitmaps[group_index] & mask
-            assert before == (0 if present else mask), f"blocks at {block_index} are already in that state"
-            bitmaps[group_index] ^= mask
-        return count if present else -count
+    def _change(bitmaps: list[int], group_index: int, bits: int, *, present: bool) -> int:
+        before = bitmaps[group_index] & bits
+        assert before == (0 if present else bits), f"blocks of group {group_index} are already in that state"
+        bitmaps[group_index] ^= bits
+        return bits.bit_count() if present else -bits.bit_count()
 
     def is_busy(self, block_index: int, count: int) -> bool:
         """Tell whether any of these blocks, at most a group's worth of them, is given out."""

@@ -181,10 +181,11 @@ class Store(Memory):
 
     @property
     def wants_checkpoint(self) -> bool:
-        """Whether journal or memory have grown enough for a checkpoint."""
+        """Whether journal, memory or what waits to be free have grown enough for a checkpoint."""
         return (
             self.journal.used_bytes * 2 > self.superblock.journal_bytes
             or self.log.overlay_pages > self.options.overlay_pages
+            or self.freed_bytes >= self.space.extend_bytes
         )
 
     @property

@@ -35,8 +35,8 @@ CORE: Final = (
         "punched-while-in-use",
         "I1",
         "incfs/reuse.py",
-        "            self._volumes[storage_id].set_busy(block_index, count, busy=True)\n            for group_index",
-        "            assert storage_id, (block_index, count)\n            for group_index",
+        "            self._volumes[storage_id].set_busy(group_index, bits, busy=True)\n",
+        "",
         "tests/unit/test_pool.py::test_whole_chunks_go_back_to_the_host",
     ),
     Breakage(
