@@ -4,6 +4,7 @@ Owns nothing but references to the parts of an open pool; the trio thread.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -11,7 +12,7 @@ import trio
 from incfs import baseline, clone, holds, rollback, snapshot, volume
 from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
 from incfs.driver import Driver
-from incfs.errors import Busy
+from incfs.errors import Busy, ImageMismatch, UsageError
 from incfs.model import Generation, MapId, Snapshot, Volume, VolumeId, map_id
 from incfs.reclaimer import Reclaimer
 from incfs.store import Store
@@ -47,6 +48,56 @@ class Branches:
         )
         await self._committer.commit()
         return made
+
+    async def verify_baseline(
+        self, volume_id: VolumeId, progress: Callable[[int, int], None], *, record: bool = False
+    ) -> baseline.BaselineFacts:
+        """Read a volume's baseline to its end, and compare its content with the digest that was recorded.
+
+        A content that is another one is remembered: what is inherited from it fails until it is found as it was.
+
+        Args:
+            volume_id: The volume.
+            progress: Called with bytes done and in all; from a worker thread.
+            record: Record the digest if there is none yet.
+
+        Raises:
+            UsageError: There is no baseline, or no digest.
+            ImageMismatch: It was changed.
+        """
+        facts = self._baseline_of(volume_id)
+        if not (facts.digest or record):
+            raise UsageError(f"no digest of {facts.path} was recorded; --record does, of the content that it has now")
+
+        def report(done: int, total: int) -> None:
+            trio.from_thread.check_cancelled()
+            progress(done, total)
+
+        found = await offload(lambda: baseline.content_digest(facts, report))
+        facts = self._baseline_of(volume_id)
+        try:
+            baseline.require_digest(facts, found)
+        except ImageMismatch as error:
+            self._store.events.record(
+                "baseline-changed", f"volume {self._store.catalog.volume(volume_id).name}", str(error)
+            )
+            await self._put_baseline(volume_id, replace(facts, is_changed=True))
+            raise
+        facts = replace(facts, digest=found, is_changed=False)
+        await self._put_baseline(volume_id, facts)
+        return facts
+
+    def _baseline_of(self, volume_id: VolumeId) -> baseline.BaselineFacts:
+        volume = self._store.catalog.volume(volume_id)
+        if not volume.baseline:
+            raise UsageError(f"volume {volume.name} lies over no raw image", volume=volume.name)
+        return baseline.BaselineFacts.decode(volume.baseline)
+
+    async def _put_baseline(self, volume_id: VolumeId, facts: baseline.BaselineFacts) -> None:
+        if self._baseline_of(volume_id) != facts:
+            self._store.begin_change()
+            self._store.change(replace(self._store.catalog.volume(volume_id), baseline=facts.encode()))
+            await self._committer.commit()
 
     async def flatten(self, volume_id: VolumeId, progress: Callable[[int, int], None]) -> Volume:
         """Copy what a clone inherits, and cut its origin.  May be cancelled, and done again: it goes on.

@@ -46,6 +46,7 @@ def volume_document(service: "Service", volume: Volume) -> Document:
         "is_replica": volume.is_replica,
         "is_receiving": bool(volume.receive_lead),
         "origin": origin_name(service, volume),
+        "origin_digest": volume.baseline.get("digest"),
         "flattened": not volume.origin or volume.flat_generation is not None,
         "stripe_columns": list(volume.stripe_row.columns) if volume.stripe_row else [],
         "stripe_unit_bytes": volume.stripe_row.unit_blocks * block_bytes if volume.stripe_row else None,

@@ -175,7 +175,7 @@ class Memory:
             self.baselines.need(record.baseline)
         if isinstance(record, Storage) and record.id in self.pool.volumes:
             self.pool.renew(record)
-        if isinstance(record, Volume) and before is not None and record.origin != before.origin:
+        if isinstance(record, Volume) and before is not None and _reads_otherwise(record, before):
             for table in self.catalog.readers(record.id):  # what they have of the origin is loaded as their own now
                 self.plane.evict(table)
         if isinstance(record, Volume) and record.stripes != (before.stripes if before is not None else ()):
@@ -411,3 +411,8 @@ class Memory:
     def freed_bytes(self) -> int:
         """Space that the next checkpoint makes free."""
         return self.pool.freed_blocks * self.block_bytes
+
+
+def _reads_otherwise(record: Volume, before: Volume) -> bool:
+    """Whether what a volume inherits is another origin's, or is looked at with other eyes."""
+    return (record.origin, record.baseline) != (before.origin, before.baseline)

@@ -57,8 +57,12 @@ async def import_new(
         source.close()
 
 
-async def create_on_baseline(service: "Service", name: str, path: Path) -> Volume:
+async def create_on_baseline(
+    service: "Service", name: str, path: Path, progress: Progress, *, digest: bool = False
+) -> Volume:
     """Make a volume over a raw image or block device, which stays where it is and is only read.
+
+    With ``digest`` it is read once, so that a change that size and time do not show can be found later.
 
     A last part that is no whole block is copied into the volume.
 
@@ -79,6 +83,10 @@ async def create_on_baseline(service: "Service", name: str, path: Path) -> Volum
         whole = volume.size_bytes - volume.size_bytes % service.block_bytes
         tail = await offload(lambda: _read_tail(path, whole, volume.size_bytes))
         await service.write(volume.map_id, whole, tail)
+        if digest:
+            await service.branches.verify_baseline(
+                volume.id, lambda done, total: progress(done, total, "bytes"), record=True
+            )
         return await service.rename_volume(volume.id, name)
     except BaseException:
         with trio.CancelScope(shield=True):

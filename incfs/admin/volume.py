@@ -26,23 +26,43 @@ async def volume_create(
     name: str,
     size_bytes: int | None = None,
     origin: str | None = None,
+    digest: bool = False,
     stripe_columns: int | None = None,
     stripe_unit_bytes: int = DEFAULT_STRIPE_UNIT_BYTES,
+    progress: Progress,
 ) -> Document:
     """Create an empty volume, or one over a raw image, perhaps striped over storage volumes."""
     if (size_bytes is None) == (origin is None):
         raise UsageError("a new volume has either a size or an origin, whose size it gets")
+    if digest and origin is None:
+        raise UsageError("a digest is of an origin; name one")
     if stripe_columns is not None:
         service.upkeep.require_columns(stripe_columns, stripe_unit_bytes)
     if origin is not None:
         from incfs.rawimport import create_on_baseline  # late: an online command does not need the core
 
-        volume = await create_on_baseline(service, name, raw_path(service, origin))
+        volume = await create_on_baseline(service, name, raw_path(service, origin), progress, digest=digest)
     else:
         volume = await service.create_volume(name, size_bytes or 0)
     if stripe_columns is not None:
         volume = await service.upkeep.stripe(volume.id, columns=stripe_columns, unit_bytes=stripe_unit_bytes)
     return {"volume": volume_document(service, volume)}
+
+
+async def volume_verify(service: "Service", *, volume: str, record: bool = False, progress: Progress) -> Document:
+    """Compare the content of the raw image that a volume lies over with the digest that was recorded."""
+    found = find_volume(service, volume)
+    facts = await service.branches.verify_baseline(
+        found.id, lambda done, total: progress(done, total, "bytes"), record=record
+    )
+    return {
+        "verified": {
+            "volume": found.name,
+            "origin": str(facts.path),
+            "size_bytes": facts.size_bytes,
+            "digest": facts.digest,
+        }
+    }
 
 
 async def volume_list(service: "Service") -> Document:
@@ -208,6 +228,7 @@ VERBS: Final = {
     "volume.restripe": Verb(volume_restripe, is_read_only=False, can_stop=True),
     "volume.migrate": Verb(volume_migrate, is_read_only=False, can_stop=True),
     "volume.create": Verb(volume_create, is_read_only=False),
+    "volume.verify": Verb(volume_verify, is_read_only=False, can_stop=True),
     "volume.list": Verb(volume_list, is_read_only=True),
     "volume.show": Verb(volume_show, is_read_only=True),
     "volume.resize": Verb(volume_resize, is_read_only=False),

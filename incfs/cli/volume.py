@@ -1,4 +1,4 @@
-"""``incfs volume``: create, list, show, resize, rename, clone, rollback, remove, map."""
+"""``incfs volume``: create, verify, list, show, resize, rename, clone, rollback, remove, map."""
 
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -35,6 +35,9 @@ def create(
         Path | None,
         typer.Option("--origin", metavar="FILE", help="Lie over this raw image or block device, which is only read."),
     ] = None,
+    digest: Annotated[
+        bool, typer.Option("--digest", help="Read FILE once and record a digest, for `volume verify`.")
+    ] = False,
     stripe_columns: StripeColumns = None,
     stripe_unit: StripeUnit = None,
     as_json: Json = False,
@@ -44,7 +47,20 @@ def create(
         raise UsageError("say how large the volume is to be, or what it lies over (--origin FILE)")
     striping = _striping(stripe_columns, stripe_unit)
     below = None if origin is None else str(origin.absolute())
-    _report(call(context, "volume.create", name=name, size_bytes=size, origin=below, **striping), as_json)
+    arguments = {"size_bytes": size, "origin": below, "digest": digest, **striping}
+    _report(call(context, "volume.create", name=name, **arguments), as_json)
+
+
+@verb(app, "verify")
+def verify(
+    context: typer.Context,
+    volume: Volume,
+    *,
+    record: Annotated[bool, typer.Option("--record", help="Record the digest if there is none yet.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the raw image that a volume lies over with the digest that was recorded; exit 4 if it was changed."""
+    output.print_facts(call(context, "volume.verify", volume=volume, record=record), "verified", as_json=as_json)
 
 
 def _striping(columns: int | None, unit_bytes: int | None) -> dict[str, int]:

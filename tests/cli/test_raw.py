@@ -125,6 +125,61 @@ def test_a_volume_over_an_image_in_place(cli: Cli, tmp_path: Path) -> None:
     cli.fails(2, "volume", "create", "x", "1M", "--origin", source)
 
 
+def test_the_content_of_an_image_in_place_is_proved_on_demand(cli: Cli, tmp_path: Path) -> None:
+    source, target = tmp_path / "base.img", tmp_path / "out.img"
+    data = sparse_image(source)
+    made = cli.json("volume", "create", "db", "--origin", source, "--digest")["volume"]
+    verified = cli.json("volume", "verify", "db")["verified"]
+    assert verified["digest"] == made["origin_digest"]
+    # The digest is of the content: where there are holes in the file does not matter.
+    cli.ok("volume", "create", "same", "--origin", filled(tmp_path / "filled.img", data), "--digest")
+    assert cli.json("volume", "verify", "same")["verified"]["digest"] == made["origin_digest"]
+    stamp = source.stat()
+    overwrite(source, 5000, b"changed", stamp)
+    error = cli.fails(4, "volume", "verify", "db")
+    assert "was changed since" in error
+    assert made["origin_digest"] in error
+    assert "was changed since" in cli.fails(4, "export", "db", target)
+    assert "baseline-changed" in cli.ok("events")
+    overwrite(source, 5000, data[5000:5007], stamp)
+    assert "was changed since" in cli.fails(4, "export", "db", target, "--force")
+    cli.ok("volume", "verify", "db")
+    cli.ok("export", "db", target, "--force")
+    assert target.read_bytes() == data
+    assert cli.ok("pool", "check", "--data").startswith("clean")
+
+
+def filled(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def overwrite(path: Path, offset: int, data: bytes, stamp: os.stat_result) -> None:
+    """Change a file so that its size and time do not show it."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+
+def test_digests_that_were_not_recorded(cli: Cli, tmp_path: Path) -> None:
+    source = tmp_path / "base.img"
+    sparse_image(source)
+    cli.ok("volume", "create", "plain", "1M")
+    assert "no raw image" in cli.fails(2, "volume", "verify", "plain")
+    cli.fails(2, "volume", "create", "x", "1M", "--digest")
+    cli.ok("volume", "create", "db", "--origin", source)
+    assert "--record" in cli.fails(2, "volume", "verify", "db")
+    recorded = cli.json("volume", "verify", "db", "--record")["verified"]["digest"]
+    assert cli.json("volume", "show", "db")["volume"]["origin_digest"] == recorded
+    # What was recorded is not replaced by what is found later.
+    overwrite(source, 0, b"changed", source.stat())
+    cli.fails(4, "volume", "verify", "db", "--record")
+    assert cli.json("volume", "show", "db")["volume"]["origin_digest"] == recorded
+    source.unlink()
+    assert "cannot be read" in cli.fails(4, "volume", "verify", "db")
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "[1]", "{}", '{"ranges": 5}', '[{"offset": -1, "length": 1}]', '[{"offset": 0, "length": 101}]', "[" * 9999],

@@ -143,6 +143,8 @@ def replicas(**values: Any) -> dict[str, str]:
     return {"r": json.dumps(REPLICA | values)}
 
 
+BASELINE = {"id": 5, "path": "/x", "size_bytes": 1, "modified_ns": 1}
+
 EVIL: list[tuple[str, Callable[[dict[str, Any]], None], type[IncfsError]]] = [
     ("volume", lambda d: change(d, name="../x"), FormatError),
     ("volume", lambda d: change(d, size_bytes=1 << 70), FormatError),
@@ -165,6 +167,9 @@ EVIL: list[tuple[str, Callable[[dict[str, Any]], None], type[IncfsError]]] = [
         FormatError,
     ),
     ("volume", lambda d: change(d, baseline={"id": 5}), FormatError),
+    ("volume", lambda d: change(d, origin=5, baseline=BASELINE | {"digest": "x"}), FormatError),
+    ("volume", lambda d: change(d, origin=5, baseline=BASELINE | {"digest": 5}), FormatError),
+    ("volume", lambda d: change(d, origin=5, baseline=BASELINE | {"is_changed": 1}), FormatError),
     ("volume", lambda d: change(d, rollback_to=1), FormatError),
     ("volume", lambda d: change(d, flat_generation=1 << 33), FormatError),
     ("volume", lambda d: change(d, trim_from_bytes=-1), FormatError),
