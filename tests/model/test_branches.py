@@ -65,6 +65,13 @@ def test_a_clone_that_grows_beyond_its_origin_reads_zeros_there(pool_home: Path)
         assert pools.read(store, made.map_id) == b"x" * 100 + bytes(49_900)
 
 
+def test_a_clone_has_the_size_of_its_origin(pool_home: Path) -> None:
+    with pools.open_tiny(pools.make_pool(pool_home)) as store:
+        volume, taken = origin_with(store, b"x" * 10_000)
+        pools.resize(store, volume.id, taken.size_bytes + 5000)
+        assert clones.create(store, taken, "c").size_bytes == taken.size_bytes
+
+
 def test_what_a_clone_gave_up_does_not_come_back_when_it_grows(pool_home: Path) -> None:
     with pools.open_tiny(pools.make_pool(pool_home)) as store:
         _, taken = origin_with(store, b"x" * 70_000)
@@ -196,6 +203,20 @@ def test_a_crash_in_the_middle_of_unrolling_goes_on(pool_home: Path) -> None:
         if volumes.reclaim(store, volume.id, 1):
             break
         store.commit()
+    pools.check_clean(store)
+    store.close()
+
+
+def test_unrolling_goes_back_to_the_oldest_and_to_the_last_page(pool_home: Path) -> None:
+    """Page by page in the background: nobody reads or writes meanwhile, which would unroll them, too."""
+    store = pools.open_tiny(pools.make_pool(pool_home))
+    volume, expected = rolled_back(store)
+    while not volumes.reclaim(store, volume.id, 1):
+        store.commit()
+    store.commit()
+    store = pools.crash(store)
+    assert not store.catalog.volume(volume.id).rollback_to
+    assert pools.read(store, volume.map_id) == expected
     pools.check_clean(store)
     store.close()
 

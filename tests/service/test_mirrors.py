@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from incfs import restore
-from incfs.errors import ImageMismatch, UsageError
+from incfs.errors import ChecksumMismatch, ImageMismatch, UsageError
 from incfs.model import StorageId
 from incfs.planes import HAS_NATIVE, PlaneKind
 from incfs.service import Service, open_service
@@ -145,6 +145,21 @@ async def test_a_leg_that_was_away_gets_what_it_lacks_and_no_more(pool_home: Pat
     async with opened(pool_home, plane) as service:
         assert leg_states(service) == ["online", "online"]
         assert (await service.inspection.check(data=True)).is_clean
+
+
+async def test_a_resilver_says_what_nobody_has_right(pool_home: Path, plane: PlaneKind) -> None:
+    async with opened(pool_home, plane) as service:
+        volume = await service.create_volume("db", 1 << 20)
+    (pool_home / "b.img").rename(pool_home / "away")
+    async with opened(pool_home, plane) as service:
+        await service.write(volume.map_id, 0, noise(100))
+        await service.checkpoint()
+        (pool_home / "away").rename(pool_home / "b.img")
+        spoil(pool_home / "a.img", list(range(7, 9)))
+        report = await service.upkeep.mirrors.resilver(TWO, rate_bytes=None, progress=quiet)
+        assert report.lost_blocks == 2
+        with pytest.raises(ChecksumMismatch):
+            await service.read(volume.map_id, 0, 100 * BLOCK)
 
 
 async def test_a_stale_leg_alone_is_refused(pool_home: Path, plane: PlaneKind) -> None:

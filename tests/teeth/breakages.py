@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from tests.teeth.breakage import Breakage
 from tests.teeth.core import CORE
+from tests.teeth.domain import DOMAIN
 from tests.teeth.durability import DURABILITY
 from tests.teeth.native import NATIVE
 from tests.teeth.policy import POLICY
 from tests.teeth.shell import SHELL
 
-BREAKAGES: Sequence[Breakage] = (*DURABILITY, *CORE, *NATIVE, *SHELL, *POLICY)
+BREAKAGES: Sequence[Breakage] = (*DURABILITY, *CORE, *DOMAIN, *NATIVE, *SHELL, *POLICY)

@@ -8,7 +8,7 @@ pytest.importorskip("incfs._dataplane")
 
 from dataclasses import replace
 
-from incfs import ranges, snapshot, volume
+from incfs import ranges, rollback, snapshot, volume
 from incfs.changes import decode_body, map_runs
 from incfs.dataplane import LeaseExhausted
 from incfs.errors import BackingError, PoolReadOnly
@@ -138,6 +138,28 @@ def test_nothing_overtakes_a_change_that_waits(pool):
     store.abandon()
 
 
+def test_nothing_overtakes_a_page_that_a_rollback_unrolls(pool):
+    """The page is loaded, without any change of records: what is written to it would be unrolled after a crash."""
+    store = opened(pool)
+    (table,) = new_volumes(store, "v")
+    volume_id = store.catalog.volume_named("v").id
+    fill(store, table, 0, b"1" * BLOCK)
+    snapshot.create(store, [(volume_id, "s")])
+    fill(store, table, 0, b"2" * BLOCK)
+    store.commit()
+    rollback.roll_back(store, volume_id, "s")
+    lease(store, table)
+    store.commit()
+    store.lend_journal()
+    fill(store, table, 0, b"3" * BLOCK)
+    if not store.plane._sync(table):
+        store.commit()
+    store = crash(store)
+    assert pools.read(store, table, 0, BLOCK) == b"3" * BLOCK
+    pools.check_clean(store)
+    store.abandon()
+
+
 def test_a_page_evicted_after_its_sync_is_loaded_as_it_was(pool):
     """The log had not heard of the commit yet, so the page came back with the mappings before it."""
     store = opened(pool)
@@ -196,13 +218,34 @@ def test_a_full_segment_is_left_to_python(pool):
     store.abandon()
 
 
-def test_a_failed_flush_is_told_and_the_pool_becomes_read_only(pool):
-    """I10: nobody hears "durable", nothing is tried again."""
+def test_records_made_while_a_checkpoint_ends_say_what_the_tables_contain(pool):
+    """Without that, tables from before the checkpoint would be taken for those that go with the record."""
+    store = opened(pool)
+    (table,) = new_volumes(store, "v")
+    checkpoint = store.begin_checkpoint(7)
+    checkpoint.run_commit()
+    store.end_checkpoint_commit(checkpoint)
+    store.lend_journal()
+    folded = []
+    for number in range(2):
+        fill(store, table, number, b"x" * BLOCK)
+        assert store.plane._sync(table)
+        folded.append(decode_body(list(store.journal.records())[-1].body).folded_sequence)
+        if not number:
+            checkpoint.run_fold()
+            store.end_checkpoint(checkpoint)
+    assert folded[0] < folded[1] == checkpoint.sequence
+    store.abandon()
+
+
+@pytest.mark.parametrize("device", ["/dev/full", "/dev/null"])
+def test_a_failed_flush_is_told_and_the_pool_becomes_read_only(pool, device):
+    """I10: nobody hears "durable", nothing is tried again.  One refuses the record, the other only to flush it."""
     store = opened(pool)
     (table,) = new_volumes(store, "v")
     fill(store, table, 0, b"1" * BLOCK)
     assert store.plane._sync(table)
-    full = os.open("/dev/full", os.O_RDWR)
+    full = os.open(device, os.O_RDWR)
     lent = store.journal._file(store.journal.segment.number)
     saved = os.dup(lent.fileno())
     os.dup2(full, lent.fileno())

@@ -1,6 +1,7 @@
 """Stripe maps: where new blocks go, and that old ones stay."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -11,15 +12,17 @@ from incfs.blocks import split_address
 from incfs.errors import StorageNotFound, UsageError
 from incfs.extents import page_entries
 from incfs.model import HOLE, StorageId, Volume
+from incfs.planes import HAS_NATIVE
 from incfs.store import Store
 from tests.support import pools
 
 BLOCK = pools.BLOCK
 
 
-@pytest.fixture
-def store(pool_home: Path) -> Iterator[Store]:
-    opened = pools.open_tiny(pools.make_pool(pool_home, storages=3))
+@pytest.fixture(params=["python", pytest.param("native", marks=pytest.mark.skipif(not HAS_NATIVE, reason="no C"))])
+def store(request: pytest.FixtureRequest, pool_home: Path) -> Iterator[Store]:
+    options = replace(pools.tiny_options(), data_plane=request.param)
+    opened = pools.open_tiny(pools.make_pool(pool_home, storages=3), options)
     yield opened
     opened.abandon()
 
