@@ -87,7 +87,8 @@ kill-long: setup system-test sweep ## end the daemon, or cut the power under it,
 	INCFS_KILL_ROUNDS=$(KILL_ROUNDS) INCFS_CUT_STATES=$(KILL_ROUNDS) INCFS_CUT_CLONES=$$(($(KILL_ROUNDS) / 50 + 1)) \
 	    $(BIN)/python -m pytest -rP -o timeout=7200 tests/system/test_kill.py tests/system/test_failpoints.py \
 	    tests/system/test_signals.py tests/system/test_out_of_memory.py tests/system/test_restart.py \
-	    tests/system/test_below_process.py tests/system/test_power_loss.py $(PYTEST_ARGS)
+	    tests/system/test_below_process.py tests/system/test_power_loss.py \
+	    tests/system/test_disk_faults.py $(PYTEST_ARGS)
 
 demo: setup system-demo ## the main job on this machine's own files: examples/quickstart.sh
 	examples/quickstart.sh

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgpack
 import trio
@@ -34,6 +34,13 @@ from tests.support.cli import environment
 from tests.support.recording import Event
 
 _COUNT = struct.Struct("<Q")
+
+
+class Notes(Protocol):
+    """What becomes of events."""
+
+    def add(self, kind: str, name: str, offset: int = 0, length: int = 0, data: bytes = b"") -> None:
+        """Take one."""
 
 
 class _Recorder:
@@ -83,7 +90,7 @@ class Operations(pyfuse3.Operations):
 
     supports_dot_lookup = True
 
-    def __init__(self, root: Path, recorder: _Recorder) -> None:
+    def __init__(self, root: Path, recorder: Notes) -> None:
         super().__init__()
         self._root, self._recorder = root, recorder
         self._paths: dict[int, Path] = {pyfuse3.ROOT_INODE: root}
@@ -230,36 +237,35 @@ class Operations(pyfuse3.Operations):
         return data
 
 
-async def _serve(operations: Operations) -> None:
+async def _serve(operations: Operations, tasks: int) -> None:
     async with trio.open_nursery() as nursery:
         fusext.start(nursery, operations)
         print("ready", flush=True)
-        await pyfuse3.main(min_tasks=1, max_tasks=1)
+        await pyfuse3.main(min_tasks=1, max_tasks=tasks)
         nursery.cancel_scope.cancel()
 
 
-def main(directory: str, mountpoint: str, record: str) -> None:
-    """Serve until unmounted."""
+def serve(operations: Operations, mountpoint: str, tasks: int = 1) -> None:
+    """Serve until unmounted, so many requests at a time."""
     fusext.install()
-    operations = Operations(Path(directory), _Recorder(Path(record)))
     pyfuse3.init(operations, mountpoint, {"fsname=incfs-recording", "allow_other", "default_permissions"})
     try:
-        trio.run(_serve, operations)
+        trio.run(_serve, operations, tasks)
     finally:
         fusext.stop()
         pyfuse3.close(unmount=False)
 
 
 @contextmanager
-def recording(directory: Path, mountpoint: Path, record: Path) -> Iterator[Record]:
-    """Have the directory's files at the mount point, and a record of what is done to them."""
+def served(module: str, directory: Path, mountpoint: Path, shared: Path) -> Iterator[None]:
+    """Have the directory's files at the mount point, served by a module of the tests that gets these three paths."""
     mountpoint.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "tests.support.recording_fs", str(directory), str(mountpoint), str(record)]
+    command = [sys.executable, "-m", module, str(directory), str(mountpoint), str(shared)]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
     assert process.stdout is not None
     try:
         assert process.stdout.readline() == b"ready\n", "the filesystem does not start"
-        yield Record(record, directory)
+        yield
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -267,5 +273,12 @@ def recording(directory: Path, mountpoint: Path, record: Path) -> Iterator[Recor
         subprocess.run(["umount", "--lazy", mountpoint], check=True)
 
 
+@contextmanager
+def recording(directory: Path, mountpoint: Path, record: Path) -> Iterator[Record]:
+    """Have the directory's files at the mount point, and a record of what is done to them."""
+    with served(__spec__.name, directory, mountpoint, record):
+        yield Record(record, directory)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve(Operations(Path(sys.argv[1]), _Recorder(Path(sys.argv[3]))), sys.argv[2])
