@@ -134,6 +134,25 @@ class File:
             "punch a hole in", _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset_bytes, length_bytes
         )
 
+    def data_ranges(self, offset_bytes: int, length_bytes: int) -> list[tuple[int, int]]:
+        """List (offset, length) of what was written in a range and not punched since; reserved space is not in it.
+
+        A host that cannot tell calls all of it data.
+        """
+        found: list[tuple[int, int]] = []
+        end = offset_bytes + length_bytes
+        while offset_bytes < end:
+            try:
+                start = os.lseek(self._fd, offset_bytes, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    break  # nothing but holes up to the end
+                raise translate(error, self.path, "examine") from error
+            offset_bytes = min(end, self._call("examine", os.lseek, self._fd, start, os.SEEK_HOLE))
+            if start < end:
+                found.append((start, offset_bytes - start))
+        return found
+
     def length_bytes(self) -> int:
         """Tell the file's length."""
         return int(self._call("examine", os.fstat, self._fd).st_size)

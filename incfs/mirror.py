@@ -123,6 +123,10 @@ class MirroredFile(File):
         """Give a range of every leg back to its host."""
         return all(self._write(lambda leg: leg.punch(offset_bytes, length_bytes)))
 
+    def data_ranges(self, offset_bytes: int, length_bytes: int) -> list[tuple[int, int]]:
+        """List what is data on any leg; ranges may overlap."""
+        return [found for _, leg in self.written_legs() for found in leg.data_ranges(offset_bytes, length_bytes)]
+
     def length_bytes(self) -> int:
         """Tell the length of the shortest sound leg."""
         return min(leg.length_bytes() for _, leg in self.sound_legs())

@@ -56,7 +56,7 @@ class Reuse:
         self.quarantine: list[int] = []
         """Freed blocks that wait for that."""
         self._leftovers: dict[tuple[StorageId, int], int] = {}
-        """Group -> freed blocks whose host space was not given back with a whole chunk."""
+        """Group -> freed blocks whose host space was not given back with a whole chunk, or before a crash."""
 
     def plan(self, freed: list[int]) -> PunchPlan:
         """End a checkpoint: make its freed blocks free, but for whole chunks to punch first.
@@ -82,6 +82,22 @@ class Reuse:
             self._volumes[storage_id].set_busy(group_index, bits, busy=True)
             self._leftovers[storage_id, group_index] = self._leftovers.get((storage_id, group_index), 0) & ~bits
         return PunchPlan(tuple(held))
+
+    def note_written(self, storage_id: StorageId, group_index: int, bits: int) -> bool:
+        """Remember free blocks that the host still keeps data of: whoever freed them was cut off; False for none.
+
+        Args:
+            storage_id: Where.
+            group_index: The group.
+            bits: Its blocks that the host has data of, by a look a moment ago.
+        """
+        volume = self._volumes.get(storage_id)
+        free = bits & ~volume.busy[group_index] if volume is not None and group_index < len(volume.busy) else 0
+        if free and self._block_bytes < HOST_BLOCK_BYTES:  # by less than a block of the host's nothing is won
+            free = self._free_chunks(storage_id, group_index, free)
+        if free:
+            self._leftovers[storage_id, group_index] = self._leftovers.get((storage_id, group_index), 0) | free
+        return bool(free)
 
     def plan_leftovers(self, limit: int) -> PunchPlan:
         """Choose up to ``limit`` runs of blocks that were freed one by one and are still free, to be punched too."""

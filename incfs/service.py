@@ -397,6 +397,7 @@ class Service:
             nursery.start_soon(self._trim_interrupted)
             nursery.start_soon(self._attend)
             nursery.start_soon(self._keeper.run)
+            nursery.start_soon(self._keeper.survey)
 
     async def _attend(self) -> None:
         """Do what the data plane's own threads need of the owner thread."""

@@ -253,6 +253,22 @@ class StorageVolume:
         self.grown_blocks += block_count
         self.measure_host()
 
+    @property
+    def group_count(self) -> int:
+        """How many groups the image has grown into."""
+        return -(-self.grown_blocks // groups.GROUP_BLOCKS)
+
+    def written_blocks(self, group_index: int) -> int:
+        """Ask the host which blocks of a group hold data of now or before: a bit set.  Any thread."""
+        first, size = group_start(group_index), self._block_bytes
+        count = min(groups.GROUP_BLOCKS, self.grown_blocks - first)
+        bits = 0
+        for offset_bytes, length_bytes in self.file.data_ranges(self._offset(first), count * size):
+            start = (offset_bytes - self._offset(first)) // size
+            end = -(-(offset_bytes + length_bytes - self._offset(first)) // size)
+            bits |= bit_mask(start, min(end, count) - start)
+        return bits
+
     def punch(self, block_index: int, count: int) -> None:
         """Give the host space of free blocks back.  Any thread."""
         self.file.punch(self._offset(block_index), count * self._block_bytes)

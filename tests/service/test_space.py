@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import trio
 
+from incfs import removal
 from incfs.errors import NoSpace, QuotaExceeded
-from incfs.model import Volume
+from incfs.model import StorageId, Volume
 from incfs.service import Service, open_service
 from incfs.settings import Amount, PoolSettings, VolumeSettings, by_name
 from tests.support import pools
@@ -161,3 +162,36 @@ async def test_a_reservation_is_kept_for_its_volume(pool_home: Path) -> None:
         for block in range(100):
             await service.write(db.map_id, block * BLOCK, noise(1, seed=block + 1))
         service.apply_settings(replace(settings, low_water=Amount(fixed_bytes=0)))
+
+
+@pytest.mark.parametrize("piece", [1, 64], ids=["single-blocks", "whole-chunks"])
+async def test_what_a_crash_kept_from_being_punched_goes_back_to_the_host(pool_home: Path, piece: int) -> None:
+    """A snapshot is removed, the checkpoint that frees its blocks is durable, and the daemon dies."""
+    home = pools.make_pool(pool_home, block_bytes=4096)
+    store = pools.open_tiny(home)
+    volume = pools.new_volume(store, "db")
+    pools.write(store, volume.map_id, 0, Random(1).randbytes(512 * 4096))
+    pools.take_snapshots(store, [(volume.id, "s")])
+    for first in range(0, 512, 2 * piece):
+        pools.write(store, volume.map_id, first * 4096, Random(first).randbytes(piece * 4096))
+    store.checkpoint()
+    removal.remove(store, store.catalog.snapshots(volume.id))
+    pools.reclaim(store)
+    checkpoint = store.begin_checkpoint(1)
+    checkpoint.run_commit()
+    store.end_checkpoint_commit(checkpoint)
+    checkpoint.run_fold()
+    path = store.pool.volumes[StorageId(1)].path
+    store.abandon()
+    before = path.stat().st_blocks * 512
+    async with open_service(home, pools.tiny_options()) as service:
+        with trio.fail_after(10):
+            while before - path.stat().st_blocks * 512 < 250 * 4096:
+                await trio.sleep(0.005)
+        content = bytearray(Random(1).randbytes(512 * 4096))
+        for first in range(0, 512, 2 * piece):
+            content[first * 4096 : (first + piece) * 4096] = Random(first).randbytes(piece * 4096)
+        assert await service.read(volume.map_id, 0, len(content)) == bytes(content)
+        assert (await service.inspection.check(data=True)).is_clean
+        await service.write(volume.map_id, 0, bytes(content))  # what was punched can be used
+        assert await service.read(volume.map_id, 0, len(content)) == bytes(content)

@@ -51,3 +51,16 @@ def test_a_symlink_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "image").symlink_to(tmp_path / "secret")
     with pytest.raises(BackingError):
         Backing().open(tmp_path / "image")
+
+
+def test_data_is_told_from_what_is_only_reserved_and_from_what_was_punched(tmp_path: Path) -> None:
+    file = Backing().create(tmp_path / "image")
+    file.allocate(0, 16 * 65536)
+    assert file.data_ranges(0, 16 * 65536) == []
+    file.pwrite(2 * 65536, b"x" * 3 * 65536)
+    file.pwrite(15 * 65536, b"x" * 65536)
+    file.punch(3 * 65536, 65536)
+    assert file.data_ranges(0, 16 * 65536) == [(2 * 65536, 65536), (4 * 65536, 65536), (15 * 65536, 65536)]
+    assert file.data_ranges(4 * 65536 + 4096, 4096) == [(4 * 65536 + 4096, 4096)]
+    assert file.data_ranges(5 * 65536, 65536) == []
+    file.close()
