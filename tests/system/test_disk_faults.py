@@ -237,7 +237,7 @@ class Rig:
             assert not work.refusals
             self.counts["fsyncs past Python"] += target.call("pool.activity")["activity"]["data_plane"]["syncs"]
         if fault is None or fault.action != "read":
-            assert work.read_all() == work.states[-1] or (self.cache != "none" and work.refusals), "wrong data"
+            assert work.read_all() == work.states[-1] or (self.cache != "none" and self.switch.met), "wrong data"
         target.signal(signal.SIGTERM)
         target.wait_for_end()
 
@@ -250,7 +250,7 @@ class Rig:
         target.mount()
         found = work.read_all()
         allowed = work.states[work.acknowledged :] if has_failed else work.states[-1 - work.is_unknown :]
-        if self.cache == "none" or not work.refusals:
+        if self.cache == "none" or not self.switch.met:
             assert found in allowed, difference(found, allowed, work)
         else:
             assert is_made_of(found, work.states[work.acknowledged :]), "a block is of another time"

@@ -310,7 +310,7 @@ DOMAIN: Final = (
         "what-a-stale-leg-lacks-not-noted",
         "I4",
         "incfs/pool.py",
-        "            self.volumes[storage_id].note_live(group_index, member_bits(members))\n",
+        "            self.volumes[storage_id].note_live(group_index, bits)\n",
         "",
         f"{_MIRRORS}test_a_leg_that_was_away_gets_what_it_lacks_and_no_more",
     ),
