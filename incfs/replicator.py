@@ -41,6 +41,7 @@ from incfs.replication import (
 )
 from incfs.sender import SendPlan
 from incfs.stream.encoder import DEFAULT_LEVEL
+from incfs.transport import Progress, unwatched
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -127,7 +128,9 @@ def target_facts(service: "Service", names: Sequence[str]) -> list[dict[str, Any
     return found
 
 
-async def run(service: "Service", name: str, *, rate_bytes: int | None = None) -> dict[str, Any]:
+async def run(
+    service: "Service", name: str, *, rate_bytes: int | None = None, progress: Progress = unwatched
+) -> dict[str, Any]:
     """Bring one replica up to date.
 
     Durability: what the target acknowledged is durable there.
@@ -138,7 +141,7 @@ async def run(service: "Service", name: str, *, rate_bytes: int | None = None) -
     """
     keeper, config = find_replica(service, name)
     try:
-        sent_bytes, plan = await _Run(service, config, rate_bytes).go()
+        sent_bytes, plan = await _Run(service, config, rate_bytes, progress).go()
     except IncfsError as error:
         await _keep(service, keeper, replace(config, last_error=str(error)))
         raise
@@ -151,8 +154,9 @@ async def run(service: "Service", name: str, *, rate_bytes: int | None = None) -
 class _Run:
     """One run of one replica."""
 
-    def __init__(self, service: "Service", config: ReplicaConfig, rate_bytes: int | None) -> None:
+    def __init__(self, service: "Service", config: ReplicaConfig, rate_bytes: int | None, progress: Progress) -> None:
         self._service = service
+        self._progress = progress
         self._config = config
         self._rate_bytes = rate_bytes
         self._ssh = shlex.split(os.environ.get(SSH_VARIABLE, "ssh"))
@@ -207,7 +211,7 @@ class _Run:
             sent = None
             with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # its own words follow
                 sent = await self._service.transfers.send(
-                    plan, process.put, level=DEFAULT_LEVEL, rate_bytes=self._rate_bytes
+                    plan, process.put, level=DEFAULT_LEVEL, rate_bytes=self._rate_bytes, progress=self._progress
                 )
             await process.finish(self._config.name)
         if sent is None:

@@ -25,7 +25,7 @@ from incfs.store import Store
 from incfs.stream.encoder import StreamEncoder
 from incfs.stream.ranges import RangeJoiner
 from incfs.stream.reader import StreamReader
-from incfs.stream.records import Link, Range, Record, StreamBegin, Write, Zero
+from incfs.stream.records import Link, Range, Record, SnapBegin, SnapEnd, StreamBegin, Write, Zero
 from incfs.stream.token import decode_token, encode_token
 from incfs.transfers import receiving, require_not_receiving
 
@@ -36,6 +36,37 @@ _BATCH_RANGES = 512
 Output = Callable[[bytes], Awaitable[None]]
 Input = Callable[[], Awaitable[bytes]]
 """Gives the next bytes; none at the end."""
+
+
+Progress = Callable[[int, int], None]
+"""Called with how far a snapshot has come, and its size, in bytes; anew for each."""
+
+
+def unwatched(done: int, total: int) -> None:
+    """Nobody wants to know."""
+
+
+class _Travelled:
+    """How far a stream has come, as its records say."""
+
+    def __init__(self, tell: Progress) -> None:
+        self._tell = tell
+        self._total = 0
+
+    def note(self, record: Record) -> None:
+        """Take note of a record that was sent or received."""
+        match record:
+            case SnapBegin():
+                self._total = record.size_bytes
+                self._tell(record.start_bytes, self._total)
+            case Write() | Zero():
+                self._tell(record.offset_bytes, self._total)
+            case SnapEnd():
+                self.end_snapshot()
+
+    def end_snapshot(self) -> None:
+        """The snapshot is complete."""
+        self._tell(self._total, self._total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,32 +118,50 @@ class Transfers:
         """
         return sender.plan_resume(self._store, decode_token(token))
 
-    async def send(self, plan: SendPlan, output: Output, *, level: int, rate_bytes: int | None = None) -> Sent:
+    async def send(
+        self,
+        plan: SendPlan,
+        output: Output,
+        *,
+        level: int,
+        rate_bytes: int | None = None,
+        progress: Progress = unwatched,
+    ) -> Sent:
         """Make the stream and hand it to ``output``, no faster than the rate (bytes a second).
 
         The snapshots cannot be removed meanwhile.
         """
         encoder = StreamEncoder(level=level)
-        paced = _Pace(output, rate_bytes)
+        paced, travelled = _Pace(output, rate_bytes), _Travelled(progress)
         begin = plan.position.begin
         links = [link for step in begin.steps for link in step][begin.done_count :]
         with self._pinned(plan.snapshots.values(), "send"):
             await paced.put(encoder.begin(begin))
             for number, link in enumerate(links):
-                await self._send_snapshot(plan, link, encoder, paced, is_first=not number)
+                await self._send_snapshot(plan, link, encoder, paced, travelled, is_first=not number)
             await paced.put(encoder.end())
         return Sent(paced.sent_bytes, [plan.snapshots[link.uuid] for link in links])
 
     async def _send_snapshot(
-        self, plan: SendPlan, link: Link, encoder: StreamEncoder, output: "_Pace", *, is_first: bool
+        self,
+        plan: SendPlan,
+        link: Link,
+        encoder: StreamEncoder,
+        output: "_Pace",
+        travelled: _Travelled,
+        *,
+        is_first: bool,
     ) -> None:
         snap = plan.header(link, self._store.block_bytes, is_first=is_first)
         older = plan.snapshots[link.base] if link.base else None
         await output.put(encoder.begin_snapshot(snap))
+        travelled.note(snap)
         async for batch in self._batches(older, plan.snapshots[link.uuid], snap.start_bytes):
             packed = batch
             await output.put(await offload(lambda: b"".join(encoder.add(found) for found in packed)))  # noqa: B023
+            travelled.note(batch[-1])
         await output.put(encoder.end_snapshot())
+        travelled.end_snapshot()
 
     async def _batches(self, older: Snapshot | None, newer: Snapshot, start_bytes: int) -> AsyncIterator[list[Range]]:
         """Read what changed, joined, in batches."""
@@ -152,7 +201,9 @@ class Transfers:
 
     # Receive
 
-    async def receive(self, names: Sequence[str], source: Input, *, is_replica: bool = False) -> Receiver:
+    async def receive(
+        self, names: Sequence[str], source: Input, *, is_replica: bool = False, progress: Progress = unwatched
+    ) -> Receiver:
         """Take a stream into volumes.
 
         Durability: each snapshot is durable once it is published; before that, what came before a CHECKPOINT.
@@ -162,7 +213,7 @@ class Transfers:
             BaseMismatch: A target does not hold exactly the base, or is in use.
         """
         work = Receiver(self._store, names, is_replica=is_replica, holders=self._handles.of_table)
-        reader = StreamReader()
+        reader, travelled = StreamReader(), _Travelled(progress)
         locked: tuple[VolumeId, ...] = ()
         try:
             while data := await source():
@@ -170,6 +221,7 @@ class Transfers:
                     if isinstance(record, StreamBegin):
                         self._require_unlocked(names, record)
                     await self._accept(work, record)
+                    travelled.note(record)
                     if isinstance(record, StreamBegin):
                         locked = work.targets
                         self._busy.update(locked)
@@ -186,7 +238,7 @@ class Transfers:
                 if target.name == name and target.id in self._busy:
                     raise BaseMismatch(f"another stream is being received into volume {name} now")
 
-    async def heal(self, name: str, source: Input) -> Healer:
+    async def heal(self, name: str, source: Input, *, progress: Progress = unwatched) -> Healer:
         """Write damaged blocks of a volume's snapshots again, from a stream that carries the same snapshots.
 
         Durability: what was healed is durable on return.
@@ -196,9 +248,11 @@ class Transfers:
             BaseMismatch: It carries no snapshot of the volume.
         """
         work, reader = Healer(self._store, self._store.catalog.volume_named(name)), StreamReader()
+        travelled = _Travelled(progress)
         while data := await source():
             for record in await offload(lambda: list(reader.feed(data))):
                 await self._accept(work, record)
+                travelled.note(record)
         reader.close()
         await self._committer.checkpoint()
         return work

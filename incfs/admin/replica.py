@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Final
 
 from incfs import replicator
-from incfs.admin.verb import Verb
+from incfs.admin.verb import Progress, Verb, in_bytes
 from incfs.documents import Document, volume_document
 from incfs.model import Volume
 from incfs.replication import DEFAULT_PROGRAM, ReplicaConfig
@@ -56,10 +56,13 @@ def _document(service: "Service", config: ReplicaConfig) -> Document:
     }
 
 
-async def replica_run(service: "Service", *, names: list[str], rate_bytes: int | None = None) -> Document:
+async def replica_run(
+    service: "Service", *, names: list[str], rate_bytes: int | None = None, progress: Progress
+) -> Document:
     """Bring replicas up to date, all of them without names; the first that fails ends it."""
     chosen = names or [config.name for _, config in replicator.list_replicas(service)]
-    return {"runs": [await replicator.run(service, name, rate_bytes=rate_bytes) for name in chosen]}
+    runs = [await replicator.run(service, name, rate_bytes=rate_bytes, progress=in_bytes(progress)) for name in chosen]
+    return {"runs": runs}
 
 
 async def replica_remove(service: "Service", *, name: str) -> Document:

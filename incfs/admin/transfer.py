@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Final
 
-from incfs.admin.verb import Channel, Verb
+from incfs.admin.verb import Channel, Progress, Verb, in_bytes
 from incfs.documents import Document, snapshot_document
 from incfs.errors import UsageError
 from incfs.sender import SendPlan
@@ -24,11 +24,13 @@ async def transfer_send(
     level: int = DEFAULT_LEVEL,
     rate_bytes: int | None = None,
     dry_run: bool = False,
+    progress: Progress,
 ) -> Document:
     """Send snapshots, or the rest of what a token stands for; ``dry_run`` makes the stream and only counts it."""
     plan = _plan(service, targets, base, every=every, token=token)
     put = _count_only if dry_run else channel.put
-    sent = await service.transfers.send(plan, put, level=level, rate_bytes=None if dry_run else rate_bytes)
+    rate = None if dry_run else rate_bytes
+    sent = await service.transfers.send(plan, put, level=level, rate_bytes=rate, progress=in_bytes(progress))
     return {
         "stream": {
             "dry_run": dry_run,
@@ -56,19 +58,19 @@ def _plan(service: "Service", targets: list[str], base: str | None, *, every: bo
 
 
 async def transfer_receive(
-    service: "Service", channel: Channel, *, names: list[str], replica: bool = False
+    service: "Service", channel: Channel, *, names: list[str], replica: bool = False, progress: Progress
 ) -> Document:
     """Take a stream into volumes, named as at the sender unless ``names`` says otherwise."""
-    work = await service.transfers.receive(names, channel.take, is_replica=replica)
+    work = await service.transfers.receive(names, channel.take, is_replica=replica, progress=in_bytes(progress))
     return {
         "snapshots": [snapshot_document(service, taken) for taken in work.published],
         "received_bytes": work.received_bytes,
     }
 
 
-async def transfer_heal(service: "Service", channel: Channel, *, volume: str) -> Document:
+async def transfer_heal(service: "Service", channel: Channel, *, volume: str, progress: Progress) -> Document:
     """Write damaged blocks of a volume's snapshots again from a stream that carries the same snapshots."""
-    work = await service.transfers.heal(volume, channel.take)
+    work = await service.transfers.heal(volume, channel.take, progress=in_bytes(progress))
     return {
         "healed": {
             "snapshots": work.snapshots,

@@ -15,6 +15,11 @@ Progress = Callable[[int, int, str], None]
 """Called with what is done, the total and their unit; from any thread, often."""
 
 
+def in_bytes(progress: Progress) -> Callable[[int, int], None]:
+    """Make what counts in bytes tell so."""
+    return lambda done, total: progress(done, total, "bytes")
+
+
 @dataclass(frozen=True, slots=True)
 class Channel:
     """Bulk data of a request, in bounded pieces, beside its arguments and its result."""

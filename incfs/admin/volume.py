@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Final
 
 from incfs.admin.raw import raw_path
-from incfs.admin.verb import Progress, Verb, busy, refuse_open, refuse_taken
+from incfs.admin.verb import Progress, Verb, busy, in_bytes, refuse_open, refuse_taken
 from incfs.documents import Document, volume_document, volume_removal
 from incfs.errors import Busy, UsageError
 from incfs.jobs import Request
@@ -52,9 +52,7 @@ async def volume_create(
 async def volume_verify(service: "Service", *, volume: str, record: bool = False, progress: Progress) -> Document:
     """Compare the content of the raw image that a volume lies over with the digest that was recorded."""
     found = find_volume(service, volume)
-    facts = await service.branches.verify_baseline(
-        found.id, lambda done, total: progress(done, total, "bytes"), record=record
-    )
+    facts = await service.branches.verify_baseline(found.id, in_bytes(progress), record=record)
     return {
         "verified": {
             "volume": found.name,

@@ -102,6 +102,65 @@ def test_every_snapshot_is_the_same_in_both_pools(source: Cli, target: Cli) -> N
     target.ok("pool", "check", "--data")
 
 
+def damage(cli: Cli, content: bytes) -> None:
+    """Change one byte in the middle of the stored blocks that hold this."""
+    image = Path(cli.json("storage", "list")["storages"][0]["path"])
+    place = image.read_bytes().index(content) + len(content) // 2
+    with image.open("r+b") as file:
+        file.seek(place)
+        file.write(b"!")
+
+
+def test_damaged_ranges_are_healed_by_a_stream_of_the_same_snapshots(pair: tuple[Cli, Cli]) -> None:
+    source, target = pair
+    stream = send(source, "--all", "db@s2")
+    assert receive(target, stream).returncode == 0
+    target.json("pool", "check", "--data")
+    damage(target, b"db 1 " * 10_000)
+    assert "damaged" in target.run("pool", "check", "--data").stdout
+    # Another volume's stream heals nothing.
+    assert receive(target, send(source, "log@s2"), "db", "--heal").returncode == 12
+    healed = receive(target, stream, "db", "--heal")
+    assert (healed.returncode, healed.stdout) == (0, b"healed 16.0 KiB\n"), healed.stderr
+    assert target.ok("pool", "check", "--data").startswith("clean")
+    assert receive(target, stream, "db", "--heal").stdout == b"healed 0 B\n"
+    assert receive(target, stream[: len(stream) // 2], "db", "--heal").returncode == 14
+    assert receive(target, stream, "--heal").returncode == 2
+
+
+async def _progress_of_a_transfer(home: Path) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    sent: list[tuple[int, int]] = []
+    received: list[tuple[int, int]] = []
+    pieces: list[bytes] = []
+
+    async def put(data: bytes) -> None:
+        pieces.append(data)
+
+    async def take() -> bytes:
+        return pieces.pop(0) if pieces else b""
+
+    async with open_service(home / "source") as source, open_service(home / "target") as target:
+        volume = source.volume("db")
+        plan = source.transfers.plan([(volume, source.snapshot(volume.id, "s1"))], every=True)
+        await source.transfers.send(plan, put, level=0, progress=lambda *told: sent.append(told))
+        await target.transfers.receive([], take, progress=lambda *told: received.append(told))
+    return sent, received
+
+
+def test_both_sides_tell_how_far_a_stream_has_come(source: Cli, target: Cli) -> None:
+    """In the shape that the progress bar and SIGUSR1 show: from 0 to the size, for each snapshot."""
+    assert source.pool is not None
+    assert target.pool is not None
+    for told in trio.run(_progress_of_a_transfer, source.pool.parent):
+        assert {total for _, total in told} == {3 << 20}
+        ends = [i + 1 for i, (done, _) in enumerate(told) if done == 3 << 20]
+        assert len(ends) == 2
+        assert ends[-1] == len(told)
+        for part in told[: ends[0]], told[ends[0] :]:
+            assert part == sorted(part)
+            assert part[0][0] == 0
+
+
 def test_abort_and_the_hidden_volume(pair: tuple[Cli, Cli]) -> None:
     source, target = pair
     full = send(source, "db@s0", "--level", "0")
