@@ -391,6 +391,7 @@ class Memory:
         volume_id, generation = split_map_id(table)
         volume = self.catalog.volume(volume_id)
         if volume.rollback_to and not generation and self.failure is None:
+            # Without begin_change: what is not sealed is of other pages, since those stay resident.
             self.moves.unroll(volume_id, [page_index])
         self.plane.load(table, page_index, entries, hole=HOLE if volume.origin else INHERIT)
 

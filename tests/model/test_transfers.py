@@ -43,7 +43,7 @@ from tests.support.pools import (
     resize,
     write,
 )
-from tests.support.streams import boundaries_of, mutate, outcome
+from tests.support.streams import boundaries_of, make_step, mutate, outcome
 from tests.support.transfers import accept, contents, newest, receive, resume, send, send_all
 
 SPAN = 40 * BLOCK
@@ -198,6 +198,20 @@ def test_a_stream_cut_anywhere_is_gone_on_with_by_token(places, survives):
         assert contents(there, "vol") == contents(here, "vol")
         check_clean(there)
         places.close(there)
+
+
+def test_what_was_never_proved_is_taken_back(places):
+    """A stream that says something else of the same snapshot was cut off before its digest could tell."""
+    content = b"x" * 64 + bytes(576)
+    other = make_step([b"", content[:320] + b"y" * 64 + content[384:]], 0, full=True)
+    there = places()
+    with pytest.raises(StreamTruncated):
+        receive(there, other[: boundaries_of(other)[-3]])
+    receive(there, make_step([b"", content], 0, full=True))
+    volume = there.catalog.volume_named("vol")
+    assert read(there, there.catalog.snapshots(volume.id)[0].map_id) == content
+    check_clean(there)
+    places.close(there)
 
 
 def test_the_same_stream_again_goes_on_too_and_a_third_time_changes_nothing(places):

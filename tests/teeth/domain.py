@@ -289,6 +289,14 @@ DOMAIN: Final = (
         "        if state.position.begin:\n            self.published",
         f"{_TRANSFERS}test_a_group_is_published_whole_or_not_at_all_wherever_it_is_cut",
     ),
+    Breakage(
+        "gone-on-without-taking-back-what-was-not-proved",
+        "I11",
+        "incfs/receiver.py",
+        "        yield from self._take_back(target, base, snap.start_bytes)\n",
+        "        yield from ()\n",
+        f"{_TRANSFERS}test_what_was_never_proved_is_taken_back",
+    ),
     # Mirrors
     Breakage(
         "healed-from-a-leg-that-is-wrong",
