@@ -20,7 +20,7 @@ C_SOURCES := $(wildcard incfs/*.c incfs/*.h)
 # Compared with mkfs and losetup, a user's PATH may lack the sbin directories; the tests call both.
 export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: help setup system system-demo system-test system-bench test lint sweep demo bench bench-quick wheel clean sanitize damage-long \
+.PHONY: help man setup system system-demo system-test system-bench test lint sweep demo bench bench-quick wheel clean sanitize damage-long \
 	crash-long kill-long teeth soak
 
 help: ## list the targets
@@ -52,6 +52,10 @@ $(VENV)/.extension-built: $(VENV)/.installed $(C_SOURCES)
 	@echo "building the C extension"
 	@INCFS_WERROR=1 $(BIN)/python setup.py --quiet build_ext --inplace --force
 	@touch $@
+
+man: setup ## the man pages, made from the commands, into build/man: `man -M build/man incfs`
+	@$(BIN)/python tools/manpages.py build/man/man1
+	@ls build/man/man1 | wc -l
 
 lint: setup ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
