@@ -13,11 +13,11 @@ Rules:
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, tzinfo
+from datetime import tzinfo
 from functools import lru_cache
 
 from incfs.policy.facts import ReplicaFacts, SnapshotFacts, VolumeFacts
-from incfs.policy.periods import PERIODS, moment, period_start
+from incfs.policy.periods import PERIODS, moment, nanoseconds, period_start
 from incfs.policy.rules import ALL, Keep
 from incfs.units import format_duration
 
@@ -64,21 +64,22 @@ def _counted(rule: str, number: int, count: int) -> str:
 
 def _newest_of_periods(ordered: Sequence[SnapshotFacts], period: str, count: int, zone: tzinfo) -> list[SnapshotFacts]:
     found: list[SnapshotFacts] = []
-    before = None
+    start_ns: int | None = None
     for snapshot in ordered if count else ():
-        start = _period_of(snapshot.created_ns, period, zone)
-        if start != before:
-            if len(found) == count:
-                break
-            found.append(snapshot)
-            before = start
+        # From newest to oldest: what is not before the period's start is in it, and the calendar need not be asked.
+        if start_ns is not None and snapshot.created_ns >= start_ns:
+            continue
+        if len(found) == count:
+            break
+        found.append(snapshot)
+        start_ns = _period_of(snapshot.created_ns, period, zone)
     return found
 
 
 @lru_cache(maxsize=1 << 16)
-def _period_of(created_ns: int, period: str, zone: tzinfo) -> datetime:
+def _period_of(created_ns: int, period: str, zone: tzinfo) -> int:
     """The same few hundred snapshots are asked about in each run, and a zone's calendar takes 10 us."""
-    return period_start(moment(created_ns), period, zone)
+    return nanoseconds(period_start(moment(created_ns), period, zone))
 
 
 def protections(volume: VolumeFacts, zone: tzinfo) -> Reasons:

@@ -109,6 +109,7 @@ RULES = {"last": 3, "hourly": 24, "daily": 7, "weekly": 5, "monthly": 6, "yearly
 KEEP = 'keep = { last = 3, hourly = 24, daily = 7, weekly = 5, monthly = 6, yearly = 2, within = "2d" }'
 
 
+@pytest.mark.slow
 def test_a_year_of_hourly_runs_is_the_documented_grid() -> None:
     """Replicas come and go, the pool is away for days; leap day, ends of years, both changes of the clocks."""
     zone = ZoneInfo("Europe/Berlin")
