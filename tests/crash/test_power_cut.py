@@ -14,6 +14,7 @@ import pytest
 from incfs import clone as clones
 from incfs import ranges, relocation
 from incfs import volume as volumes
+from incfs.baseline import BaselineFacts, content_digest
 from incfs.errors import Busy, NoSpace
 from incfs.model import Snapshot, StorageId, StoredPolicy, VolumeId
 from incfs.pool import Pool
@@ -153,6 +154,45 @@ def test_every_cut_of_clone_and_rollback_gives_a_commit_point(pool_home: Path, s
         pools.reclaim(store)
         store.commit()
     Simulator(pool_home / "cut", options).try_all(recorder.cuts(), LIMIT // 40, second_cut_every=SECOND)
+
+
+@pytest.mark.parametrize("small_commit_bytes", [0, 65536], ids=["flush-images", "data-in-record"])
+def test_every_cut_over_a_baseline_gives_a_commit_point(pool_home: Path, small_commit_bytes: int) -> None:
+    """A raw image below a volume, its clone and their snapshots, until both are independent of it."""
+    options = pools.tiny_options(small_commit_bytes=small_commit_bytes)
+    media = make_media(pool_home / "real")
+    with Recorder(pool_home / "real", media, options) as recorder:
+        store = recorder.store
+        volume = pools.new_volume_on(store, "a", pool_home, pattern(1, 6_400) + bytes(640) + pattern(2, 640))
+        pools.write(store, volume.map_id, 100, pattern(3, 300))
+        (taken,) = pools.take_snapshots(store, [(volume.id, "s")])
+        pools.write(store, volume.map_id, 0, pattern(4, 500))
+        pools.discard(store, volume.map_id, 1280, 1920)
+        store.commit()
+        made = clones.create(store, taken, "c")
+        pools.write(store, made.map_id, 6_000, pattern(5, 400))
+        recorder.checkpoint(lambda: write_and_commit(store, volume.id, 700, pattern(len(recorder.points), 300)))
+        facts = BaselineFacts.decode(store.catalog.volume(volume.id).baseline)
+        record_digest(store, volume.id, replace(facts, digest=content_digest(facts, lambda *_: None)))
+        pools.roll_back(store, volume.id, "s", force=True)
+        store.commit()
+        pools.flatten(store, made.id)
+        store.commit()
+        pools.reclaim(store, page_count=1)
+        store.checkpoint()
+        pools.flatten(store, volume.id)
+        store.commit()
+        volumes.remove(store, made.id, snapshots=True)
+        pools.remove_snapshot(store, volume.id, "s")
+        pools.reclaim(store)
+        store.commit()
+    Simulator(pool_home / "cut", options).try_all(recorder.cuts(), LIMIT // 40, second_cut_every=SECOND)
+
+
+def record_digest(store: Store, volume_id: VolumeId, facts: BaselineFacts) -> None:
+    store.begin_change()
+    store.change(replace(store.catalog.volume(volume_id), baseline=facts.encode()))
+    store.commit()
 
 
 @pytest.mark.parametrize("small_commit_bytes", [0, 65536], ids=["flush-images", "data-in-record"])
