@@ -99,7 +99,7 @@ def command(job: FioJob, path: Path, size_bytes: int, seconds: float | None) -> 
 def _run_once(job: FioJob, path: Path, size_bytes: int, seconds: float | None) -> dict[str, Any]:
     text = run(command(job, path, size_bytes, seconds), timeout_s=600, cwd="/")
     document: dict[str, Any] = json.loads(text[text.index("{") :])["jobs"][0]
-    side = "read" if "read" in job.mode else "write"
+    side = "write" if "write" in job.mode else "read"  # of both, those that the other disturbs
     measured: dict[str, Any] = document[side]
     # Of synced writes it is the sync that somebody waits for.
     return {**measured, "clat_ns": document["sync"]["lat_ns"]} if job.fsync_every else measured

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 _SNAPSHOTS_TIMED: Final = 20
 _MANY_SNAPSHOTS: Final = 1000
+STALL_LIMIT_MS: Final = 20.0
+"""What no request should wait longer for while a checkpoint runs."""
+_CHECKPOINTED_TIMES: Final = 4
+"""Longer than other jobs: one checkpoint follows each 64 MiB that were overwritten, or 30 s."""
 _PG_USER: Final = "postgres"
 _PG_SCALE: Final = 10
 _PG_CLIENTS: Final = 4
@@ -99,6 +103,27 @@ def with_thousand_snapshots(session: "Session") -> list[Measure]:
         Measure("none", before.value, job.unit, latency_us=before.latency_us),
         Measure("thousand", after.value, job.unit, latency_us=after.latency_us),
     ]
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+def overwrite_through_checkpoints(session: "Session") -> list[Measure]:
+    """Overwrite and read at random for so long that several checkpoints run meanwhile; latencies, beside the limit."""
+    volume = session.subject.create("checkpointed", session.size_bytes)
+    fill(volume.path, volume.size_bytes)
+    measures = [Measure("limit", STALL_LIMIT_MS, "ms", is_rate=False)]
+    for depth in (1, 16):
+        for kind in ("write", "read"):
+            settle(volume.path)
+            mode = "randwrite" if kind == "write" else "randrw"
+            job = FioJob(mode, 4096, direct=True, depth=depth)
+            latency_us = run_fio(job, volume.path, volume.size_bytes, _CHECKPOINTED_TIMES * session.seconds).latency_us
+            for name in ("p99", "p99.9", "max"):
+                value = round(latency_us[name] / 1000, 3)
+                measures.append(Measure(f"{kind}-qd{depth}-{name}", value, "ms", is_rate=False))
+    volume.remove()
+    return measures
 
 
 # ------------------------------------------------------------------------------------ small files

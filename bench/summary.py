@@ -142,7 +142,14 @@ def goals(results: Results) -> list[Goal]:
                  "itself, none", 0.95, peer_metric="none"),
         )
     ]  # fmt: skip
-    return [*fixed, *own, *_floors(results)]
+    stalls = [
+        Goal(f"4 KiB random {kind}, depth {depth}, slowest but 1 in 1,000 while checkpoints run, {place}",
+             (place, "file", "checkpoints", f"{kind}-qd{depth}-p99.9"), "20 ms", 1.0, peer_metric="limit")
+        for place in ("tmpfs", "disk")
+        for kind in ("write", "read")
+        for depth in (1, 16)
+    ]  # fmt: skip
+    return [*fixed, *own, *stalls, *_floors(results)]
 
 
 @dataclass(frozen=True, slots=True)

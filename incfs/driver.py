@@ -4,6 +4,7 @@ The asynchronous twin of ``ranges.drive``: pages are fetched, the disk is read a
 grow in worker threads.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Protocol, TypeVar
@@ -18,6 +19,8 @@ from incfs.model import MapId, VolumeId
 from incfs.ranges import StepsPending, TrimPending
 from incfs.space import Growth, Step
 from incfs.store import Store
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -128,6 +131,22 @@ class Driver:
                     raise
                 self._enter_queue(error)
             await self._wait_for_space(needs, deadline, urgent=urgent)
+
+    async def grow_ahead(self, leases: list[MapId]) -> None:
+        """Let images grow before these leases are used up; that none can, the writes that need it are told."""
+        space = self._store.space
+        async with self.space_lock:
+            for lease in leases:
+                growth = space.next_growth(lease) if self._store.is_served(lease) and not space.top_up(lease) else None
+                if growth is None:
+                    continue
+                try:
+                    await self._perform(growth)
+                except IncfsError as error:
+                    logger.warning("%s does not grow: %s", growth.storage.path, error)
+                    continue
+                if self._store.is_served(lease):
+                    space.top_up(lease)
 
     async def _perform(self, step: Step | Growth) -> None:
         if isinstance(step, Growth):

@@ -54,8 +54,10 @@ class Keeper:
         """Look now and then, and whenever asked; never returns."""
         while True:
             await self._look()
-            with trio.move_on_after(_LOOK_EVERY_S):
+            with trio.move_on_after(_LOOK_EVERY_S) as pause:
                 await self._wake.wait()
+            if pause.cancelled_caught:
+                self._store.pool.reuse.settle()
             self._wake = trio.Event()
 
     async def _look(self) -> None:

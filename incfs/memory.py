@@ -36,6 +36,7 @@ from incfs.model import (
     Storage,
     Volume,
     VolumeId,
+    map_id,
     split_map_id,
 )
 from incfs.moves import Moves
@@ -309,19 +310,23 @@ class Memory:
         self._is_watched = True
         return self.plane.watch(_SEAL_AT)
 
-    def attend(self) -> None:
-        """Take over what the data plane's own threads wrote, and add to their leases before they are used up."""
+    def attend(self) -> list[MapId]:
+        """Take over what the data plane's own threads wrote, and add to their leases before they are used up.
+
+        Returns:
+            The leases for which too few blocks are free.
+        """
         assert not isinstance(self.plane, DataPlane)
         try:
             low = self.plane.attend()
         except BackingError as error:
-            return self.fail(error)
-        if self.failure is None:
-            self._take_committed(self.plane.take_committed())
-            for table in low:  # before the seal: writes wait when a lease is used up
-                self.space.top_up(table)
-            self.seal_if_large()
-        return None
+            self.fail(error)
+        if self.failure is not None:
+            return []
+        self._take_committed(self.plane.take_committed())
+        short = [lease for lease in low if not self.space.top_up(lease)]  # first: writes wait when one is used up
+        self.seal_if_large()
+        return short
 
     # What the data plane may serve by itself
 
@@ -360,6 +365,10 @@ class Memory:
             self._quiet[table] -= 1
             if table in self._served:
                 self.serve(table)
+
+    def is_served(self, lease: MapId) -> bool:
+        """Tell whether the data plane's own threads may use a lease: that of an open live volume, or a column of it."""
+        return map_id(split_map_id(lease)[0]) in self._served
 
     def unserve(self, table: MapId) -> None:
         """End ``serve``: nobody has the table open."""

@@ -57,6 +57,8 @@ class Reuse:
         """Freed blocks that wait for that."""
         self._leftovers: dict[tuple[StorageId, int], int] = {}
         """Group -> freed blocks whose host space was not given back with a whole chunk, or before a crash."""
+        self._fresh_leftovers: dict[tuple[StorageId, int], int] = {}
+        """The same since ``settle``: most of what a busy volume frees is in use again before it would be punched."""
 
     def plan(self, freed: list[int]) -> PunchPlan:
         """End a checkpoint: make its freed blocks free, but for whole chunks to punch first.
@@ -71,7 +73,8 @@ class Reuse:
         for storage_id, group_index, bits in by_group(freed):
             self._volumes[storage_id].set_busy(group_index, bits, busy=False)
             if self._block_bytes >= HOST_BLOCK_BYTES:  # smaller than the host's, nothing is won by single ones
-                self._leftovers[storage_id, group_index] = self._leftovers.get((storage_id, group_index), 0) | bits
+                fresh = self._fresh_leftovers.get((storage_id, group_index), 0)
+                self._fresh_leftovers[storage_id, group_index] = fresh | bits
             if chunks := self._free_chunks(storage_id, group_index, bits):
                 held.append((storage_id, group_index, chunks))
         return self._hold(held)
@@ -80,7 +83,9 @@ class Reuse:
         """Let nothing be written to free blocks until they are punched."""
         for storage_id, group_index, bits in held:
             self._volumes[storage_id].set_busy(group_index, bits, busy=True)
-            self._leftovers[storage_id, group_index] = self._leftovers.get((storage_id, group_index), 0) & ~bits
+            for leftovers in (self._leftovers, self._fresh_leftovers):
+                if (storage_id, group_index) in leftovers:
+                    leftovers[storage_id, group_index] &= ~bits
         return PunchPlan(tuple(held))
 
     def note_written(self, storage_id: StorageId, group_index: int, bits: int) -> bool:
@@ -99,8 +104,14 @@ class Reuse:
             self._leftovers[storage_id, group_index] = self._leftovers.get((storage_id, group_index), 0) | free
         return bool(free)
 
+    def settle(self) -> None:
+        """Let what was freed one by one until now be punched, unless it is in use again; now and then."""
+        for key, bits in self._fresh_leftovers.items():
+            self._leftovers[key] = self._leftovers.get(key, 0) | bits
+        self._fresh_leftovers = {}
+
     def plan_leftovers(self, limit: int) -> PunchPlan:
-        """Choose up to ``limit`` runs of blocks that were freed one by one and are still free, to be punched too."""
+        """Choose up to ``limit`` runs of blocks that were freed one by one before ``settle`` and are still free."""
         held: list[Held] = []
         for (storage_id, group_index), bits in list(self._leftovers.items()):
             volume = self._volumes.get(storage_id)

@@ -402,10 +402,13 @@ class Service:
     async def _attend(self) -> None:
         """Do what the data plane's own threads need of the owner thread."""
         wanted = self._store.watch()
-        while wanted is not None:
-            await trio.lowlevel.wait_readable(wanted)
-            self._store.attend()
-            self._commit_if_large()
+        async with trio.open_nursery() as nursery:
+            while wanted is not None:
+                await trio.lowlevel.wait_readable(wanted)
+                short = self._store.attend()
+                if short and not self._driver.space_lock.locked():
+                    nursery.start_soon(self._driver.grow_ahead, short)
+                self._commit_if_large()
 
     def _commit_if_large(self) -> None:
         if self._store.pending_mappings >= COMMIT_AT_MAPPINGS:

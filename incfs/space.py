@@ -273,11 +273,10 @@ class Space:
             missing -= found
         return True
 
-    def top_up(self, lease: MapId) -> None:
-        """Add to a lease before it is used up, as far as there is space and the quota allows."""
+    def top_up(self, lease: MapId) -> bool:
+        """Add to a lease before it is used up, as far as the quota allows; False when too few blocks are free."""
         leased, left = self._plane.leased_blocks(lease), self.quota_left(split_map_id(lease)[0])
-        if left is None or leased < left:
-            self.grant(lease, leased + 1)
+        return (left is not None and leased >= left) or self.grant(lease, leased + 1)
 
     def _allocate(self, lease: MapId, block_count: int) -> int | None:
         """Lease up to so many blocks; None when a storage volume must grow first."""

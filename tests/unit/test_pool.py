@@ -215,6 +215,8 @@ def test_what_is_freed_block_by_block_goes_back_to_the_host_too(pool_home: Path)
     assert store.pool.volumes[ONE].file.allocated_bytes() == before
     pools.write(store, volume.map_id, 0, b"y" * 4096 * 3)
     store.reclaim_leases()
+    assert not store.pool.reuse.plan_leftovers(1000).runs, "what was freed a moment ago may be in use again soon"
+    store.pool.reuse.settle()
     plan = store.pool.reuse.plan_leftovers(1000)
     store.pool.reuse.punch(plan)
     store.pool.reuse.punched(plan)
