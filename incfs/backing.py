@@ -9,10 +9,11 @@ import ctypes
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from incfs.errors import AlreadyExists, BackingError, IncfsError, NoSpace, PoolLocked
 
@@ -21,6 +22,9 @@ _FALLOC_FL_PUNCH_HOLE = 2
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+Result = TypeVar("Result")
 
 
 def translate(error: OSError, path: Path, action: str) -> IncfsError:
@@ -40,6 +44,21 @@ def translated(path: Path, action: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise translate(error, path, action) from error
+
+
+@contextmanager
+def begun(works: Sequence[Callable[[], Result]], *, side_by_side: bool) -> Iterator[Sequence[Callable[[], Result]]]:
+    """Begin works in threads of their own; give for each what waits for its result.
+
+    On leaving all have ended.  Not side by side, each begins when its result is asked for.
+
+    Cost: about 0.1 ms for each thread.
+    """
+    if not side_by_side or len(works) < 2:
+        yield works
+        return
+    with ThreadPoolExecutor(len(works)) as threads:
+        yield [threads.submit(work).result for work in works]
 
 
 class File:
@@ -104,6 +123,11 @@ class File:
             if not count:
                 raise BackingError(f"cannot write {self.path}: the host wrote nothing", path=str(self.path))
             written += count
+
+    @property
+    def waits(self) -> bool:
+        """Whether a sync waits for a disk, so that those of several files are worth threads of their own."""
+        return True
 
     def sync(self) -> None:
         """Make everything written to this file durable, its length included.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from incfs.backing import File
+from incfs.backing import File, begun
 from incfs.errors import BackingError, IncfsError, NoSpace
 
 logger = logging.getLogger(__name__)
@@ -107,9 +107,17 @@ class MirroredFile(File):
         """Write to every leg."""
         self._write(lambda leg: leg.pwrite(offset_bytes, data))
 
+    @property
+    def waits(self) -> bool:
+        """Whether any leg's sync does."""
+        return any(leg.waits for _, leg in self.written_legs())
+
     def sync(self) -> None:
-        """Sync every leg."""
-        self._write(lambda leg: leg.sync())
+        """Sync every leg, side by side."""
+        legs = [leg for _, leg in self.written_legs()]
+        with begun([leg.sync for leg in legs], side_by_side=self.waits) as ends:
+            end_of = dict(zip(legs, ends, strict=True))
+            self._write(lambda leg: end_of[leg]())
 
     def truncate(self, length_bytes: int) -> None:
         """Set the length of every leg."""

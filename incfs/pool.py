@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from uuid import UUID
 
-from incfs.backing import Backing, File
+from incfs.backing import Backing, File, begun
 from incfs.blocks import address_runs, pack_address, split_address
 from incfs.errors import FormatError, IncfsError, StorageNotFound
 from incfs.groups import by_group, split_groups
@@ -240,10 +240,11 @@ class Pool:
         self._dirty_stale |= {(storage_id, group_index) for group_index in volume.changed}
 
     def sync(self) -> None:
-        """Make every block written before this call durable.  Any thread."""
-        for volume in list(self.volumes.values()):
-            if volume.needs_sync:
-                volume.sync()
+        """Make every block written before this call durable, on all images side by side.  Any thread."""
+        volumes = [volume for volume in list(self.volumes.values()) if volume.needs_sync]
+        with begun([volume.sync for volume in volumes], side_by_side=all(v.file.waits for v in volumes)) as ends:
+            for end in ends:
+                end()
 
     def measure_hosts(self) -> None:
         """Learn how full the images' filesystems are.  Any thread."""

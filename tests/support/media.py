@@ -90,6 +90,10 @@ class MemoryFile(File):
         self._host.do(Event("punch", self._name, offset_bytes, length_bytes))
         return True
 
+    @property
+    def waits(self) -> bool:
+        return False  # the order of events is part of a test
+
     def sync(self) -> None:
         self._host.meet("sync", self.path)
         self._host.do(Event("sync", self._name))

@@ -1,15 +1,18 @@
 """Storage volumes: growth, allocation, the states of a block, what goes back to the host."""
 
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from incfs import stripes
 from incfs.backing import Backing, File
-from incfs.errors import ImageMismatch, NoSpace, PoolLocked
+from incfs.errors import BackingError, ImageMismatch, NoSpace, PoolLocked
 from incfs.groups import GROUP_BLOCKS
 from incfs.model import StorageId
+from incfs.recovery import make_storage
 from incfs.reuse import PUNCH_BYTES
 from incfs.store import Store
 from tests.support import pools
@@ -224,4 +227,65 @@ def test_what_is_freed_block_by_block_goes_back_to_the_host_too(pool_home: Path)
     assert not store.pool.reuse.plan_leftovers(1000).runs
     pools.check_clean(store)
     assert pools.read(store, volume.map_id, 4096 * 3, 4096) == b"x" * 4096
+    store.abandon()
+
+
+@pytest.mark.parametrize("kind", ["stripes", "mirror"])
+def test_images_are_synced_side_by_side(pool_home: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Each sync waits for the other: one after the other they would never end."""
+    home = pools.make_pool(pool_home, storages=2)
+    store = pools.open_tiny(home)
+    if kind == "mirror":
+        legs = [pool_home / "a.img", pool_home / "b.img"]
+        record = make_storage(store, legs[0], mirrors=legs[1:], force=True)
+        store.begin_change()
+        store.pool.attach(record)
+        store.change(record)
+        store.pool.commit([(record.id << 48) + i for i in range(grow_and_lease(store, record.id))])
+    else:
+        volume = pools.new_volume(store, "a")
+        stripes.set_count(store, volume.id, 2, unit_bytes=pools.BLOCK)
+        pools.write(store, volume.map_id, 0, b"x" * 4 * pools.BLOCK)
+        store.absorb()
+    both, sync = threading.Barrier(2), File.sync
+    synced: list[Path] = []
+
+    def sync_together(file: File) -> None:
+        both.wait(10)
+        sync(file)
+        synced.append(file.path)
+
+    monkeypatch.setattr(File, "sync", sync_together)
+    store.pool.sync()
+    assert len(synced) == 2
+    monkeypatch.setattr(File, "sync", sync)
+    store.abandon()
+
+
+def grow_and_lease(store: Store, storage_id: StorageId) -> int:
+    store.pool.volumes[storage_id].grow(8, reserve_bytes=0)
+    ((_, count),) = store.pool.allocate(7, 8, [storage_id])
+    return count
+
+
+def test_a_sync_that_fails_is_told_when_all_have_ended(pool_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = pools.open_tiny(pools.make_pool(pool_home, storages=2))
+    volume = pools.new_volume(store, "a")
+    stripes.set_count(store, volume.id, 2, unit_bytes=pools.BLOCK)
+    pools.write(store, volume.map_id, 0, b"x" * 4 * pools.BLOCK)
+    store.absorb()
+    failed = threading.Event()
+    synced: list[Path] = []
+
+    def sync(file: File) -> None:
+        if not synced and not failed.is_set() and "disk0" in str(file.path):
+            failed.set()
+            raise BackingError("cannot sync")
+        failed.wait(10)
+        synced.append(file.path)
+
+    monkeypatch.setattr(File, "sync", sync)
+    with pytest.raises(BackingError):
+        store.pool.sync()
+    assert len(synced) == 1
     store.abandon()
