@@ -3,6 +3,7 @@
 #include "plane_internal.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
@@ -82,6 +83,12 @@ enum plane_status read_extent(struct plane *plane, uint64_t address, size_t bloc
     /* tmpfs and others: their reads do not wait anyway. */
     atomic_store_explicit(&file->can_nowait, false, memory_order_relaxed);
     return read_waiting(file, offset, buffer, length, &why->host_errno);
+}
+
+void read_ahead(struct plane *plane, uint64_t address, size_t block_count)
+{
+    struct file *file = file_of(plane, address);
+    posix_fadvise(file->fds[0], file_offset(plane, file, address), block_count * plane->block_bytes, POSIX_FADV_WILLNEED);
 }
 
 int write_fully(int fd, const void *bytes, size_t length, uint64_t offset)

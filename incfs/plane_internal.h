@@ -102,6 +102,8 @@ void release_table(struct plane *plane, struct table *table);
 /* Read and write blocks that lie one behind the other; a mirror's legs are all written. */
 enum plane_status read_extent(struct plane *plane, uint64_t address, size_t block_count, bool can_wait, char *buffer,
                               struct plane_refusal *why);
+/* Lets the host fetch blocks while others are waited for; of images on several disks, all at once. */
+void read_ahead(struct plane *plane, uint64_t address, size_t block_count);
 enum plane_status write_extent(struct plane *plane, uint64_t address, size_t block_count, const char *data,
                                struct plane_refusal *why);
 

@@ -83,6 +83,22 @@ static bool copy_mappings(struct plane *plane, uint64_t map_id, uint64_t page_in
     return page != NULL;
 }
 
+/* Reads an extent of a page.  The first that must be waited for has all behind it fetched, too: they may be on other disks. */
+static enum plane_status read_run(struct plane *plane, const struct copied *copied, size_t start, size_t run, size_t end,
+                                  bool can_wait, bool *is_ahead, char *buffer, struct plane_refusal *why)
+{
+    enum plane_status status = read_extent(plane, copied->addresses[start], run, false, buffer, why);
+    if (status != PLANE_WOULD_WAIT || !can_wait)
+        return status;
+    for (size_t i = start + run, length; i < end && !*is_ahead; i += length) {
+        length = run_length(copied->addresses, i, end);
+        if (copied->addresses[i] > PLANE_HOLE)
+            read_ahead(plane, copied->addresses[i], length);
+    }
+    *is_ahead = true;
+    return read_extent(plane, copied->addresses[start], run, true, buffer, why);
+}
+
 /* A checksum that matches also shows that the block was not another's while it was read.  Without it, nobody can have
  * got the block as long as nothing was sealed since its mapping was looked up. */
 static enum plane_status read_page(struct plane *plane, uint64_t map_id, uint64_t page_index, unsigned start, unsigned count,
@@ -93,6 +109,7 @@ static enum plane_status read_page(struct plane *plane, uint64_t map_id, uint64_
     if (!copy_mappings(plane, map_id, page_index, start, count, &copied))
         return PLANE_NOT_RESIDENT;
     enum plane_status status = PLANE_OK;
+    bool is_ahead = false;
     for (size_t i = 0, run; i < count && status == PLANE_OK; i += run) {
         run = run_length(copied.addresses, i, count);
         char *target = buffer + i * plane->block_bytes;
@@ -100,7 +117,7 @@ static enum plane_status read_page(struct plane *plane, uint64_t map_id, uint64_
             memset(target, 0, run * plane->block_bytes);
             continue;
         }
-        status = read_extent(plane, copied.addresses[i], run, can_wait, target, why);
+        status = read_run(plane, &copied, i, run, count, can_wait, &is_ahead, target, why);
         if (!verify && atomic_load(&plane->seal_count) == copied.seal_count)
             continue;
         for (size_t k = i; k < i + run && status == PLANE_OK; k++) {

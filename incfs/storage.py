@@ -259,7 +259,12 @@ class StorageVolume:
         return -(-self.grown_blocks // groups.GROUP_BLOCKS)
 
     def written_blocks(self, group_index: int) -> int:
-        """Ask the host which blocks of a group hold data of now or before: a bit set.  Any thread."""
+        """Ask the host which blocks of a group hold data of now or before: a bit set.  Any thread.
+
+        None of a host that cannot tell: it sees no hole behind the header either.
+        """
+        if (0, DATA_OFFSET_BYTES) in self.file.data_ranges(0, DATA_OFFSET_BYTES):
+            return 0
         first, size = group_start(group_index), self._block_bytes
         count = min(groups.GROUP_BLOCKS, self.grown_blocks - first)
         bits = 0
