@@ -387,7 +387,7 @@ def test_streams_of_a_pool_bring_a_plain_file_to_the_same_contents(places, tmp_p
     assert (tmp_path / "image").read_bytes() == read(here, here.catalog.snapshots(made.id)[-1].map_id)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_hostile_streams_change_no_published_volume(tmp_path):
     """Each spoiled stream ends with exit code 14 or 12, or says the same; what was there stays."""
     here, there = (open_tiny(make_pool(tmp_path / name)) for name in ("here", "there"))

@@ -343,7 +343,7 @@ def going_on(target: Target, switch: Switch, fault: Fault | None) -> Iterator[No
 
 @pytest.mark.mount
 @pytest.mark.slow
-@pytest.mark.timeout(60 + 3 * ROUNDS)
+@pytest.mark.timeout(180 + 3 * ROUNDS)
 @pytest.mark.parametrize("cache", ["none", "writeback"])
 def test_each_operation_of_the_disk_below_the_daemon_fails(
     cache: str, spawner: Spawner, pool_home: Path, tmp_path: Path

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.mount
 @pytest.mark.loop
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_quickstart_ends_with_ok():
     done = subprocess.run(
         [ROOT / "examples/quickstart.sh", "/usr/include/linux"],

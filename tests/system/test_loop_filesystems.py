@@ -53,7 +53,7 @@ def mounted(tmp_path: Path) -> Iterator[MountedPool]:
 
 @pytest.mark.loop
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_filesystem_keeps_files_and_gives_space_back(
     mounted: MountedPool, kind: Kind, files: Path, tmp_path: Path

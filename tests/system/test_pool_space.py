@@ -21,7 +21,7 @@ MIB = 1 << 20
 DATA_OFFSET = 65536
 BLOCK = 4096
 
-pytestmark = [pytest.mark.loop, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.loop, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @contextmanager

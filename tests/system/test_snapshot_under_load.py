@@ -71,7 +71,7 @@ def overwrite(volume: Path) -> None:
 
 @pytest.mark.loop
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("size_bytes", "make", "verify", "frozen_options"),
     [
