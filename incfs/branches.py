@@ -1,4 +1,4 @@
-"""Clones, holds, going back: what the service does with the branches of volumes.
+"""Clones, holds, bookmarks, going back: what the service does with the branches of volumes.
 
 Owns nothing but references to the parts of an open pool; the trio thread.
 """
@@ -9,24 +9,33 @@ from pathlib import Path
 
 import trio
 
-from incfs import baseline, clone, holds, rollback, snapshot, volume
+from incfs import baseline, bookmarks, clone, holds, rollback, snapshot, volume
 from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
 from incfs.driver import Driver
 from incfs.errors import Busy, ImageMismatch, UsageError
-from incfs.model import Generation, MapId, Snapshot, Volume, VolumeId, map_id
+from incfs.handles import Handles
+from incfs.model import Bookmark, Generation, MapId, Snapshot, Volume, VolumeId, map_id
 from incfs.reclaimer import Reclaimer
 from incfs.store import Store
 from incfs.transfers import require_ordinary
 
 
 class Branches:
-    """The verbs of clones and holds on an open pool.
+    """The verbs of clones, holds and bookmarks on an open pool.
 
     A change that has begun is completed; it is durable on return.
     """
 
-    def __init__(self, store: Store, committer: Committer, driver: Driver, reclaimer: Reclaimer) -> None:
+    def __init__(
+        self,
+        store: Store,
+        committer: Committer,
+        driver: Driver,
+        reclaimer: Reclaimer,
+        handles: Handles,
+    ) -> None:
         self._store = store
+        self._handles = handles
         self._committer = committer
         self._driver = driver
         self._reclaimer = reclaimer
@@ -185,3 +194,36 @@ class Branches:
         released = [holds.release(self._store, volume_id, name, tag) for volume_id, name in wanted]
         await self._committer.commit()
         return released
+
+    def bookmarks(self, volume_id: VolumeId) -> list[Bookmark]:
+        """List the bookmarked points of a volume, oldest first."""
+        return self._store.catalog.bookmarks(volume_id)
+
+    async def bookmark(self, taken: Snapshot, name: str) -> Bookmark:
+        """Let increments start from a snapshot also when it is gone."""
+        made = bookmarks.create(self._store, taken, name)
+        await self._committer.commit()
+        return made
+
+    async def remove_bookmarks(self, doomed: Sequence[tuple[VolumeId, str]]) -> None:
+        """Forget bookmarks, all or none.
+
+        Raises:
+            BookmarkNotFound: There is none of that name.
+            Busy: A stream starts from one whose snapshot is gone.
+        """
+        if len(set(doomed)) < len(doomed):
+            raise UsageError("name each bookmark once")
+        for volume_id, name in doomed:
+            self._require_unused(bookmarks.named(self._store, volume_id, name))
+        for volume_id, name in doomed:
+            bookmarks.remove(self._store, volume_id, name)
+        self._reclaimer.reclaim_soon()
+        await self._committer.commit()
+
+    def _require_unused(self, bookmark: Bookmark) -> None:
+        holders = self._handles.of_table(bookmark.map_id)
+        has_snapshot = ("snapshot", (bookmark.volume_id, bookmark.generation)) in self._store.catalog
+        if holders and not has_snapshot:
+            whose = f"{self._store.catalog.volume(bookmark.volume_id).name}#{bookmark.name}"
+            raise Busy(f"bookmark {whose} is in use by {', '.join(holders)}; let that end first", holders=holders)

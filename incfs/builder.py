@@ -22,6 +22,7 @@ from incfs.model import (
     MAX_VOLUME_BYTES,
     PAGE_BLOCKS,
     STALE_GROUPS,
+    Bookmark,
     Generation,
     Snapshot,
     Storage,
@@ -79,11 +80,25 @@ class MetadataBuilder:
             raise FormatError(f"two records of {record_id(record)}")
         if isinstance(record, Snapshot) and record.volume_id not in self.catalog.volumes:
             raise FormatError(f"snapshot {record.name!r} of volume {record.volume_id}, which there is not")
+        if isinstance(record, Bookmark):
+            self._require_point(record)
         if isinstance(record, Volume) and record.name and self.catalog.has_name(record.name):
             raise FormatError(f"two volumes are named {record.name!r}")
         if isinstance(record, Storage):
             record = self._placed(record)
         self.catalog.put(record)
+
+    def _require_point(self, record: Bookmark) -> None:
+        """Refuse a bookmark of a point that its volume never had, or had as another one."""
+        volume = self.catalog.volumes.get(record.volume_id)
+        if volume is None or record.generation > volume.last_generation:
+            raise FormatError(f"bookmark {record.name!r} of a snapshot that volume {record.volume_id} never had")
+        taken = self.catalog.get(("snapshot", (record.volume_id, record.generation)))
+        if isinstance(taken, Snapshot) and taken.uuid != record.uuid:
+            raise FormatError(f"bookmark {record.name!r} is of another snapshot than {taken.name!r}")
+        names = {name for known in self.catalog.bookmarks(record.volume_id) for name in known.names}
+        if not names.isdisjoint(record.names):
+            raise FormatError(f"two bookmarks of volume {record.volume_id} have one name")
 
     def _placed(self, record: Storage) -> Storage:
         path = self._stored_path(self._images.get(record.id, Path(record.path)))
@@ -94,13 +109,14 @@ class MetadataBuilder:
         return str(path.relative_to(home) if path.is_relative_to(home) else path)
 
     def add_page(self, table: TableKey, page_index: int, entries: Entries) -> None:
-        """Take a map page.
+        """Take a page of a table.
 
         Raises:
             FormatError: Its table does not exist, or it names a block that does not exist or has an owner.
         """
         numbers = (table.volume_id, table.generation)
-        identity: RecordId = ("snapshot", numbers) if table.generation else ("volume", numbers[:1])
+        kind = "bookmark" if table.is_trail else "snapshot"
+        identity: RecordId = (kind, numbers) if table.generation else ("volume", numbers[:1])
         if identity not in self.catalog:
             raise FormatError(f"page {page_index} of table {table}, which there is not")
         if not 0 <= page_index <= MAX_VOLUME_BYTES // self._superblock.block_bytes // PAGE_BLOCKS:

@@ -1,4 +1,4 @@
-"""The catalog: every volume, snapshot and storage volume of a pool, in memory.
+"""The catalog: every volume, snapshot, bookmark and storage volume of a pool, in memory.
 
 Owns the records and the names.  Changes are whole records, so that applying one twice does
 no harm (recovery is idempotent, I5).  Knows which records the tables do not have yet.
@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from incfs.codec import decode_record, encode_record, pack, unpack
-from incfs.errors import FormatError, SnapshotNotFound, StorageNotFound, VolumeNotFound
+from incfs.errors import BookmarkNotFound, FormatError, SnapshotNotFound, StorageNotFound, VolumeNotFound
 from incfs.generations import Generations
 from incfs.model import (
     NO_ORIGIN,
+    Base,
+    Bookmark,
     Facts,
     Generation,
     MapId,
@@ -29,14 +31,21 @@ from incfs.model import (
 )
 from incfs.overlay import Chain, TableKey
 
-Record = Volume | Snapshot | Storage | StoredPolicy
+Record = Volume | Snapshot | Bookmark | Storage | StoredPolicy
 RecordId = tuple[str, tuple[int, ...]]
 """(kind, numbers): names one record."""
 
-KINDS: dict[str, type[Record]] = {"volume": Volume, "snapshot": Snapshot, "storage": Storage, "policy": StoredPolicy}
+KINDS: dict[str, type[Record]] = {
+    "volume": Volume,
+    "snapshot": Snapshot,
+    "bookmark": Bookmark,
+    "storage": Storage,
+    "policy": StoredPolicy,
+}
 _KEYS = {
     "volume": struct.Struct(">I"),
     "snapshot": struct.Struct(">II"),
+    "bookmark": struct.Struct(">II"),
     "storage": struct.Struct(">H"),
     "policy": struct.Struct(">B"),
 }
@@ -50,6 +59,8 @@ def record_id(record: Record) -> RecordId:
         return "volume", (record.id,)
     if isinstance(record, Snapshot):
         return "snapshot", (record.volume_id, record.generation)
+    if isinstance(record, Bookmark):
+        return "bookmark", (record.volume_id, record.generation)
     if isinstance(record, Storage):
         return "storage", (record.id,)
     return POLICY_ID
@@ -66,7 +77,8 @@ def record_from(kind: Any, value: Any) -> Record:
     return decode_record(KINDS[kind], value)
 
 
-_NO_SNAPSHOTS = Generations()
+_NO_SNAPSHOTS: Generations[Snapshot] = Generations()
+_NO_BOOKMARKS: Generations[Bookmark] = Generations()
 
 
 class Catalog:
@@ -76,7 +88,8 @@ class Catalog:
         self.volumes: dict[VolumeId, Volume] = {}
         self.storages: dict[StorageId, Storage] = {}
         self.policy: StoredPolicy | None = None
-        self._snapshots: dict[VolumeId, Generations] = {}
+        self._snapshots: dict[VolumeId, Generations[Snapshot]] = {}
+        self._bookmarks: dict[VolumeId, Generations[Bookmark]] = {}
         self._names: dict[str, VolumeId] = {}
         self._uuids: dict[str, VolumeId] = {}
         self._clones: dict[MapId, set[VolumeId]] = {}
@@ -98,6 +111,9 @@ class Catalog:
             self._put_volume(record)
         elif isinstance(record, Snapshot):
             self._snapshots.setdefault(record.volume_id, Generations()).put(record)
+            self._note_removed(record.volume_id)
+        elif isinstance(record, Bookmark):
+            self._bookmarks.setdefault(record.volume_id, Generations()).put(record)
             self._note_removed(record.volume_id)
         elif isinstance(record, Storage):
             self.storages[record.id] = record
@@ -125,9 +141,10 @@ class Catalog:
         self._clones.get(volume.origin, set()).discard(volume_id)
 
     def _note_removed(self, volume_id: VolumeId) -> None:
-        """Keep ``_to_reclaim`` right after a change of a volume or of one of its snapshots."""
+        """Keep ``_to_reclaim`` right after a change of a volume, or of one of its snapshots or bookmarks."""
         volume = self.volumes.get(volume_id)
-        if volume is not None and (not volume.name or volume.rollback_to or self._generations(volume_id).removed):
+        removed = self._generations(volume_id).removed or self._marked(volume_id).removed
+        if volume is not None and (not volume.name or volume.rollback_to or removed):
             self._to_reclaim.add(volume_id)
         else:
             self._to_reclaim.discard(volume_id)
@@ -141,8 +158,13 @@ class Catalog:
             self._note_removed(VolumeId(numbers[0]))
             if not self._generations(VolumeId(numbers[0])).newest:
                 self._snapshots.pop(VolumeId(numbers[0]), None)
+            if not self._marked(VolumeId(numbers[0])).newest:
+                self._bookmarks.pop(VolumeId(numbers[0]), None)
         elif kind == "snapshot":
             self._generations(VolumeId(numbers[0])).drop(Generation(numbers[1]))
+            self._note_removed(VolumeId(numbers[0]))
+        elif kind == "bookmark":
+            self._marked(VolumeId(numbers[0])).drop(Generation(numbers[1]))
             self._note_removed(VolumeId(numbers[0]))
         elif kind == "storage":
             self.storages.pop(StorageId(numbers[0]), None)
@@ -156,6 +178,8 @@ class Catalog:
             return self.volumes.get(VolumeId(numbers[0]))
         if kind == "snapshot":
             return self._generations(VolumeId(numbers[0])).get(Generation(numbers[1]))
+        if kind == "bookmark":
+            return self._marked(VolumeId(numbers[0])).get(Generation(numbers[1]))
         if kind == "storage":
             return self.storages.get(StorageId(numbers[0]))
         return self.policy
@@ -200,8 +224,15 @@ class Catalog:
         """List a volume's snapshots, oldest first; those being removed only if asked for."""
         return self._generations(volume_id).listed(removed=removed)
 
-    def _generations(self, volume_id: VolumeId) -> Generations:
+    def bookmarks(self, volume_id: VolumeId, *, removed: bool = False) -> list[Bookmark]:
+        """List a volume's bookmarks, oldest first; those being removed only if asked for."""
+        return self._marked(volume_id).listed(removed=removed)
+
+    def _generations(self, volume_id: VolumeId) -> Generations[Snapshot]:
         return self._snapshots.get(volume_id) or _NO_SNAPSHOTS
+
+    def _marked(self, volume_id: VolumeId) -> Generations[Bookmark]:
+        return self._bookmarks.get(volume_id) or _NO_BOOKMARKS
 
     def has_snapshot_name(self, volume_id: VolumeId, name: str) -> bool:
         """Tell whether a snapshot of the volume has that name."""
@@ -220,6 +251,33 @@ class Catalog:
         volume = self.volumes.get(volume_id)
         whose = volume.name if volume else volume_id
         raise SnapshotNotFound(f"volume {whose} has no snapshot {name!r}", volume=whose, snapshot=name)
+
+    def bookmark(self, volume_id: VolumeId, name: str) -> Bookmark:
+        """Look up a bookmark by name, or by ``uuid:...`` of its snapshot.
+
+        Raises:
+            BookmarkNotFound: No such bookmark.
+        """
+        found = self._marked(volume_id).named(name)
+        if found is not None:
+            return found
+        volume = self.volumes.get(volume_id)
+        whose = volume.name if volume else volume_id
+        raise BookmarkNotFound(f"volume {whose} has no bookmark {name!r}", volume=whose, bookmark=name)
+
+    def base(self, volume_id: VolumeId, name: str) -> Base:
+        """Look up what increments start from: ``SNAP``, ``#BOOKMARK``, or ``uuid:...`` of either.
+
+        Raises:
+            SnapshotNotFound, BookmarkNotFound: There is none.
+        """
+        if name.startswith("#"):
+            return self.bookmark(volume_id, name[1:])
+        if name.startswith("uuid:") and self._generations(volume_id).named(name) is None:
+            bookmark = self._marked(volume_id).named(name)
+            if bookmark is not None:
+                return bookmark
+        return self.snapshot(volume_id, name)
 
     def snapshot_by_generation(self, volume_id: VolumeId, generation: Generation) -> Snapshot:
         """Look up a snapshot by its generation.
@@ -250,6 +308,14 @@ class Catalog:
     def removed_generations(self, volume_id: VolumeId) -> list[Generation]:
         """List the snapshots that are being removed, oldest first."""
         return self._generations(volume_id).removed
+
+    def newest_bookmark(self, volume_id: VolumeId, generation: Generation) -> Generation:
+        """Give the newest bookmark of a generation, or of an older one, that is not being removed; 0 without one."""
+        return self._marked(volume_id).newest_named(generation)
+
+    def trails(self, volume_id: VolumeId, generation: Generation) -> list[TableKey]:
+        """List the trails of bookmarks from a generation on, oldest first, also of those being removed."""
+        return [TableKey(volume_id, g, is_trail=True) for g in self._marked(volume_id).since(generation)]
 
     def newest_generation(self, volume_id: VolumeId) -> Generation:
         """Give the newest snapshot that still has an increment, 0 without one."""
@@ -326,6 +392,8 @@ class Catalog:
         yield from self.volumes.values()
         for generations in self._snapshots.values():
             yield from generations.listed(removed=True)
+        for marked in self._bookmarks.values():
+            yield from marked.listed(removed=True)
         if self.policy is not None:
             yield self.policy
 

@@ -6,6 +6,8 @@ A body is msgpack ``[changes, data, folded]``.  A change is one of
     ["put", kind, record]
     ["drop", kind, [numbers]]
     ["fold", volume id, generation, older generation, [page indexes]]
+    ["note", volume id, generation, bookmark, [page indexes]]
+    ["forget", volume id, bookmark, older bookmark, [page indexes]]
     ["empty", volume id, [page indexes]]
     ["unroll", volume id, [generations], [page indexes]]
     ["move", volume id, generation, page index, [index, old address, new address, ...]]
@@ -114,4 +116,6 @@ def decode_body(body: bytes) -> Body:
     return Body(changes, data, folded)
 
 
-_LENGTHS = {"map": 3, "put": 3, "drop": 3, "fold": 5, "empty": 3, "move": 5, "unroll": 4, "written": 3}
+_LENGTHS = {
+    "map": 3, "put": 3, "drop": 3, "fold": 5, "note": 5, "forget": 5, "empty": 3, "move": 5, "unroll": 4, "written": 3,
+}  # fmt: skip

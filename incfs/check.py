@@ -13,7 +13,7 @@ from incfs.catalog import KINDS, Catalog
 from incfs.codec import Entries, checksum, decode_entries, entry_runs, open_value
 from incfs.errors import FormatError, IncfsError
 from incfs.groups import group_start, split_groups
-from incfs.model import HOLE, PAGE_BLOCKS, Snapshot, StorageId, Volume, split_map_id
+from incfs.model import HOLE, PAGE_BLOCKS, Bookmark, Generation, Snapshot, StorageId, Volume, split_map_id
 from incfs.overlay import TableKey
 from incfs.storage import StorageVolume
 from incfs.tables import Reader, page_key
@@ -129,6 +129,8 @@ class Checker:
             self.report.damage(where, f"newest snapshot is {newest}, the record says {volume.newest_generation}")
         for snapshot in snapshots:
             self._check_snapshot(volume, snapshot)
+        for bookmark in self._catalog.bookmarks(volume.id, removed=True):
+            self._check_bookmark(volume, bookmark)
 
     def _check_origin(self, volume: Volume, where: str) -> None:
         if not volume.origin:
@@ -156,6 +158,23 @@ class Checker:
         held = self._check_table(TableKey(volume.id, snapshot.generation), where)
         if snapshot.name and held != snapshot.held_blocks:
             self.report.damage(where, f"counts {snapshot.held_blocks} held blocks, but has {held}")
+
+    def _check_bookmark(self, volume: Volume, bookmark: Bookmark) -> None:
+        where = f"bookmark {volume.name or volume.id}#{bookmark.name or bookmark.generation}"
+        if bookmark.generation > volume.last_generation:
+            self.report.damage(where, f"is of snapshot {bookmark.generation}: there never was one")
+        own = self._catalog.get(("snapshot", (volume.id, bookmark.generation)))
+        older = self._catalog.older_generation(volume.id, bookmark.generation)
+        older = older if bookmark.names and older not in self._catalog.removed_generations(volume.id) else Generation(0)
+        trail = TableKey(volume.id, bookmark.generation, is_trail=True)
+        try:
+            for page_index, noted in self._reader.pages(trail):
+                if isinstance(own, Snapshot) and own.name:
+                    self.report.damage(f"{where}, page {page_index}", "has a trail, though its snapshot is there")
+                if older and not noted.keys() <= self._reader.page(TableKey(volume.id, older), page_index).keys():
+                    self.report.damage(f"{where}, page {page_index}", f"increment {older} lacks blocks of the trail")
+        except FormatError as error:
+            self.report.damage(where, str(error))
 
     def _check_table(self, table: TableKey, where: str) -> int:
         mapped = 0
@@ -216,7 +235,7 @@ class Checker:
             self.report.verified_blocks += count
 
     def _check_strays(self) -> None:
-        for database, size in (("map", 12), ("inc", 16)):
+        for database, size in (("map", 12), ("inc", 16), ("trail", 16)):
             for key, _ in self._reader.items(database):
                 if len(key) != size or not self._has_table(database, key):
                     self.report.damage(f"{database} {key.hex()}", "page of a table that does not exist")
@@ -225,7 +244,8 @@ class Checker:
         volume_id = int.from_bytes(key[:4], "big")
         if database == "map":
             return ("volume", (volume_id,)) in self._catalog
-        return ("snapshot", (volume_id, int.from_bytes(key[4:8], "big"))) in self._catalog
+        kind = "bookmark" if database == "trail" else "snapshot"
+        return (kind, (volume_id, int.from_bytes(key[4:8], "big"))) in self._catalog
 
     def _space(self) -> Iterator[tuple[int, int, int]]:
         try:

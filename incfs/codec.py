@@ -155,6 +155,23 @@ def _decode_runs(flat: Any) -> Entries:
     return entries
 
 
+def encode_trail(entries: Entries) -> bytes:
+    """Encode one page of a trail: which indexes are in it, as a bit set."""
+    return sum(1 << index for index in entries).to_bytes(PAGE_BLOCKS // 8, "little").rstrip(b"\0")
+
+
+def decode_trail(data: bytes) -> Entries:
+    """Undo ``encode_trail``.
+
+    Raises:
+        FormatError: Too long.
+    """
+    if len(data) > PAGE_BLOCKS // 8:
+        raise FormatError(f"page of a trail has {len(data)} bytes")
+    present = int.from_bytes(data, "little")
+    return {index: (HOLE, 0) for index in range(present.bit_length()) if present >> index & 1}
+
+
 def encode_record(record: Any) -> dict[str, Any]:
     """Turn a frozen record of ``model`` into a plain map for ``pack``."""
     # Not with asdict: its deep copies take 30 times as long, and a volume's record is in most commits.

@@ -17,7 +17,7 @@ from typing import Any
 
 from incfs.backing import translate, translated
 from incfs.catalog import record_from
-from incfs.codec import Entries, encode_record, entry_runs, unpack
+from incfs.codec import Entries, encode_record, encode_trail, entry_runs, unpack
 from incfs.errors import IncfsError, UsageError
 from incfs.model import HOLE, Storage
 from incfs.store import Store
@@ -52,7 +52,7 @@ def _documents(
     sequence, _, last_volume = reader.checkpoint()
     head = {"dump": DUMP_VERSION, "format": FORMAT_VERSION, "pool": asdict(superblock), "created_ns": time.time_ns()}
     yield "", {**head, "sequence": sequence, "last_volume": last_volume}
-    for kind in ("storage", "volume", "snapshot", "policy"):
+    for kind in ("storage", "volume", "snapshot", "bookmark", "policy"):
         for body in reader.bodies(kind):
             record = record_from(kind, unpack(body))
             if isinstance(record, Storage):
@@ -60,8 +60,12 @@ def _documents(
                 record = replace(record, path=image, mirrors=tuple(mirrors))
             yield "records", {"record": kind, "value": _to_text(encode_record(record))}
     for table, page_index, entries in reader.all_pages():
+        if table.is_trail:
+            numbers = [table.volume_id, table.generation, page_index]
+            yield "pages", {"trail": numbers, "blocks": encode_trail(entries).hex()}
+            continue
         runs = [[first, count, address, _crcs(entries, first, count)] for first, count, address in entry_runs(entries)]
-        yield "pages", {"page": [*table, page_index], "runs": runs}
+        yield "pages", {"page": [table.volume_id, table.generation, page_index], "runs": runs}
 
 
 def _crcs(entries: Entries, first: int, count: int) -> str:

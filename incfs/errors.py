@@ -10,6 +10,7 @@ Owns the tree, the stable codes, and for each class its errno (FUSE), its exit c
     ├── NotFound
     │   ├── VolumeNotFound
     │   ├── SnapshotNotFound
+    │   ├── BookmarkNotFound
     │   ├── StorageNotFound
     │   ├── ReplicaNotFound
     │   ├── HoldNotFound
@@ -112,6 +113,12 @@ class SnapshotNotFound(NotFound):
     """No snapshot of that name on that volume."""
 
     code = "snapshot.not-found"
+
+
+class BookmarkNotFound(NotFound):
+    """No bookmark of that name on that volume."""
+
+    code = "bookmark.not-found"
 
 
 class StorageNotFound(NotFound):

@@ -32,6 +32,10 @@ class Handles:
         self._holders.setdefault(table, []).append(holder)
         self._store.serve(table)
 
+    def pin(self, table: MapId, holder: str) -> None:
+        """Keep a snapshot, or a bookmark whose snapshot may be gone, until ``close``."""
+        self._holders.setdefault(table, []).append(holder)
+
     def close(self, table: MapId) -> None:
         """Note that one is closed."""
         holders = self._holders[table]

@@ -43,16 +43,16 @@ class Inspection:
     async def diff(
         self, volume_id: VolumeId, from_name: str | None, to_name: str, *, start_bytes: int, limit: int
     ) -> tuple[list[dict[str, Any]], int | None]:
-        """List the stretches that may differ between two snapshots, as the newer one has them.
+        """List the stretches that may differ between a snapshot, or ``#BOOKMARK``, and a newer one, as that has them.
 
         Returns:
             At most ``limit`` of them from ``start_bytes`` on, and where to go on, None when nothing is left.
         """
         newer = self._store.catalog.snapshot(volume_id, to_name)
-        older = None if from_name is None else self._store.catalog.snapshot(volume_id, from_name)
+        older = None if from_name is None else self._store.catalog.base(volume_id, from_name)
         pinned = [s.map_id for s in (older, newer) if s is not None]
         for table in pinned:
-            self._handles.open(table, "snapshot diff")
+            self._handles.pin(table, "snapshot diff")
         try:
             found: list[Extent] = []
             page_bytes = self._store.block_bytes * PAGE_BLOCKS

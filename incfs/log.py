@@ -13,7 +13,7 @@ Invariants:
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -247,6 +247,29 @@ class IncrementalLog:
             for generation in undone:
                 self._overlay.replace(TableKey(volume_id, generation), page_index, {})
         self.forget(volume_id, page_index)
+
+    def noted(self, trail: TableKey, page_index: int) -> Entries:
+        """Read one page of a trail; a damaged one has every block, so that nothing that changed is left out."""
+        try:
+            return self.entries(trail, page_index)
+        except FormatError as error:
+            logger.warning("volume %d, page %d: counts as changed: %s", trail.volume_id, page_index, error)
+            return dict.fromkeys(range(PAGE_BLOCKS), (HOLE, 0))
+
+    def keys(self, table: TableKey, page_index: int) -> Iterable[int]:
+        """Give the blocks of a page that an increment or a trail has."""
+        return self.noted(table, page_index) if table.is_trail else self.entries(table, page_index)
+
+    def note(self, trail: TableKey, page_index: int, slots: Iterable[int]) -> None:
+        """Have a trail name blocks of a page."""
+        known = self.noted(trail, page_index)
+        new: Entries = {slot: (HOLE, 0) for slot in slots if slot not in known}
+        if new:
+            self._overlay.patch(trail, page_index).entries.update(new)
+
+    def forget_noted(self, trail: TableKey, page_index: int) -> None:
+        """Empty one page of a trail."""
+        self._overlay.replace(trail, page_index, {})
 
     def drop_page(self, volume_id: int, page_index: int) -> list[int]:
         """Empty one page of a lookup table whose volume is gone; return what became free."""

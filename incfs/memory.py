@@ -49,6 +49,7 @@ from incfs.settings import VolumeSettings
 from incfs.space import Space
 from incfs.superblock import Superblock
 from incfs.tables import Tables
+from incfs.trails import Trails
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,8 @@ class Memory:
             host_reserve_bytes=options.host_reserve_bytes,
             reserve_blocks=options.reserve_blocks,
         )
-        self.moves = Moves(self.catalog, self.log, self.pool, self._pend_move, self._put)
+        self.trails = Trails(self.catalog, self.log, self._pend_move)
+        self.moves = Moves(self.catalog, self.log, self.pool, self.trails, self._pend_move, self._put)
         self._pending: list[Change] = []
         self._touched: dict[RecordId, None] = {}
         self._served: dict[MapId, tuple[int, Facts, bool, VolumeSettings]] = {}
@@ -288,6 +290,7 @@ class Memory:
         new = [address for address in sealed.addresses if address > HOLE]
         replaced = len([address for address in sealed.old_addresses if address > HOLE])
         freed = self.log.append(volume.newest_generation, sealed)
+        self.trails.note_written(volume, sealed)
         self.pool.commit(new)
         self.pool.free(freed)
         mapped = len(new) - replaced

@@ -173,6 +173,11 @@ class Snapshot:
     """Tag -> when it expires (nanoseconds since 1970), None for never: while one is in force it is not removed."""
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Its name; nothing once it is being removed."""
+        return (self.name,) if self.name else ()
+
+    @property
     def map_id(self) -> MapId:
         """The snapshot's table."""
         return map_id(self.volume_id, self.generation)
@@ -180,6 +185,37 @@ class Snapshot:
     def holds_at(self, now_ns: int) -> dict[str, int | None]:
         """Give the holds that are in force at a time."""
         return {tag: expires for tag, expires in self.holds.items() if expires is None or expires > now_ns}
+
+
+@dataclass(frozen=True, slots=True)
+class Bookmark:
+    """A point of a volume that increments can start from, also when its snapshot is gone.  It holds no data."""
+
+    volume_id: VolumeId
+    generation: Generation
+    """Of the snapshot that it was made from."""
+    uuid: str
+    """Of that snapshot: what a receiver knows it by."""
+    size_bytes: int
+    """Of the volume at that snapshot."""
+    taken_ns: int
+    """When that snapshot was taken."""
+    names: Mapping[str, int] = field(default_factory=dict)
+    """Name -> when it was given, nanoseconds since 1970; none once the bookmark is being removed."""
+
+    @property
+    def name(self) -> str:
+        """One of its names, for messages."""
+        return min(self.names, default="")
+
+    @property
+    def map_id(self) -> MapId:
+        """The table of its snapshot, which may be gone."""
+        return map_id(self.volume_id, self.generation)
+
+
+Base = Snapshot | Bookmark
+"""What increments start from."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from incfs.log import IncrementalLog
 from incfs.model import Generation, VolumeId
 from incfs.overlay import TableKey
 from incfs.pool import Pool
+from incfs.trails import Trails
 
 
 class Moves:
@@ -21,6 +22,7 @@ class Moves:
         catalog: The records.
         log: The tables.
         pool: What becomes free is given to it.
+        trails: They take note before an increment is folded.
         pend: Called with a change and how many pages it is about.
         put: Called with a record whose counters changed; these follow from the moves and are not journaled.
     """
@@ -30,17 +32,20 @@ class Moves:
         catalog: Catalog,
         log: IncrementalLog,
         pool: Pool,
+        trails: Trails,
         pend: Callable[[Change, int], None],
         put: Callable[[Record], None],
     ) -> None:
         self._catalog = catalog
         self._log = log
         self._pool = pool
+        self._trails = trails
         self._pend = pend
         self._put = put
 
     def fold(self, volume_id: VolumeId, generation: Generation, page_indexes: list[int]) -> None:
         """Move pages of a removed snapshot's increment to its older neighbour, or free them."""
+        self._trails.note_folded(volume_id, generation, page_indexes)
         older = self._catalog.older_generation(volume_id, generation)
         self._pend(["fold", volume_id, generation, older, page_indexes], len(page_indexes))
         self.apply_fold(volume_id, generation, older, page_indexes)

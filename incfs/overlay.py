@@ -12,10 +12,11 @@ from incfs.codec import Entries
 
 
 class TableKey(NamedTuple):
-    """Names a table of pages: a lookup table (generation 0) or a snapshot's increment."""
+    """Names a table of pages: a lookup table (generation 0), a snapshot's increment or a bookmark's trail."""
 
     volume_id: int
     generation: int = 0
+    is_trail: bool = False
 
 
 Chain = tuple[tuple[TableKey, ...], ...]

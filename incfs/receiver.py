@@ -231,7 +231,7 @@ class Receiver:
         elif start_bytes:
             yield from self._copy_back(target, base, start_bytes)
         elif target.size_bytes != base.size_bytes or target.trim_from_bytes is not None or _is_changed(store, base):
-            yield lambda _: roll_back(store, target.id, base.name)
+            yield lambda _: roll_back(store, target.id, base.name, force=True)  # only bookmarks can be newer
 
     def _copy_back(self, target: Volume, base: Snapshot, start_bytes: int) -> Work:
         store, block = self._store, self._store.block_bytes
@@ -387,5 +387,5 @@ def abort(store: Store, name: str) -> list[VolumeId]:
             store.change(replace(idle, name=""))
             continue
         store.change(idle)
-        roll_back(store, target.id, newest.name)
+        roll_back(store, target.id, newest.name, force=True)  # as above
     return list(state.targets)

@@ -446,16 +446,27 @@ def _apply(store: Store, change: Change, blocks: _DataCursor) -> None:
             store.catalog.drop((kind, tuple(numbers)))
             if kind == "storage":
                 store.pool.retire(StorageId(numbers[0]))
+        case ["written", int(volume_id), int(written_ns)]:
+            store.apply_written(VolumeId(volume_id), written_ns)
+        case _:
+            _apply_move(store, change)
+
+
+def _apply_move(store: Store, change: Change) -> None:
+    """Apply a change of tables alone."""
+    match change:
         case ["fold", int(volume_id), int(generation), int(older), [*pages]]:
             store.moves.apply_fold(VolumeId(volume_id), Generation(generation), Generation(older), pages)
+        case ["note", int(volume_id), int(generation), int(keeper), [*pages]]:
+            store.trails.apply_note(VolumeId(volume_id), Generation(generation), Generation(keeper), pages)
+        case ["forget", int(volume_id), int(generation), int(keeper), [*pages]]:
+            store.trails.apply_forget(VolumeId(volume_id), Generation(generation), Generation(keeper), pages)
         case ["empty", int(volume_id), [*pages]]:
             store.moves.apply_empty(VolumeId(volume_id), pages)
         case ["unroll", int(volume_id), [*generations], [*pages]]:
             store.moves.apply_unroll(VolumeId(volume_id), generations, pages)
         case ["move", int(volume_id), int(generation), int(page_index), flat]:
             store.moves.apply_relocate(TableKey(volume_id, generation), page_index, move_triples(flat))
-        case ["written", int(volume_id), int(written_ns)]:
-            store.apply_written(VolumeId(volume_id), written_ns)
         case _:
             raise FormatError(f"journal: malformed change {str(change)[:80]}")
 

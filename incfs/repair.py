@@ -162,9 +162,16 @@ def repair(
                 for found in sorted(old.catalog.volumes.values(), key=lambda v: v.name):
                     if found.name:
                         copier.copy(found)
+                        report.notes += _bookmarks_left(old, found)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return report
+
+
+def _bookmarks_left(old: Store, volume: Volume) -> list[str]:
+    """Bookmarks are of no use in the new pool: its snapshots have UUIDs of their own."""
+    names = [name for bookmark in old.catalog.bookmarks(volume.id) for name in bookmark.names]
+    return [f"bookmark {volume.name}#{name} is not saved; send the next snapshot whole" for name in names]
 
 
 @contextlib.contextmanager
@@ -340,7 +347,7 @@ def _lost_page(first_block: int) -> Entries:
 
 
 def _add_records(builder: MetadataBuilder, found: list[tuple[str, bytes, bytes | None]], notes: list[str]) -> None:
-    for kind in ("storage", "volume", "snapshot", "policy"):
+    for kind in ("storage", "volume", "snapshot", "bookmark", "policy"):
         for database, key, body in found:
             if database != kind:
                 continue

@@ -15,7 +15,7 @@ from typing import IO, Any
 from incfs.backing import Backing, translate
 from incfs.builder import MetadataBuilder
 from incfs.catalog import KINDS, record_from
-from incfs.codec import Entries
+from incfs.codec import Entries, decode_trail
 from incfs.dump import DUMP_VERSION
 from incfs.errors import AlreadyExists, FormatError, UnsupportedFormat, UsageError
 from incfs.model import HOLE, PAGE_BLOCKS
@@ -124,7 +124,7 @@ def _checked_documents(lines: Iterable[bytes]) -> Iterator[Any]:
             return
         digest.update(line)
         counts["records"] += "record" in document
-        counts["pages"] += "page" in document
+        counts["pages"] += "page" in document or "trail" in document
         yield document
     raise FormatError("the dump is cut off: it has no end")
 
@@ -152,6 +152,8 @@ def _add(builder: MetadataBuilder, document: Any) -> None:
             builder.add_record(record_from(kind, _from_text(value)))
         case {"page": [int(volume), int(generation), int(page_index)], "runs": list(runs)}:
             builder.add_page(TableKey(volume, generation), page_index, _entries(runs))
+        case {"trail": [int(volume), int(generation), int(page_index)], "blocks": str(blocks)}:
+            builder.add_page(TableKey(volume, generation, is_trail=True), page_index, _noted(blocks))
         case _:
             raise FormatError(f"the dump has an unknown document: {str(document)[:80]}")
 
@@ -164,6 +166,13 @@ def _from_text(value: dict[str, Any]) -> dict[str, Any]:
         return {**value, "xattrs": {name: bytes.fromhex(content) for name, content in xattrs.items()}}
     except (TypeError, ValueError) as error:
         raise FormatError("the dump has an extended attribute that is not hexadecimal") from error
+
+
+def _noted(blocks: str) -> Entries:
+    try:
+        return decode_trail(bytes.fromhex(blocks))
+    except ValueError as error:
+        raise FormatError("the dump has blocks of a trail that are not hexadecimal") from error
 
 
 def _entries(runs: list[Any]) -> Entries:

@@ -16,6 +16,7 @@ import uuid as uuids
 from collections.abc import Iterator
 from dataclasses import replace
 
+from incfs import bookmarks
 from incfs.errors import Busy, LimitExceeded
 from incfs.model import MAX_GENERATION, Generation, Snapshot, Volume, VolumeId
 from incfs.overlay import TableKey
@@ -27,7 +28,7 @@ _STEP_PAGES = 2
 
 
 def roll_back(store: Store, volume_id: VolumeId, name: str, *, force: bool = False) -> list[Snapshot]:
-    """Let a volume be what it was at a snapshot; snapshots that are newer go, if ``force`` says so.
+    """Let a volume be what it was at a snapshot; snapshots and bookmarks that are newer go, if ``force`` says so.
 
     Nothing of the volume's live table may be read or written in the same step.
 
@@ -39,7 +40,7 @@ def roll_back(store: Store, volume_id: VolumeId, name: str, *, force: bool = Fal
 
     Raises:
         SnapshotNotFound: No such snapshot.
-        Busy: There are newer snapshots, and ``force`` is false or one of them is held or has clones.
+        Busy: There are newer snapshots or bookmarks, and ``force`` is false or one is held or has clones.
         StepsPending: An older rollback, to before this snapshot, is not unrolled.
     """
     store.begin_change()
@@ -49,7 +50,8 @@ def roll_back(store: Store, volume_id: VolumeId, name: str, *, force: bool = Fal
         raise StepsPending(lambda _: unroll(store, volume_id, _STEP_PAGES))
     with store.quiet(volume.map_id):
         store.evict(volume.map_id)
-        store.change(*(replace(snapshot, name="") for snapshot in doomed), *_records(store, target))
+        forgotten = [replace(bookmark, names={}) for bookmark in bookmarks.newer_than(store, target)]
+        store.change(*(replace(snapshot, name="") for snapshot in doomed), *forgotten, *_records(store, target))
     return doomed
 
 
@@ -79,18 +81,20 @@ def require_newest(store: Store, target: Snapshot, *, force: bool) -> list[Snaps
     """Give the snapshots that are newer and must go with a rollback.
 
     Raises:
-        Busy: There are some and ``force`` is false, or one of them is held or has clones.
+        Busy: There are some, or newer bookmarks, and ``force`` is false, or one of them is held or has clones.
     """
     newer = [s for s in store.catalog.snapshots(target.volume_id, removed=True) if s.generation > target.generation]
     doomed = [snapshot for snapshot in newer if snapshot.name]
     volume = store.catalog.volume(target.volume_id)
-    if doomed and not force:
-        names = ", ".join(snapshot.name for snapshot in doomed[-5:])
+    marked = [f"#{name}" for bookmark in bookmarks.newer_than(store, target) for name in bookmark.names]
+    if (doomed or marked) and not force:
+        names = ", ".join([*(snapshot.name for snapshot in doomed), *marked][-5:])
         raise Busy(
-            f"volume {volume.name} has snapshots that are newer than {target.name} ({names}); remove them first, "
-            f"or lose them with --force",
+            f"volume {volume.name} has snapshots or bookmarks that are newer than {target.name} ({names}); "
+            f"remove them first, or lose them with --force",
             volume=volume.name,
             snapshots=[snapshot.name for snapshot in doomed],
+            bookmarks=marked,
         )
     require_removable(store, doomed)
     if any(store.catalog.clones(snapshot.map_id) for snapshot in newer):

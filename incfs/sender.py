@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from incfs import snapshot
 from incfs.errors import NotFound, TokenStale, UsageError
-from incfs.model import HOLE, Snapshot, Volume
+from incfs.model import HOLE, Base, Snapshot, Volume
 from incfs.store import Store
 from incfs.stream.ranges import CHUNK_BYTES, round_up
 from incfs.stream.reader import Position
@@ -22,12 +22,14 @@ class SendPlan:
     position: Position
     """Where it begins."""
     snapshots: Mapping[str, Snapshot]
-    """By UUID: those that it carries, and their bases."""
+    """By UUID: those that it carries."""
+    bases: Mapping[str, Base]
+    """By UUID: what they start from."""
 
     def header(self, link: Link, block_bytes: int, *, is_first: bool) -> SnapBegin:
         """Give the facts of one snapshot."""
         newer = self.snapshots[link.uuid]
-        base_size = self.snapshots[link.base].size_bytes if link.base else 0
+        base_size = self.bases[link.base].size_bytes if link.base else 0
         snap = SnapBegin(link, newer.name, base_size, newer.size_bytes, block_bytes, newer.created_ns, newer.tag)
         if is_first and self.position.digest:
             return replace(snap, start_bytes=self.position.offset_bytes, digest=self.position.digest)
@@ -55,13 +57,13 @@ def plan_send(
     Args:
         store: The pool.
         wanted: The snapshots; those that come last in the stream, published together.
-        base: Name, or ``uuid:...``, of the snapshot of each volume that the receiver has, or one of each;
-            None: it has none.
+        base: Name, ``#BOOKMARK`` or ``uuid:...``, of the snapshot of each volume that the receiver has, or one of
+            each; None: it has none.
         every: Send the snapshots between, too; those that were taken together stay together.
 
     Raises:
         UsageError: A volume is named twice, or a base is not older.
-        SnapshotNotFound: A volume has no such base.
+        SnapshotNotFound, BookmarkNotFound: A volume has no such base.
     """
     if len({volume.id for volume, _ in wanted}) != len(wanted) or not wanted:
         raise UsageError("name each volume once, and at least one")
@@ -90,18 +92,20 @@ def plan_resume(store: Store, position: Position) -> SendPlan:
 
 
 def _plan(store: Store, position: Position, volumes: Sequence[Volume]) -> SendPlan:
-    found: dict[str, Snapshot] = {}
+    snapshots: dict[str, Snapshot] = {}
+    bases: dict[str, Base] = {}
     for link in (link for step in position.begin.steps for link in step):
-        for uuid in (link.uuid, link.base):
-            if uuid is not None and uuid not in found:
-                found[uuid] = store.catalog.snapshot(volumes[link.member].id, f"uuid:{uuid}")
-    return SendPlan(position, found)
+        volume_id = volumes[link.member].id
+        snapshots[link.uuid] = store.catalog.snapshot(volume_id, f"uuid:{link.uuid}")
+        if link.base is not None:
+            bases[link.base] = store.catalog.base(volume_id, f"uuid:{link.base}")
+    return SendPlan(position, snapshots, bases)
 
 
 def _chain(store: Store, newest: Snapshot, base: str | None, *, every: bool) -> _Chain:
-    older = None if base is None else store.catalog.snapshot(newest.volume_id, base)
+    older = None if base is None else store.catalog.base(newest.volume_id, base)
     if older is not None and older.generation >= newest.generation:
-        raise UsageError(f"snapshot {older.name} is not older than {newest.name}")
+        raise UsageError(f"{older.name} is not older than {newest.name}")
     after = older.generation if older is not None else 0
     between = [s for s in store.catalog.snapshots(newest.volume_id) if after < s.generation < newest.generation]
     sent = [*(between if every else ()), newest]
@@ -123,7 +127,7 @@ def _steps(chains: Sequence[_Chain]) -> Iterator[Step]:
 
 
 def changed_stretches(
-    store: Store, older: Snapshot | None, newer: Snapshot, page_index: int, start_bytes: int
+    store: Store, older: Base | None, newer: Snapshot, page_index: int, start_bytes: int
 ) -> list[Stretch]:
     """List what of one map page goes into a stream, from an offset on, cut where a range may end.
 

@@ -78,7 +78,7 @@ class Service:
         self._reclaimer = Reclaimer(store, self._committer, self.handles.__contains__)
         self.handles.closed = self._reclaimer.reclaim_soon
         self._driver = Driver(store, self._committer, self._reclaimer)
-        self.branches = Branches(store, self._committer, self._driver, self._reclaimer)
+        self.branches = Branches(store, self._committer, self._driver, self._reclaimer, self.handles)
         """Clones, holds, going back."""
         self.upkeep = Upkeep(store, self._committer, self._driver)
         """Storage volumes, and where data lies."""

@@ -12,6 +12,7 @@ from incfs.model import (
     INHERIT,
     MAX_GENERATION,
     PAGE_BLOCKS,
+    Base,
     Generation,
     Snapshot,
     Volume,
@@ -123,19 +124,22 @@ def require_removable(store: Store, snapshots: Iterable[Snapshot]) -> None:
             )
 
 
-def _increments_between(store: Store, older: Snapshot, newer: Snapshot) -> list[TableKey]:
+def _tables_between(store: Store, older: Base, newer: Snapshot) -> list[TableKey]:
+    """List the increments and trails that say what was written between two points."""
     if older.generation > newer.generation:
-        raise UsageError(f"snapshot {older.name} is newer than {newer.name}; swap them")
+        raise UsageError(f"{older.name} is newer than {newer.name}; swap them")
     mark = store.catalog.volume(newer.volume_id).rollback_mark
     undone = store.catalog.undone(newer.volume_id) if newer.generation >= mark else []
     increments = store.catalog.increments(newer.volume_id, older.generation)
-    return [table for table in increments if table.generation < newer.generation and table.generation not in undone]
+    tables = [table for table in increments if table.generation not in undone]
+    tables += store.catalog.trails(newer.volume_id, older.generation)
+    return [table for table in tables if table.generation < newer.generation]
 
 
-def changed_pages(store: Store, older: Snapshot | None, newer: Snapshot, start: int = 0) -> Iterator[int]:
-    """Yield the map pages, from one on, in which two snapshots may differ; without ``older``, those with data.
+def changed_pages(store: Store, older: Base | None, newer: Snapshot, start: int = 0) -> Iterator[int]:
+    """Yield the map pages, from one on, in which two points may differ; without ``older``, those with data.
 
-    It may be kept across other changes while neither snapshot is removed.
+    It may be kept across other changes while neither is removed.
 
     Cost: proportional to what was written between the two (I7).
 
@@ -146,7 +150,7 @@ def changed_pages(store: Store, older: Snapshot | None, newer: Snapshot, start: 
         if older is None:
             tables = [table for link in store.catalog.chain(newer.map_id) for table in link]
         else:
-            tables = _increments_between(store, older, newer)
+            tables = _tables_between(store, older, newer)
         listed = [store.log.page_indexes(table, start, limit=_LISTED_PAGES) for table in tables]
         end = min((pages[-1] for pages in listed if len(pages) == _LISTED_PAGES), default=None)
         yield from sorted({page for pages in listed for page in pages if end is None or page <= end})
@@ -155,14 +159,14 @@ def changed_pages(store: Store, older: Snapshot | None, newer: Snapshot, start: 
         start = end + 1
 
 
-def changed_extents(store: Store, older: Snapshot | None, newer: Snapshot, page_index: int) -> Iterator[Extent]:
+def changed_extents(store: Store, older: Base | None, newer: Snapshot, page_index: int) -> Iterator[Extent]:
     """Yield the stretches of one page that may differ, as ``newer`` has them."""
     entries = page_entries(store, newer.map_id, page_index)
     if older is None:
         changed = {index for index, (address, _) in entries.items() if address > HOLE}
     else:
-        tables = _increments_between(store, older, newer)
-        changed = {index for table in tables for index in store.log.entries(table, page_index)}
+        tables = _tables_between(store, older, newer)
+        changed = {index for table in tables for index in store.log.keys(table, page_index)}
     joined: list[Extent] = []
     block = store.block_bytes
     for index in sorted(changed):

@@ -5,7 +5,7 @@ from typing import Any
 
 from incfs.blocks import split_address
 from incfs.changes import decode_body
-from incfs.codec import decode_entries, entry_runs, open_value, unpack
+from incfs.codec import decode_entries, decode_trail, entry_runs, open_value, unpack
 from incfs.dataplane import DataPlane
 from incfs.extents import Extent, page_entries
 from incfs.journal import Journal
@@ -131,6 +131,8 @@ def dump_tables(tables: Tables) -> list[dict[str, Any]]:
 def _plain(database: str, body: bytes) -> Any:
     if database == "space":
         return {"live_blocks": int.from_bytes(body, "little").bit_count()}
+    if database == "trail":
+        return [list(run[:2]) for run in entry_runs(decode_trail(body))]
     if database in ("map", "inc"):
         return [list(run) for run in entry_runs(decode_entries(body))]
     return _printable(unpack(body))

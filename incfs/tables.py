@@ -17,7 +17,17 @@ from typing import Any
 import lmdb
 
 from incfs.backing import Backing, translated
-from incfs.codec import Entries, decode_entries, encode_entries, open_value, pack, seal_value, unpack
+from incfs.codec import (
+    Entries,
+    decode_entries,
+    decode_trail,
+    encode_entries,
+    encode_trail,
+    open_value,
+    pack,
+    seal_value,
+    unpack,
+)
 from incfs.errors import BackingError, FormatError, NoSpace
 from incfs.model import INHERIT, STALE_GROUPS
 from incfs.overlay import Layer, TableKey
@@ -27,7 +37,9 @@ logger = logging.getLogger(__name__)
 
 LMDB_LIB_VERSION = 0
 """Engine 0.9: ``lmdb`` 3 bundles two, whose files differ."""
-DATABASES = ("meta", "map", "inc", "space", "volume", "snapshot", "storage", "policy")
+_LATER = ("bookmark", "trail")
+"""Pools that were made before these databases came get them when they are opened."""
+DATABASES = ("meta", "map", "inc", "space", "volume", "snapshot", "storage", "policy", *_LATER)
 INITIAL_MAP_BYTES = 1 << 30
 _MAP_KEY = struct.Struct(">IQ")
 _INC_KEY = struct.Struct(">IIQ")
@@ -40,8 +52,22 @@ _SPACE_KEY = struct.Struct(">HQ")
 def page_key(table: TableKey, page_index: int) -> tuple[str, bytes]:
     """Name the database and the key of a page."""
     if table.generation:
-        return "inc", _INC_KEY.pack(*table, page_index)
+        key = _INC_KEY.pack(table.volume_id, table.generation, page_index)
+        return "trail" if table.is_trail else "inc", key
     return "map", _MAP_KEY.pack(table.volume_id, page_index)
+
+
+def decode_page(table: TableKey, body: bytes) -> Entries:
+    """Decode a page of a table; that of a trail has holes.
+
+    Raises:
+        FormatError: It is none.
+    """
+    return decode_trail(body) if table.is_trail else decode_entries(body)
+
+
+def _encode_page(table: TableKey, entries: Entries) -> bytes:
+    return encode_trail(entries) if table.is_trail else encode_entries(entries)
 
 
 def space_key(storage_id: int, group_index: int) -> bytes:
@@ -115,7 +141,7 @@ class Tables:
         file = self._backing.open(self._path)
         try:
             tables = TablesFile(file, transaction)
-            survey = tables.prove(DATABASES)
+            survey = tables.prove(DATABASES, later=_LATER)
             expected = self._recorded_marks(tables)
             if expected[0] != survey.keys:
                 raise FormatError(f"{self._path} is damaged: keys are missing, or are of another time")
@@ -191,11 +217,11 @@ class Tables:
         stored: Entries = {}
         if not patch.is_whole:
             value = transaction.get(key, db=self._databases[database])
-            stored = decode_entries(open_value(key, value)) if value is not None else {}
+            stored = decode_page(table, open_value(key, value)) if value is not None else {}
         entries = patch.apply(stored)
         if not table.generation:
             entries = {index: entry for index, entry in entries.items() if entry[0] != INHERIT}
-        self._put(transaction, database, key, encode_entries(entries) if entries else None)
+        self._put(transaction, database, key, _encode_page(table, entries) if entries else None)
 
     def _put(self, transaction: Any, database: str, key: bytes, body: bytes | None) -> None:
         keys, values = self._marks
@@ -277,7 +303,7 @@ class Reader:
         """Read the mappings of one page; empty when there is none."""
         database, key = page_key(table, page_index)
         body = self.get(database, key)
-        return {} if body is None else decode_entries(body)
+        return {} if body is None else decode_page(table, body)
 
     def page_indexes(self, table: TableKey, start: int = 0) -> Iterator[int]:
         """Yield the stored pages of a table from ``start`` on."""
@@ -289,16 +315,17 @@ class Reader:
         """Yield every stored page of a table."""
         database, first = page_key(table, 0)
         for key, value in self.items(database, first, first[:-8]):
-            yield int.from_bytes(key[-8:], "big"), decode_entries(open_value(key, value))
+            yield int.from_bytes(key[-8:], "big"), decode_page(table, open_value(key, value))
 
     def all_pages(self) -> Iterator[tuple[TableKey, int, Entries]]:
-        """Yield every map page of every table: of the lookup tables, then of the increments."""
-        for database, size in (("map", _MAP_KEY.size), ("inc", _INC_KEY.size)):
+        """Yield every page of every table: of the lookup tables, of the increments, of the trails."""
+        for database, size in (("map", _MAP_KEY.size), ("inc", _INC_KEY.size), ("trail", _INC_KEY.size)):
             for key, value in self.items(database):
                 if len(key) != size:
                     raise FormatError(f"page under a bad key {key.hex()}")
-                table = TableKey(int.from_bytes(key[:4], "big"), int.from_bytes(key[4:-8], "big"))
-                yield table, int.from_bytes(key[-8:], "big"), decode_entries(open_value(key, value))
+                numbers = int.from_bytes(key[:4], "big"), int.from_bytes(key[4:-8], "big")
+                table = TableKey(*numbers, is_trail=database == "trail")
+                yield table, int.from_bytes(key[-8:], "big"), decode_page(table, open_value(key, value))
 
     def bodies(self, database: str) -> Iterator[bytes]:
         """Yield the verified values of a database, in the order of their keys."""

@@ -139,11 +139,12 @@ class TablesFile:
             raise self._damage(f"it ends at byte {self._length_bytes}, byte {offset_bytes + length_bytes} is missing")
         return self._file.pread(offset_bytes, length_bytes)
 
-    def prove(self, databases: tuple[str, ...]) -> Survey:
+    def prove(self, databases: tuple[str, ...], *, later: tuple[str, ...] = ()) -> Survey:
         """Prove the structure of the whole file; give what its keys and values add up to.
 
         Args:
             databases: The names that there must be; the first is left out of the sums.
+            later: Those of them that older pools lack.
 
         Raises:
             FormatError: Something is wrong; LMDB must not have this file.
@@ -155,7 +156,7 @@ class TablesFile:
             raise self._damage(f"last page {root.last_page}")
         self._seen[0] = self._seen[1] = 1
         trees = self._trees()
-        if tuple(sorted(trees)) != tuple(sorted(databases)):
+        if not set(databases).difference(later) <= trees.keys() <= set(databases):
             raise self._damage(f"it has the tables {', '.join(sorted(trees))}")
         survey = Survey()
         for name, tree in trees.items():

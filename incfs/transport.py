@@ -17,7 +17,7 @@ from incfs.driver import Driver
 from incfs.errors import BaseMismatch, Busy, UsageError
 from incfs.handles import Handles
 from incfs.healer import Healer
-from incfs.model import MapId, Snapshot, Volume, VolumeId, map_id
+from incfs.model import Base, MapId, Snapshot, Volume, VolumeId, map_id
 from incfs.receiver import Receiver
 from incfs.reclaimer import Reclaimer
 from incfs.sender import SendPlan, Stretch
@@ -135,7 +135,7 @@ class Transfers:
         paced, travelled = _Pace(output, rate_bytes), _Travelled(progress)
         begin = plan.position.begin
         links = [link for step in begin.steps for link in step][begin.done_count :]
-        with self._pinned(plan.snapshots.values(), "send"):
+        with self._pinned([*plan.snapshots.values(), *plan.bases.values()], "send"):
             await paced.put(encoder.begin(begin))
             for number, link in enumerate(links):
                 await self._send_snapshot(plan, link, encoder, paced, travelled, is_first=not number)
@@ -153,7 +153,7 @@ class Transfers:
         is_first: bool,
     ) -> None:
         snap = plan.header(link, self._store.block_bytes, is_first=is_first)
-        older = plan.snapshots[link.base] if link.base else None
+        older = plan.bases[link.base] if link.base else None
         await output.put(encoder.begin_snapshot(snap))
         travelled.note(snap)
         async for batch in self._batches(older, plan.snapshots[link.uuid], snap.start_bytes):
@@ -163,7 +163,7 @@ class Transfers:
         await output.put(encoder.end_snapshot())
         travelled.end_snapshot()
 
-    async def _batches(self, older: Snapshot | None, newer: Snapshot, start_bytes: int) -> AsyncIterator[list[Range]]:
+    async def _batches(self, older: Base | None, newer: Snapshot, start_bytes: int) -> AsyncIterator[list[Range]]:
         """Read what changed, joined, in batches."""
         joiner = RangeJoiner()
         batch: list[Range] = []
@@ -189,10 +189,10 @@ class Transfers:
         return Write(start, data)
 
     @contextmanager
-    def _pinned(self, snapshots: Iterable[Snapshot], holder: str) -> Iterator[None]:
-        pinned = [taken.map_id for taken in snapshots]
+    def _pinned(self, points: Iterable[Base], holder: str) -> Iterator[None]:
+        pinned = [point.map_id for point in points]
         for table in pinned:
-            self._handles.open(table, holder)
+            self._handles.pin(table, holder)
         try:
             yield
         finally:

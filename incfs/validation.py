@@ -19,6 +19,7 @@ from incfs.model import (
     MAX_STRIPE_ROWS,
     MAX_VOLUME_BYTES,
     REDUNDANCIES,
+    Bookmark,
     Snapshot,
     Storage,
     StoredPolicy,
@@ -42,6 +43,8 @@ def validate(record: Record, block_bytes: int) -> None:
             sound = _is_volume(record)
         case Snapshot():
             sound = _is_snapshot(record, block_bytes)
+        case Bookmark():
+            sound = _is_bookmark(record)
         case StoredPolicy():
             size = len(record.text.encode("utf-8", "surrogatepass"))
             sound = size <= MAX_POLICY_BYTES and all(type(when) is int for when in record.runs.values())
@@ -123,6 +126,19 @@ def _is_snapshot(record: Snapshot, block_bytes: int) -> bool:
         and 0 <= record.size_bytes <= MAX_VOLUME_BYTES
         and 0 <= record.mapped_blocks <= MAX_VOLUME_BYTES // block_bytes
         and all(type(when) in {int, NoneType} for when in record.holds.values())
+    )
+
+
+def _is_bookmark(record: Bookmark) -> bool:
+    if not {type(name) for name in record.names} <= {str}:
+        return False
+    for name in record.names:
+        _require_name(name, "bookmark")
+    return (
+        1 <= record.generation <= MAX_GENERATION
+        and 0 <= record.size_bytes <= MAX_VOLUME_BYTES
+        and all(record.names)
+        and all(type(when) is int and 0 <= when < 1 << 63 for when in record.names.values())
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from incfs import bookmarks
 from incfs.errors import AlreadyExists, Busy, LimitExceeded, UsageError
 from incfs.model import (
     MAX_VOLUME_BYTES,
@@ -192,7 +193,7 @@ def set_xattrs(store: Store, volume_id: VolumeId, xattrs: Mapping[str, bytes]) -
 
 
 def reclaim(store: Store, volume_id: VolumeId, page_count: int) -> bool:
-    """Unroll a rollback; free blocks of removed snapshots, and of the volume itself if that was; one bounded step.
+    """Unroll a rollback; free blocks of removed snapshots, trails of removed bookmarks, a removed volume; one step.
 
     A removed snapshot waits for removed clones of it that are still open, and its volume with it.
 
@@ -208,6 +209,8 @@ def reclaim(store: Store, volume_id: VolumeId, page_count: int) -> bool:
     unneeded = [generation for generation in removed if not store.catalog.clones(map_id(volume_id, generation))]
     if unneeded:
         _fold_some(store, volume, min(unneeded), page_count)
+        return False
+    if not bookmarks.forget_some(store, volume, page_count):
         return False
     if volume.name or removed:
         return True

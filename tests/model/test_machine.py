@@ -21,8 +21,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from incfs import bookmarks, extents, groups, ranges, relocation, stripes
 from incfs import clone as clones
-from incfs import extents, groups, ranges, relocation, stripes
 from incfs import memory as memory_module
 from incfs import snapshot as snapshots
 from incfs import space as space_module
@@ -30,7 +30,7 @@ from incfs import volume as volumes
 from incfs.checkpoint import Checkpoint, Commit
 from incfs.dataplane import DataPlane
 from incfs.errors import AlreadyExists, Busy, NoData, NoSpace
-from incfs.model import HOLE, NO_ORIGIN, MapId, StorageId, Volume, VolumeId, split_map_id
+from incfs.model import HOLE, NO_ORIGIN, Base, MapId, Snapshot, StorageId, Volume, VolumeId, split_map_id
 from incfs.options import Options
 from incfs.reuse import PunchPlan
 from incfs.store import Store, new_nonce
@@ -39,6 +39,7 @@ from tests.support import pools
 
 NAMES = ("a", "b", "c", "d")
 SNAPSHOT_NAMES = ("s", "t", "u")
+BOOKMARK_NAMES = ("m", "n")
 LARGEST = 80_000
 
 
@@ -53,6 +54,14 @@ class SnapshotModel:
 
 
 @dataclass
+class BookmarkModel:
+    """A bookmarked point: its generation, and the bytes then."""
+
+    generation: int
+    data: bytes
+
+
+@dataclass
 class VolumeModel:
     """A volume's bytes and its snapshots, oldest first."""
 
@@ -60,10 +69,19 @@ class VolumeModel:
     data: bytearray
     snapshots: list[SnapshotModel] = field(default_factory=list)
     origin: MapId = NO_ORIGIN
+    bookmarks: dict[str, BookmarkModel] = field(default_factory=dict)
+    generation: int = 0
+    """Of the last snapshot, or rollback."""
+    touched: dict[int, set[int]] = field(default_factory=dict)
+    """Generation -> blocks written since, until the next one."""
 
     def touch(self, start: int, end: int, block: int) -> None:
-        if self.snapshots and end > start:
-            self.snapshots[-1].touched.update(range(start // block, -(-end // block)))
+        if end <= start:
+            return
+        blocks = range(start // block, -(-end // block))
+        self.touched.setdefault(self.generation, set()).update(blocks)
+        if self.snapshots:
+            self.snapshots[-1].touched.update(blocks)
 
     def named(self, name: str) -> SnapshotModel | None:
         return next((s for s in self.snapshots if s.name == name), None)
@@ -223,6 +241,7 @@ class CoreMachine(RuleBasedStateMachine):
             for snapshot, snapshot_model in zip(real, model.snapshots, strict=True):
                 assert snapshot.size_bytes == len(snapshot_model.data)
                 self.compare_bytes(snapshot.map_id, snapshot_model.data)
+            self.compare_bookmarks(volume_id, model)
 
     def compare_bytes(self, table: MapId, expected: bytes) -> None:
         found = pools.read(self.store, table)
@@ -366,6 +385,7 @@ class CoreMachine(RuleBasedStateMachine):
             taken = pools.take_snapshots(self.store, [(volume_id, name) for volume_id in wanted])
             for snapshot, model in zip(taken, wanted.values(), strict=True):
                 model.snapshots.append(SnapshotModel(name, bytes(model.data), snapshot.map_id))
+                model.generation = snapshot.generation
 
         self.attempt(len(wanted), work)  # to finish a trim may take a block
 
@@ -423,6 +443,7 @@ class CoreMachine(RuleBasedStateMachine):
 
         steps = None if whole else steps
         done = self.attempt(64, lambda: pools.flatten(self.store, volume_id, steps=steps))
+        self.state[volume_id].touch(0, len(before), self.block)  # copies count as written
         if done and whole:
             origin = self.store.catalog.volume(volume_id).origin
             assert not origin or self.store.catalog.snapshots(volume_id, removed=True)
@@ -434,16 +455,21 @@ class CoreMachine(RuleBasedStateMachine):
         volume_id, model = self.pick_with_snapshots(choice)
         index = which % len(model.snapshots)
         target, newer = model.snapshots[index], model.snapshots[index + 1 :]
+        generation = split_map_id(target.table)[1]
+        marks = [name for name, marked in model.bookmarks.items() if marked.generation > generation]
         try:
             pools.roll_back(self.store, volume_id, target.name, force=force)
         except Busy:
             gone = [v for v in self.store.catalog.volumes.values() if v.origin and not v.name]
-            assert (newer and not force) or any(self.has_clones(s) for s in newer) or gone
+            assert ((newer or marks) and not force) or any(self.has_clones(s) for s in newer) or gone
             return
-        assert force or not newer
+        assert force or not (newer or marks)
         assert not any(self.has_clones(s) for s in newer)
         del model.snapshots[index + 1 :]
         model.data = bytearray(target.data)
+        model.generation = self.store.catalog.volume(volume_id).last_generation
+        for name in marks:
+            del model.bookmarks[name]
         target.touched.update(*(s.touched for s in newer))
 
     def pick_with_snapshots(self, choice: int) -> tuple[VolumeId, VolumeModel]:
@@ -457,9 +483,16 @@ class CoreMachine(RuleBasedStateMachine):
         first, last = sorted((older % len(model.snapshots), newer % len(model.snapshots)))
         from_model, to_model = model.snapshots[first], model.snapshots[last]
         real = self.store.catalog.snapshots(volume_id)
+        found = self.changed_blocks(real[first], real[last], to_model)
+        touched = set().union(*(s.touched for s in model.snapshots[first:last]))
+        assert found <= touched, f"blocks that nobody wrote: {sorted(found - touched)}"
+        assert self.different(from_model.data, to_model.data) <= found
+
+    def changed_blocks(self, older: Base, newer: Snapshot, to_model: SnapshotModel) -> set[int]:
+        """Give the blocks that the log says were written between two points."""
         found: set[int] = set()
         position = 0
-        for extent in pools.diff(self.store, real[first], real[last]):
+        for extent in pools.diff(self.store, older, newer):
             assert extent.offset_bytes >= position
             assert extent.length_bytes > 0
             position = extent.offset_bytes + extent.length_bytes
@@ -467,9 +500,48 @@ class CoreMachine(RuleBasedStateMachine):
             if extent.address <= HOLE:
                 assert not any(to_model.data[extent.offset_bytes : position])
         assert position <= len(to_model.data)
-        touched = set().union(*(s.touched for s in model.snapshots[first:last]))
-        assert found <= touched, f"blocks that nobody wrote: {sorted(found - touched)}"
-        assert self.different(from_model.data, to_model.data) <= found
+        return found
+
+    # Bookmarks
+
+    @precondition(lambda self: any(m.snapshots for m in self.state.values()))
+    @rule(choice=st.integers(0, 9), which=st.integers(0, 9), name=st.sampled_from(BOOKMARK_NAMES))
+    def bookmark(self, choice: int, which: int, name: str) -> None:
+        volume_id, model = self.pick_with_snapshots(choice)
+        marked = model.snapshots[which % len(model.snapshots)]
+        real = self.store.catalog.snapshot(volume_id, marked.name)
+        if name in model.bookmarks:
+            with pytest.raises(AlreadyExists):
+                bookmarks.create(self.store, real, name)
+            return
+        bookmarks.create(self.store, real, name)
+        model.bookmarks[name] = BookmarkModel(real.generation, marked.data)
+
+    @precondition(lambda self: any(m.bookmarks for m in self.state.values()))
+    @rule(choice=st.integers(0, 9), which=st.integers(0, 9))
+    def remove_bookmark(self, choice: int, which: int) -> None:
+        ids = sorted(i for i, m in self.state.items() if m.bookmarks)
+        volume_id = ids[choice % len(ids)]
+        model = self.state[volume_id]
+        name = sorted(model.bookmarks)[which % len(model.bookmarks)]
+        bookmarks.remove(self.store, volume_id, name)
+        del model.bookmarks[name]
+
+    def compare_bookmarks(self, volume_id: VolumeId, model: VolumeModel) -> None:
+        """From each bookmark to each newer snapshot: exactly what was written, whatever was removed."""
+        catalog = self.store.catalog
+        assert {n: b.generation for b in catalog.bookmarks(volume_id) for n in b.names} == {
+            name: marked.generation for name, marked in model.bookmarks.items()
+        }
+        for name, marked in model.bookmarks.items():
+            for real, to_model in zip(catalog.snapshots(volume_id), model.snapshots, strict=True):
+                if real.generation < marked.generation:
+                    continue
+                found = self.changed_blocks(catalog.base(volume_id, f"#{name}"), real, to_model)
+                between = [b for g, b in model.touched.items() if marked.generation <= g < real.generation]
+                unwritten = found.difference(*between)
+                assert not unwritten, f"from {name}: blocks that nobody wrote: {sorted(unwritten)}"
+                assert self.different(marked.data, to_model.data) <= found
 
     def different(self, old: bytes, new: bytes) -> set[int]:
         blocks = range(-(-len(new) // self.block))

@@ -14,7 +14,7 @@ from incfs.blocks import split_address
 from incfs.check import Checker, CheckReport
 from incfs.dataplane import PlaneState
 from incfs.errors import NoSpace
-from incfs.model import HOLE, Generation, MapId, Snapshot, Volume, VolumeId, map_id, split_map_id
+from incfs.model import HOLE, Base, Generation, MapId, Snapshot, Volume, VolumeId, map_id, split_map_id
 from incfs.options import Options
 from incfs.overlay import TableKey
 from incfs.recovery import MIN_JOURNAL_BYTES, create_pool, open_store
@@ -199,7 +199,7 @@ def crash(store: Store, options: Options | None = None) -> Store:
     return open_tiny(store.directory, options or store.options)
 
 
-def diff(store: Store, older: Snapshot | None, newer: Snapshot) -> Iterator[extents.Extent]:
+def diff(store: Store, older: Base | None, newer: Snapshot) -> Iterator[extents.Extent]:
     """Yield what may differ between two snapshots."""
     for page_index in snapshots.changed_pages(store, older, newer):
         yield from snapshots.changed_extents(store, older, newer, page_index)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from incfs import ranges, sender, snapshot
 from incfs.healer import Healer
-from incfs.model import Snapshot, Volume
+from incfs.model import Base, Snapshot, Volume
 from incfs.receiver import Receiver
 from incfs.sender import SendPlan
 from incfs.store import Store
@@ -22,7 +22,7 @@ def send(store: Store, plan: SendPlan, *, checkpoint_bytes: int = 1 << 30, level
     made = encoder.begin(begin)
     for number, link in enumerate([link for step in begin.steps for link in step][begin.done_count :]):
         snap = plan.header(link, store.block_bytes, is_first=not number)
-        older = plan.snapshots[link.base] if link.base else None
+        older = plan.bases[link.base] if link.base else None
         made += encoder.begin_snapshot(snap)
         for found in join_ranges(changed(store, older, plan.snapshots[link.uuid], snap.start_bytes)):
             made += encoder.add(found)
@@ -30,7 +30,7 @@ def send(store: Store, plan: SendPlan, *, checkpoint_bytes: int = 1 << 30, level
     return made + encoder.end()
 
 
-def changed(store: Store, older: Snapshot | None, newer: Snapshot, start_bytes: int) -> list[Range]:
+def changed(store: Store, older: Base | None, newer: Snapshot, start_bytes: int) -> list[Range]:
     found: list[Range] = []
     for page in snapshot.changed_pages(store, older, newer):
         for stretch in sender.changed_stretches(store, older, newer, page, start_bytes):

@@ -130,8 +130,8 @@ DOMAIN: Final = (
         "rollback-loses-newer-snapshots-unasked",
         "I6",
         "incfs/rollback.py",
-        "    if doomed and not force:",
-        "    if doomed and force:",
+        "    if (doomed or marked) and not force:",
+        "    if (doomed or marked) and force:",
         f"{_BRANCHES}test_a_rollback_names_what_stands_in_its_way",
     ),
     Breakage(

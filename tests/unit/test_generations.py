@@ -15,7 +15,7 @@ def snapshot(generation: int, name: str) -> Snapshot:
 
 @given(CHANGES)
 def test_same_answers_as_a_search_through_all(changes: list[tuple[int, str | None]]) -> None:
-    found = Generations()
+    found: Generations[Snapshot] = Generations()
     model: dict[int, str] = {}
     for generation, name in changes:
         if name and name in model.values() and model.get(generation) != name:
@@ -33,6 +33,9 @@ def test_same_answers_as_a_search_through_all(changes: list[tuple[int, str | Non
     assert found.removed == [g for g in existing if not model[g]]
     for generation in range(8):
         assert found.since(Generation(generation)) == [g for g in existing if g >= generation]
+        assert found.newest_named(Generation(generation)) == max(
+            (g for g in existing if g <= generation and model[g]), default=0
+        )
         assert found.before(Generation(generation)) == max((g for g in existing if g < generation), default=0)
         hit = found.get(Generation(generation))
         assert (hit.name if hit else None) == model.get(generation)
