@@ -388,6 +388,8 @@ class Service:
         """Do the background work until ``scope`` is cancelled."""
         with scope:
             await self._run()
+        # Also after an error: a checkpoint that waits for room would keep whoever closes the pool waiting for ever.
+        self._committer.is_closing = True
 
     async def _run(self) -> None:
         async with trio.open_nursery() as nursery:

@@ -222,6 +222,17 @@ async def test_closing_without_room_says_so_and_loses_nothing(
         assert (await service.inspection.check(True)).is_clean
 
 
+async def test_an_error_while_a_checkpoint_waits_for_room_ends_the_pool(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``pool check`` of a pool that nobody has mounted did not return when the metadata's disk was full."""
+    with trio.fail_after(PATIENCE_S), pytest.RaisesGroup(NoSpace, flatten_subgroups=True, allow_unwrapped=True):
+        async with two_volumes(pool_home) as (service, first, _):
+            await rewrite(service, first)
+            without_room(monkeypatch)
+            await service.inspection.check(False)
+
+
 async def test_a_pool_without_room_for_its_recovery_opens_and_goes_on(
     pool_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
