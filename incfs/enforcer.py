@@ -70,15 +70,20 @@ def _replica_facts(service: "Service", volume: Volume, known: list[ReplicaConfig
 
 
 async def replica_for(service: "Service", volume: Volume, target: str) -> str:
-    """Name the replica of a volume at a target; it is added when it is asked for the first time."""
-    for _, config in replicator.list_replicas(service):
-        if config.target == target and config.volumes == [volume.uuid]:
-            return config.name
+    """Name the replica of a volume at a target, of a group if there is one; added when there is none."""
+    known = [config for _, config in replicator.list_replicas(service) if config.target == target]
+    found = max((config for config in known if volume.uuid in config.volumes), key=_member_count, default=None)
+    if found is not None:
+        return found.name
     mark = blake2b(f"{volume.uuid} {target}".encode(), digest_size=6).hexdigest()
     made = await replicator.add(
         service, [volume], target, name=f"policy-{mark}", names=[volume.name], program=DEFAULT_PROGRAM
     )
     return made.name
+
+
+def _member_count(config: ReplicaConfig) -> int:
+    return len(config.volumes)
 
 
 def _snapshot_facts(service: "Service", taken: Snapshot, now_ns: int) -> SnapshotFacts:
@@ -223,8 +228,9 @@ class Executor:
         return "partly" if found.get("failed") else "done"
 
     async def _replicate(self, action: Work) -> Item:
-        """Bring the target up to date, volume by volume; one that fails does not stop the others."""
+        """Bring the target up to date, replica by replica; one that fails does not stop the others."""
         service, sent_bytes, failed = self._service, 0, []
+        is_done: dict[str, bool] = {}
         if not self._may_hook:
             raise HookFailed(
                 "this host has not agreed to reach other pools: mount with -o hooks, or use policy run --hooks"
@@ -235,8 +241,14 @@ class Executor:
                 volume = service.volume(name)
                 if service.snapshots(volume.id):
                     replica = await replica_for(service, volume, action.target)
-                    done = await replicator.run(service, replica, rate_bytes=action.rate_bytes)
-                    sent_bytes += done["stream_bytes"]
+                    if replica not in is_done:
+                        is_done[replica] = False
+                        done = await replicator.run(service, replica, rate_bytes=action.rate_bytes)
+                        is_done[replica] = True
+                        sent_bytes += done["stream_bytes"]
+                    if not is_done[replica]:
+                        failed.append(name)
+                        continue
                 service.policies.note_success(subject)
             except NotFound:
                 continue  # removed since the plan was made

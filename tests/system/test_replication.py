@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -171,3 +172,43 @@ def opens_clean(target, scratch):
             assert int(run("sqlite3", root / "db", "select count(*) from t").stdout) > 100
             run("git", "-c", f"safe.directory={root / 'repo'}", "-C", root / "repo", "fsck", "--full")
         run("e2fsck", "-fn", device)
+
+
+@pytest.mark.slow
+def test_a_policy_keeps_a_group_up_to_date_through_ssh(tmp_path, monkeypatch):
+    """A group that was added by hand is brought up to date as one; no replica of one volume is made beside it."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for pool in (source, target):
+        create_pool(pool)
+    root = Path(__file__).resolve().parents[2]
+    with ssh_server(tmp_path / "ssh") as (port, ssh):
+        monkeypatch.setenv("INCFS_SSH", ssh)
+        to = f"ssh://root@127.0.0.1:{port}{target}"
+        for name in ("db", "log"):
+            incfs("-p", source, "volume", "create", name, "1M")
+        program = f"env PYTHONPATH={root} {sys.executable} -m incfs"
+        incfs("-p", source, "replica", "add", "db", "log", "--to", to, "--program", program)
+        rules = f'[volume."*"]\nschedule = "hourly"\nreplicate = [{{ to = "{to}", every = "1h" }}]\n'
+        incfs("-p", source, "policy", "set", "-", input=rules)
+        # The snapshots come first, and are what the replica gets in the same run.
+        done = json.loads(incfs("-p", source, "policy", "run", "--hooks", "--json").stdout)["run"]
+        assert [(item["action"], item["result"]) for item in done["actions"]] == [
+            ("snapshot", "done"),
+            ("replicate", "done"),
+        ]
+        assert len(json.loads(incfs("-p", source, "replica", "list", "--json").stdout)["replicas"]) == 1
+        ours, theirs = (uuids(pool) for pool in (source, target))
+        assert ours == theirs
+        assert len(ours) == 2
+        # A target that is away fails the group, and both volumes are told of.
+        target.rename(tmp_path / "away")
+        incfs("-p", source, "snapshot", "create", "db@x", "log@x")
+        incfs("-p", source, "policy", "set", "-", input=rules.replace("1h", "2h"))
+        refused = incfs("-p", source, "policy", "run", "--hooks", "--json", check=False)
+    (item,) = json.loads(refused.stdout)["run"]["actions"]
+    assert (refused.returncode, item["result"], item["failed"]) == (3, "partly", ["db", "log"])
+
+
+def uuids(pool):
+    found = json.loads(incfs("-p", pool, "snapshot", "list", "--json").stdout)["snapshots"]
+    return {snapshot["name"]: snapshot["uuid"] for snapshot in found}
