@@ -345,6 +345,23 @@ def test_a_part_of_a_new_block_has_zeros_around_it(pair):
         assert run.drive(lambda plane: plane.read(TABLES[0], block, 4)) == expected  # noqa: B023
 
 
+def test_a_sealed_block_gets_a_new_place(pair):
+    run = Run(pair)
+    for letter in (b"a", b"b"):
+        run.drive(lambda plane: plane.write(TABLES[0], 3 * BLOCK, letter * BLOCK))  # noqa: B023
+        run.seal()
+        pair.check()
+
+
+def test_zeros_give_the_place_of_a_fresh_block_back(pair):
+    run = Run(pair)
+    run.drive(lambda plane: plane.write(TABLES[0], 0, b"a" * 3 * BLOCK))
+    run.drive(lambda plane: plane.write(TABLES[0], BLOCK, bytes(BLOCK)))
+    run.drive(lambda plane: plane.discard(TABLES[0], 2, 1))
+    pair.check()
+    run.seal()
+
+
 def test_one_byte_makes_a_block_that_is_no_hole(pair):
     run = Run(pair)
     for index in range(BLOCK):
