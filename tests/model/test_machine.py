@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from incfs import bookmarks, extents, groups, ranges, relocation, stripes
+from incfs import bookmarks, extents, groups, holds, ranges, relocation, removal, stripes
 from incfs import clone as clones
 from incfs import memory as memory_module
 from incfs import snapshot as snapshots
@@ -29,7 +29,7 @@ from incfs import space as space_module
 from incfs import volume as volumes
 from incfs.checkpoint import Checkpoint, Commit
 from incfs.dataplane import DataPlane
-from incfs.errors import AlreadyExists, Busy, NoData, NoSpace
+from incfs.errors import AlreadyExists, Busy, HoldNotFound, NoData, NoSpace
 from incfs.model import HOLE, NO_ORIGIN, Base, MapId, Snapshot, StorageId, Volume, VolumeId, split_map_id
 from incfs.options import Options
 from incfs.reuse import PunchPlan
@@ -51,6 +51,7 @@ class SnapshotModel:
     data: bytes
     table: MapId
     touched: set[int] = field(default_factory=set)
+    holds: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -356,7 +357,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(choice=st.integers(0, 9), with_snapshots=st.booleans())
     def remove(self, choice: int, with_snapshots: bool) -> None:
         volume_id, model = self.pick(choice)
-        if model.snapshots and (not with_snapshots or any(self.has_clones(s) for s in model.snapshots)):
+        if model.snapshots and (not with_snapshots or any(self.is_needed(s) for s in model.snapshots)):
             with pytest.raises(Busy):
                 volumes.remove(self.store, volume_id, snapshots=with_snapshots)
             return
@@ -389,9 +390,9 @@ class CoreMachine(RuleBasedStateMachine):
 
         self.attempt(len(wanted), work)  # to finish a trim may take a block
 
-    def has_clones(self, model: SnapshotModel) -> bool:
-        """Whether somebody reads from it: a flattened clone does not, once its old snapshots are gone."""
-        return any(
+    def is_needed(self, model: SnapshotModel) -> bool:
+        """Whether it is held or read from: a flattened clone does not read, once its old snapshots are gone."""
+        return bool(model.holds) or any(
             other.origin == model.table and self.store.catalog.volume(i).origin for i, other in self.state.items()
         )
 
@@ -413,7 +414,7 @@ class CoreMachine(RuleBasedStateMachine):
     def remove_snapshot(self, choice: int, which: int) -> None:
         volume_id, model = self.pick_with_snapshots(choice)
         index = which % len(model.snapshots)
-        if self.has_clones(model.snapshots[index]):
+        if self.is_needed(model.snapshots[index]):
             with pytest.raises(Busy):
                 pools.remove_snapshot(self.store, volume_id, model.snapshots[index].name)
             return
@@ -421,6 +422,66 @@ class CoreMachine(RuleBasedStateMachine):
         if index:
             model.snapshots[index - 1].touched |= removed.touched
         pools.remove_snapshot(self.store, volume_id, removed.name)
+
+    @precondition(lambda self: any(len(m.snapshots) > 1 for m in self.state.values()))
+    @rule(choice=st.integers(0, 9), chosen=st.sets(st.integers(0, 3), min_size=1))
+    def remove_a_set_of_snapshots(self, choice: int, chosen: set[int]) -> None:
+        """All of them or none; what that frees is known before."""
+        volume_id, model = self.pick_with_snapshots(choice)
+        doomed = [snapshot for index, snapshot in enumerate(model.snapshots) if index in chosen]
+        real = [self.store.catalog.snapshot(volume_id, snapshot.name) for snapshot in doomed]
+        if any(self.is_needed(snapshot) for snapshot in doomed):
+            with pytest.raises(Busy):
+                removal.remove(self.store, real)
+            return
+        pools.reclaim(self.store)  # what was removed before is counted with that
+        planned = removal.Freed()
+        for planned in removal.plan(self.store, volume_id, {taken.generation for taken in real}):  # noqa: B007
+            pass
+        before = self.live_blocks()
+        removal.remove(self.store, real)
+        pools.reclaim(self.store)
+        assert before - self.live_blocks() == planned.together
+        for snapshot in doomed:
+            index = model.snapshots.index(snapshot)
+            if index:
+                model.snapshots[index - 1].touched |= snapshot.touched
+            del model.snapshots[index]
+
+    def live_blocks(self) -> int:
+        self.store.absorb()
+        return sum(storage.live_blocks for storage in self.store.pool.volumes.values())
+
+    @precondition(lambda self: any(m.snapshots for m in self.state.values()))
+    @rule(choice=st.integers(0, 9), which=st.integers(0, 9), tag=st.sampled_from(["x", "y"]))
+    def hold_or_release(self, choice: int, which: int, tag: str) -> None:
+        volume_id, model = self.pick_with_snapshots(choice)
+        snapshot = model.snapshots[which % len(model.snapshots)]
+        if tag in snapshot.holds:
+            holds.release(self.store, volume_id, snapshot.name, tag)
+        else:
+            with pytest.raises(HoldNotFound):
+                holds.release(self.store, volume_id, snapshot.name, tag)
+            holds.hold(self.store, volume_id, snapshot.name, tag)
+        snapshot.holds ^= {tag}
+
+    @precondition(lambda self: any(m.snapshots for m in self.state.values()))
+    @rule(choice=st.integers(0, 9), which=st.integers(0, 9), since=st.integers(0, 9))
+    def export(self, choice: int, which: int, since: int) -> None:
+        """An older snapshot, made what a newer one is by what changed, is the newer one."""
+        volume_id, model = self.pick_with_snapshots(choice)
+        first, last = sorted((since % len(model.snapshots), which % len(model.snapshots)))
+        real = self.store.catalog.snapshots(volume_id)
+        held = bytearray(model.snapshots[first].data)
+        size = len(model.snapshots[last].data)
+        held[size:] = bytes(max(0, size - len(held)))
+        for extent in pools.diff(self.store, real[first], real[last]):
+            start, length = extent.offset_bytes, extent.length_bytes
+            is_data = extent.address > HOLE
+            held[start : start + length] = (
+                pools.read(self.store, real[last].map_id, start, length) if is_data else bytes(length)
+            )
+        assert held == model.snapshots[last].data
 
     @precondition(lambda self: any(m.snapshots for m in self.state.values()))
     @rule(choice=st.integers(0, 9), which=st.integers(0, 9), name=st.sampled_from(SNAPSHOT_NAMES))
@@ -461,10 +522,10 @@ class CoreMachine(RuleBasedStateMachine):
             pools.roll_back(self.store, volume_id, target.name, force=force)
         except Busy:
             gone = [v for v in self.store.catalog.volumes.values() if v.origin and not v.name]
-            assert ((newer or marks) and not force) or any(self.has_clones(s) for s in newer) or gone
+            assert ((newer or marks) and not force) or any(self.is_needed(s) for s in newer) or gone
             return
         assert force or not (newer or marks)
-        assert not any(self.has_clones(s) for s in newer)
+        assert not any(self.is_needed(s) for s in newer)
         del model.snapshots[index + 1 :]
         model.data = bytearray(target.data)
         model.generation = self.store.catalog.volume(volume_id).last_generation
