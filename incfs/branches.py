@@ -14,7 +14,7 @@ from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
 from incfs.driver import Driver
 from incfs.errors import Busy, ImageMismatch, UsageError
 from incfs.handles import Handles
-from incfs.model import Bookmark, Generation, MapId, Snapshot, Volume, VolumeId, map_id
+from incfs.model import Base, Bookmark, Generation, MapId, Snapshot, Volume, VolumeId, map_id
 from incfs.reclaimer import Reclaimer
 from incfs.store import Store
 from incfs.transfers import require_ordinary
@@ -198,6 +198,10 @@ class Branches:
     def bookmarks(self, volume_id: VolumeId) -> list[Bookmark]:
         """List the bookmarked points of a volume, oldest first."""
         return self._store.catalog.bookmarks(volume_id)
+
+    def base(self, volume: Volume, name: str) -> Base:
+        """Look up what increments of a volume start from: ``SNAP``, ``#MARK`` or ``uuid:...`` of either."""
+        return self._store.catalog.base(volume.id, name)
 
     async def bookmark(self, taken: Snapshot, name: str) -> Bookmark:
         """Let increments start from a snapshot also when it is gone."""

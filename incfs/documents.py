@@ -4,9 +4,10 @@ Sizes in bytes, times in RFC 3339.  Reads the service's memory and changes nothi
 """
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from incfs.model import Snapshot, Volume, split_map_id
+from incfs.model import Bookmark, Snapshot, Volume, split_map_id
 from incfs.units import format_time
 
 if TYPE_CHECKING:
@@ -78,6 +79,26 @@ def snapshot_document(service: "Service", snapshot: Snapshot) -> Document:
         "clones": [clone.name for clone in service.clones(snapshot) if clone.name],
         "holds": [hold["tag"] for hold in holds_document(snapshot)],
     }
+
+
+def bookmark_documents(service: "Service", volume: Volume, bookmarks: Sequence[Bookmark]) -> list[Document]:
+    """Describe bookmarks, a document for each name."""
+    snapshots = {taken.uuid: taken.name for taken in service.snapshots(volume.id)}
+    return [
+        {
+            "name": f"{volume.name}#{name}",
+            "volume": volume.name,
+            "bookmark": name,
+            "uuid": bookmark.uuid,
+            "generation": bookmark.generation,
+            "size_bytes": bookmark.size_bytes,
+            "snapshot": snapshots.get(bookmark.uuid, ""),
+            "taken": format_time(bookmark.taken_ns),
+            "created": format_time(created_ns),
+        }
+        for bookmark in bookmarks
+        for name, created_ns in sorted(bookmark.names.items())
+    ]
 
 
 def volume_removal(service: "Service", volume: Volume, snapshots: list[Snapshot]) -> Document:

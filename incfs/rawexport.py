@@ -7,7 +7,7 @@ import trio
 
 from incfs.committer import offload
 from incfs.errors import NoData
-from incfs.model import Snapshot, Volume
+from incfs.model import Base, Snapshot, Volume
 from incfs.rawtarget import RawTarget, open_target
 from incfs.stream.records import Link, Member, SnapBegin
 
@@ -26,7 +26,7 @@ async def export(
     path: Path,
     progress: Progress,
     *,
-    base: Snapshot | None = None,
+    base: Base | None = None,
     force: bool = False,
 ) -> Snapshot:
     """Write a snapshot, or the volume as of now, to a raw file or a block device.
@@ -56,13 +56,13 @@ async def _export(
     path: Path,
     progress: Progress,
     *,
-    base: Snapshot | None,
+    base: Base | None,
     force: bool,
 ) -> None:
     images = images_of(service)
     pinned = [taken.map_id for taken in (snapshot, base) if taken is not None]
     for table in pinned:
-        service.handles.open(table, "export")
+        service.handles.pin(table, "export")
     try:
         target = await offload(
             lambda: open_target(path, is_incremental=base is not None, force=force, forbidden=images)
@@ -88,7 +88,7 @@ class _Export:
         self._target = target
         self._progress = progress
 
-    async def run(self, base: Snapshot | None) -> None:
+    async def run(self, base: Base | None) -> None:
         """Write everything, or what changed since the base."""
         facts, block = self._snapshot, self._service.block_bytes
         link = Link(0, base.uuid if base else None, facts.uuid)
@@ -120,12 +120,12 @@ class _Export:
         except NoData:
             return self._snapshot.size_bytes
 
-    async def _write_changed(self, base: Snapshot) -> None:
+    async def _write_changed(self, base: Base) -> None:
         start: int | None = 0
         while start is not None:
             ranges: list[dict[str, Any]]
             ranges, start = await self._service.inspection.diff(
-                self._volume.id, base.name, self._snapshot.name, start_bytes=start, limit=_RANGES
+                self._volume.id, f"uuid:{base.uuid}", self._snapshot.name, start_bytes=start, limit=_RANGES
             )
             for part in ranges:
                 if part["kind"] == "data":

@@ -1,4 +1,4 @@
-"""What a name on the command line stands for: ``VOL``, ``VOL@SNAP`` or ``uuid:...``.
+"""What a name on the command line stands for: ``VOL``, ``VOL@SNAP``, ``VOL#MARK`` or ``uuid:...``.
 
 The only place where such names are taken apart.  Look-ups go to the service's memory; nothing
 here changes anything.
@@ -40,6 +40,41 @@ def split_snapshot(text: str) -> tuple[str, str]:
     if snapshot is None:
         raise UsageError(f"{text!r} names no snapshot; write VOL@SNAP", target=text)
     return volume, snapshot
+
+
+def split_bookmark(text: str) -> tuple[str, str]:
+    """Return the volume and the bookmark of ``VOL#MARK``.
+
+    Raises:
+        UsageError: A part is missing.
+        InvalidName: A part cannot be a name.
+    """
+    volume, _, bookmark = text.partition("#")
+    if not volume or not bookmark:
+        raise UsageError(f"{text!r} names no bookmark; write VOL#MARK", target=text)
+    if not volume.startswith(UUID_PREFIX):
+        validate_name(volume)
+    return volume, validate_name(bookmark, what="bookmark")
+
+
+def split_base(text: str) -> tuple[str | None, str]:
+    """Return the volume, None without one, and what increments start from: ``SNAP``, ``#MARK`` or ``uuid:...``."""
+    if "#" in text:
+        owner, name = split_bookmark(text) if text[0] != "#" else (None, validate_name(text[1:], what="bookmark"))
+        return owner, f"#{name}"
+    return split_snapshot(text) if "@" in text else (None, text)
+
+
+def find_base(service: "Service", volume: Volume, text: str) -> str:
+    """Return what increments of a volume start from, as ``Catalog.base`` takes it.
+
+    Raises:
+        UsageError: It is of another volume.
+    """
+    owner, base = split_base(text)
+    if owner is not None and service.volume(owner).id != volume.id:
+        raise UsageError(f"{text} and {volume.name} are different volumes", target=text)
+    return base
 
 
 def find_volume(service: "Service", text: str) -> Volume:

@@ -11,7 +11,7 @@ import types
 import typing
 from typing import TYPE_CHECKING, Any, Final
 
-from incfs.admin import debug, events, policy, pool, raw, replica, snapshot, storage, transfer, volume
+from incfs.admin import bookmark, debug, events, policy, pool, raw, replica, snapshot, storage, transfer, volume
 from incfs.admin.verb import NO_CHANNEL, Channel, Progress, Verb
 from incfs.documents import Document
 from incfs.errors import UsageError
@@ -24,6 +24,7 @@ VERBS: Final[dict[str, Verb]] = {
     **storage.VERBS,
     **volume.VERBS,
     **snapshot.VERBS,
+    **bookmark.VERBS,
     **transfer.VERBS,
     **replica.VERBS,
     **raw.VERBS,

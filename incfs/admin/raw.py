@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 from incfs.admin.verb import Progress, Verb, refuse_open
 from incfs.documents import Document, snapshot_document, volume_document
 from incfs.errors import UsageError
-from incfs.targets import find_table, find_volume
+from incfs.targets import find_base, find_table, find_volume
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -51,7 +51,7 @@ async def export_raw(
     from incfs import rawexport  # late: as above
 
     volume, taken = find_table(service, target)
-    base = None if from_snapshot is None else service.snapshot(volume.id, from_snapshot)
+    base = None if from_snapshot is None else service.branches.base(volume, find_base(service, volume, from_snapshot))
     written = await rawexport.export(service, volume, taken, raw_path(service, path), progress, base=base, force=force)
     return {"export": {"volume": volume.name, "snapshot": written.name, "uuid": written.uuid, "path": path}}
 

@@ -7,7 +7,7 @@ from incfs.admin.verb import Verb, refuse_taken
 from incfs.documents import Document, holds_document, snapshot_document
 from incfs.errors import UsageError
 from incfs.model import Snapshot, Volume, VolumeId, validate_name
-from incfs.targets import find_snapshot, find_snapshots, find_table, find_volume, split_snapshot, split_target
+from incfs.targets import find_base, find_snapshot, find_snapshots, find_table, find_volume, split_snapshot
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -130,16 +130,14 @@ async def snapshot_diff(
     start_bytes: int = 0,
     max_results: int = MAX_RANGES,
 ) -> Document:
-    """Report the ranges that differ between two snapshots of a volume, from ``start_bytes`` on.
+    """Report the ranges that differ between a snapshot, or ``#MARK``, and a newer one, from ``start_bytes`` on.
 
     Without ``from_snapshot`` everything that ``target`` stores is reported.  ``next_offset`` is where to go on; it is
     None when nothing is left.  The keys of the Kubernetes CSI service SnapshotMetadata are there, too.
     """
     volume, snapshot = find_snapshot(service, target)
-    if from_snapshot is not None and "@" in from_snapshot:
-        owner, from_snapshot = split_target(from_snapshot)
-        if find_volume(service, owner).id != volume.id:
-            raise UsageError(f"{owner} and {volume.name} are different volumes")
+    if from_snapshot is not None:
+        from_snapshot = find_base(service, volume, from_snapshot)
     if start_bytes < 0 or max_results < 1:
         raise UsageError(f"snapshot.diff cannot start at {start_bytes} with {max_results} results")
     found, next_offset = await service.inspection.diff(

@@ -7,7 +7,7 @@ from incfs.documents import Document, snapshot_document
 from incfs.errors import UsageError
 from incfs.sender import SendPlan
 from incfs.stream.encoder import DEFAULT_LEVEL
-from incfs.targets import find_snapshot, split_snapshot
+from incfs.targets import find_snapshot, split_base
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -50,10 +50,10 @@ def _plan(service: "Service", targets: list[str], base: str | None, *, every: bo
             raise UsageError("a token says what to send: name nothing else beside it")
         return service.transfers.plan_resume(token)
     wanted = [find_snapshot(service, target) for target in targets]
-    if base is not None and "@" in base:
-        owner, base = split_snapshot(base)
-        if [service.volume(owner).id] != [volume.id for volume, _ in wanted]:
-            raise UsageError(f"the base is of volume {owner}; name it as SNAP, or send that volume alone")
+    if base is not None:
+        owner, base = split_base(base)
+        if owner is not None and [service.volume(owner).id] != [volume.id for volume, _ in wanted]:
+            raise UsageError(f"the base is of volume {owner}; name it as SNAP or #MARK, or send that volume alone")
     return service.transfers.plan(wanted, base=base, every=every)
 
 

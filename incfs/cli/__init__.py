@@ -14,7 +14,22 @@ from typing import Annotated, Final
 import typer
 
 import incfs
-from incfs.cli import debug, events, mount, policy, pool, raw, replica, snapshot, storage, stream, top, transfer, volume
+from incfs.cli import (
+    bookmark,
+    debug,
+    events,
+    mount,
+    policy,
+    pool,
+    raw,
+    replica,
+    snapshot,
+    storage,
+    stream,
+    top,
+    transfer,
+    volume,
+)
 from incfs.cli.options import POOL_VARIABLE
 from incfs.errors import IncfsError
 
@@ -25,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _noun in (pool, storage, volume, snapshot, policy, replica, stream, debug):
+for _noun in (pool, storage, volume, snapshot, bookmark, policy, replica, stream, debug):
     app.add_typer(_noun.app)
 
 _COMMANDS: Final[dict[str, Callable[..., None]]] = {
@@ -41,7 +56,9 @@ _COMMANDS: Final[dict[str, Callable[..., None]]] = {
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
 
-NOUNS: Final = frozenset({"pool", "storage", "volume", "snapshot", "policy", "replica", "stream", "debug", *_COMMANDS})
+NOUNS: Final = frozenset(
+    {"pool", "storage", "volume", "snapshot", "bookmark", "policy", "replica", "stream", "debug", *_COMMANDS}
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

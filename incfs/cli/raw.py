@@ -49,7 +49,7 @@ def export_command(
     *,
     incremental: Annotated[bool, typer.Option("--incremental", help="Write only what changed since --from.")] = False,
     from_snapshot: Annotated[
-        str | None, typer.Option("--from", metavar="SNAP", help="The older snapshot that TARGET holds.")
+        str | None, typer.Option("--from", metavar="SNAP", help="The older snapshot, or #BOOKMARK, that TARGET holds.")
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a file that is there; write to a device that is in use.")

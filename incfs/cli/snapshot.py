@@ -1,10 +1,10 @@
-"""``incfs snapshot``: create, list, show, remove, rename, hold, release, holds, diff."""
+"""``incfs snapshot``: create, list, show, remove, rename, hold, release, holds, bookmark, diff."""
 
 from typing import Annotated, Any, Final
 
 import typer
 
-from incfs.cli import output
+from incfs.cli import bookmark, output
 from incfs.cli.options import DryRun, Json, new_noun, table, verb
 from incfs.cli.session import Admin, call, run
 from incfs.documents import Document
@@ -123,6 +123,9 @@ def holds(
     output.print_list(call(context, "snapshot.holds", target=target), "holds", _HOLD_COLUMNS, style)
 
 
+verb(app, "bookmark")(bookmark.create)
+
+
 @verb(app, "diff")
 @table
 def diff(
@@ -131,7 +134,7 @@ def diff(
     *,
     from_snapshot: Annotated[
         str | None,
-        typer.Option("--from", metavar="SNAP", help="The older snapshot; without it, nothing."),
+        typer.Option("--from", metavar="SNAP", help="The older snapshot, or #BOOKMARK; without it, nothing."),
     ] = None,
     start: Annotated[
         int | None, typer.Option("--start", parser=parse_size, metavar="OFFSET", help="Only ranges from here on.")

@@ -30,7 +30,8 @@ def send_command(
     ] = None,
     *,
     base: Annotated[
-        str | None, typer.Option("-i", metavar="BASE", help="Send what changed since this snapshot, in one step.")
+        str | None,
+        typer.Option("-i", metavar="BASE", help="Send what changed since this snapshot or #BOOKMARK."),
     ] = None,
     chain_base: Annotated[
         str | None, typer.Option("-I", metavar="BASE", help="The same, with every snapshot between.")

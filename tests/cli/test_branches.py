@@ -85,3 +85,29 @@ def test_diff_in_the_shape_of_the_changed_block_service(cli: Cli) -> None:
     assert document["block_metadata_type"] == "VARIABLE_LENGTH"
     assert document["volume_capacity_bytes"] == 1 << 20
     assert (document["block_metadata"], document["next_offset"]) == ([], None)
+
+
+def test_bookmark_life(cli: Cli) -> None:
+    cli.ok("volume", "create", "db", "1M")
+    cli.ok("snapshot", "create", "db@a")
+    made = cli.json("bookmark", "create", "db@a", "db#m")["bookmark"]
+    assert (made["name"], made["snapshot"], made["size_bytes"]) == ("db#m", "a", 1 << 20)
+    assert made["uuid"] == cli.json("snapshot", "show", "db@a")["snapshot"]["uuid"]
+    cli.ok("snapshot", "bookmark", "db@a", "n")
+    cli.fails(1, "bookmark", "create", "db@a", "m")
+    cli.fails(10, "bookmark", "create", "db@a", "other#m")
+    cli.fails(2, "bookmark", "create", "db@a", "x@y")
+    cli.ok("snapshot", "create", "db@b")
+    assert cli.ok("snapshot", "remove", "db@a") == ""
+    rows = [line.split("\t") for line in cli.ok("bookmark", "list", "-H", "db", "-o", "name,snapshot").splitlines()]
+    assert [row[0] for row in rows] == ["db#m", "db#n"]
+    for base in ("#m", "db#m", f"uuid:{made['uuid']}"):
+        assert cli.json("snapshot", "diff", "--from", base, "db@b")["ranges"] == []
+        assert cli.json("send", "-n", "-i", base, "db@b")["stream"]["snapshots"][0]["name"] == "db@b"
+    cli.fails(10, "send", "-n", "-i", "#x", "db@b")
+    cli.fails(2, "bookmark", "remove", "db@b")
+    cli.fails(10, "bookmark", "remove", "db#m", "db#x")
+    cli.ok("bookmark", "rm", "db#m", "db#n")
+    assert cli.json("bookmark", "list")["bookmarks"] == []
+    cli.fails(10, "snapshot", "diff", "--from", "#m", "db@b")
+    assert cli.ok("pool", "check").startswith("clean")
