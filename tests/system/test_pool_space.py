@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.mount.conftest import MountedPool, mounted_pool, wait_for
+from tests.support.faulty_fs import Fault, faulty
 from tests.support.loop import allocated_bytes, filesystem, loop_device, run
 
 MIB = 1 << 20
@@ -258,3 +259,55 @@ def test_an_evacuation_under_load_survives_a_kill_and_goes_on(tmp_path: Path) ->
         found = (mounted / ".snapshots" / "db" / "s").read_bytes()
         assert found == b"".join(noise(number) for number in range(128))
         print(f"\nthe image occupies {allocated_bytes(tmp_path / 'second.img') // MIB} MiB")
+
+
+@pytest.mark.parametrize("leg", [0, 1])
+def test_a_leg_that_fails_in_the_middle_of_a_write_is_left_behind_and_brought_back(tmp_path: Path, leg: int) -> None:
+    """In the C data plane, whose threads write to both legs: half of a write is done when the disk fails for good."""
+    for name in ("sound", "real"):
+        (tmp_path / name).mkdir()
+    with (
+        faulty(tmp_path / "real", tmp_path / "failing", tmp_path / "switch") as switch,
+        mounted_pool(tmp_path, "cache=none,data_plane=native") as mounted,
+    ):
+        places = [tmp_path / "sound"]
+        places.insert(leg, tmp_path / "failing")
+        mirrored(mounted, places)
+        mounted.command("volume", "create", "db", "16M")
+        expected = [noise(number) for number in range(16)]
+        (mounted / "db").write_bytes(b"".join(expected))
+        run("sync", mounted / "db")
+        switch.arm(Fault("image", "write", 20, host_errno=errno.EIO, lasts=True, partly=True))
+        failures: list[BaseException] = []
+
+        def overwrite(first: int) -> None:
+            try:
+                with (mounted / "db").open("r+b", buffering=0) as file:
+                    for number in range(first, first + 8):
+                        expected[number] = noise(number + 100)
+                        for at in range(0, MIB, 65536):
+                            assert (
+                                os.pwrite(file.fileno(), expected[number][at : at + 65536], number * MIB + at) == 65536
+                            )
+                    os.fsync(file.fileno())
+            except BaseException as error:
+                failures.append(error)
+
+        writers = [threading.Thread(target=overwrite, args=(first,)) for first in (0, 8)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert not failures
+        assert switch.met
+        assert (mounted / "db").read_bytes() == b"".join(expected)
+        assert kinds(mounted).count("leg-failed") == 1
+        assert not document(mounted, "pool", "show")["pool"]["read_only"]
+        switch.heal()
+        lacking = document(mounted, "storage", "resilver", "2")["resilver"]
+        assert lacking["copied_bytes"] >= 8 * MIB
+        assert not lacking["lost_blocks"]
+        (image,) = (tmp_path / "sound").glob("*.img")
+        spoil(image, list(range(80 * MIB // BLOCK)))
+        assert (mounted / "db").read_bytes() == b"".join(expected)
+        mounted.expected_log.append("leg")
