@@ -42,6 +42,35 @@ static PyObject *module_hot_counts(PyObject *module, PyObject *unused)
                          (unsigned long long)counts.handed_writes, "others", (unsigned long long)counts.others);
 }
 
+static PyObject *make_durations(const uint64_t *counts, uint64_t sum_ns)
+{
+    PyObject *list = PyList_New(HOT_BUCKETS);
+    for (unsigned bucket = 0; list && bucket < HOT_BUCKETS; bucket++) {
+        PyObject *count = PyLong_FromUnsignedLongLong(counts[bucket]);
+        if (!count)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, bucket, count);
+    }
+    return list ? Py_BuildValue("(NK)", list, (unsigned long long)sum_ns) : NULL;
+}
+
+static PyObject *module_hot_durations(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    static const char *const names[HOT_OPERATIONS] = {"read", "write", "fsync", "getattr", "setattr", "getxattr"};
+    struct hot_durations durations = hot_get_durations();
+    PyObject *found = PyDict_New();
+    for (unsigned i = 0; found && i < HOT_OPERATIONS; i++) {
+        PyObject *made = make_durations(durations.counts[i], durations.sum_ns[i]);
+        if (!made || PyDict_SetItemString(found, names[i], made) < 0)
+            Py_CLEAR(found);
+        Py_XDECREF(made);
+    }
+    return found;
+}
+
 static PyObject *module_is_interposed(PyObject *module, PyObject *unused)
 {
     (void)module;
@@ -59,6 +88,7 @@ static PyMethodDef module_methods[] = {
     {"start_hot", module_start_hot, METH_O, "Start the hot threads on a data plane, given by its capsule."},
     {"stop_hot", module_stop_hot, METH_NOARGS, "End the hot threads; what they had begun is answered."},
     {"hot_counts", module_hot_counts, METH_NOARGS, "Requests that hot threads answered, and left to Python."},
+    {"hot_durations", module_hot_durations, METH_NOARGS, "How long what hot threads answered took: (buckets, sum in ns)."},
     {"is_interposed", module_is_interposed, METH_NOARGS, "Whether pyfuse3 calls us and not libfuse."},
     {"has_session", module_has_session, METH_NOARGS, "Whether the running session was created through us."},
     {"negotiated", module_negotiated, METH_NOARGS, "What was agreed with the kernel; zeros before the session began."},

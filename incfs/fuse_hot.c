@@ -173,6 +173,7 @@ bool hot_open(struct fuse_session *opened, const struct hot_libfuse *functions)
     session = opened;
     for (unsigned i = 0; i < HOT_MAX_THREADS; i++)
         memset(&workers[i], 0, sizeof workers[i]);
+    memset(sync_durations(), 0, sizeof(struct durations));
     return true;
 }
 
@@ -202,5 +203,23 @@ struct hot_counts hot_get_counts(void)
         sum.lookups += atomic_load(&workers[i].lookups);
         sum.others += atomic_load(&workers[i].others);
     }
+    return sum;
+}
+
+static void add_durations(struct hot_durations *sum, struct durations *more)
+{
+    for (unsigned operation = 0; operation < HOT_OPERATIONS; operation++) {
+        sum->sum_ns[operation] += atomic_load(&more->sum_ns[operation]);
+        for (unsigned bucket = 0; bucket < HOT_BUCKETS; bucket++)
+            sum->counts[operation][bucket] += atomic_load(&more->counts[operation][bucket]);
+    }
+}
+
+struct hot_durations hot_get_durations(void)
+{
+    struct hot_durations sum = {0};
+    add_durations(&sum, sync_durations());
+    for (unsigned i = 0; i < HOT_MAX_THREADS; i++)
+        add_durations(&sum, &workers[i].durations);
     return sum;
 }

@@ -30,6 +30,15 @@ struct hot_libfuse {
     int (*session_custom_io)(struct fuse_session *, const struct fuse_custom_io *, int); /* NULL: not of this shape */
 };
 
+/* How long requests took that were served, by what they asked for: bucket i has those of less than 4^i times 4096 ns
+ * (histogram.py); the last one all that are longer. */
+enum hot_operation { HOT_READ, HOT_WRITE, HOT_FSYNC, HOT_GETATTR, HOT_SETATTR, HOT_GETXATTR, HOT_OPERATIONS };
+enum { HOT_BUCKETS = 13 };
+
+struct hot_durations {
+    uint64_t counts[HOT_OPERATIONS][HOT_BUCKETS], sum_ns[HOT_OPERATIONS];
+};
+
 struct hot_counts {
     uint64_t reads, read_bytes, writes, write_bytes, syncs, lookups; /* served */
     uint64_t handed_reads, handed_writes, others;    /* left to Python */
@@ -53,5 +62,6 @@ void hot_stop(void);
 void hot_close(void);
 
 struct hot_counts hot_get_counts(void);
+struct hot_durations hot_get_durations(void);
 
 #endif

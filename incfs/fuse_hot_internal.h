@@ -12,8 +12,13 @@ struct fuse_in_header;
 /* Room for the largest read, and for what lies around it in its first and last block. */
 enum { READ_BYTES = 1 << 20, LARGEST_BLOCK = 65536, ROOM = READ_BYTES + 2 * LARGEST_BLOCK };
 
+struct durations {
+    _Atomic uint64_t counts[HOT_OPERATIONS][HOT_BUCKETS], sum_ns[HOT_OPERATIONS];
+};
+
 struct item {
     struct hot_waiter waiter; /* first: an fsync that waits for the disk is known by it */
+    uint64_t started_ns;      /* when that one was received */
     struct item *next;
     struct fuse_buf buffer;
     int result;
@@ -23,6 +28,8 @@ struct worker {
     pthread_t thread;
     char *room; /* for the bytes of a read */
     struct fuse_buf buffer;
+    uint64_t started_ns; /* when the request at hand was received */
+    struct durations durations;
     _Atomic uint64_t reads, read_bytes, writes, write_bytes, syncs, lookups, handed_reads, handed_writes, others;
 };
 
@@ -47,6 +54,8 @@ void end_queue(int result);
 void serve_from(const struct hot_server *given, int fd, unsigned threads);
 /* Answers a request, or puts it away in the item, which is NULL then; false when neither. */
 bool serve(struct worker *worker, struct item **item, size_t length);
+/* Of flushes: whoever answers one is not the thread that received it. */
+struct durations *sync_durations(void);
 
 /* ---- fuse_hot.c ------------------------------------------------------------------------------------------- */
 

@@ -7,11 +7,13 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <time.h>
 
 static struct hot_server server;
 static int device_fd = -1;
 static unsigned thread_count;
 static atomic_uint waiting_count; /* threads that may be waiting for a disk */
+static struct durations of_syncs;
 
 void serve_from(const struct hot_server *given, int fd, unsigned threads)
 {
@@ -75,6 +77,27 @@ static void forget_attributes(uint64_t inode)
 static void count(_Atomic uint64_t *counter, uint64_t more)
 {
     atomic_fetch_add_explicit(counter, more, memory_order_relaxed);
+}
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * NS_PER_S + now.tv_nsec;
+}
+
+static void note_duration(struct durations *durations, enum hot_operation operation, uint64_t started_ns)
+{
+    uint64_t took_ns = now_ns() - started_ns;
+    int bits = 64 - __builtin_clzll(took_ns | 1);
+    int bucket = bits <= 12 ? 0 : (bits - 11) / 2;
+    count(&durations->counts[operation][bucket < HOT_BUCKETS ? bucket : HOT_BUCKETS - 1], 1);
+    count(&durations->sum_ns[operation], took_ns);
+}
+
+struct durations *sync_durations(void)
+{
+    return &of_syncs;
 }
 
 /* One thread must always be free to take requests, else nothing is answered while a disk is slow. */
@@ -154,6 +177,7 @@ static void sync_done(struct hot_waiter *waiter, int error)
     if (waiter->gained_blocks)
         forget_attributes(header->nodeid);
     reply(header->unique, error, NULL, 0);
+    note_duration(&of_syncs, HOT_FSYNC, item->started_ns);
     free_item(item);
 }
 
@@ -171,6 +195,7 @@ static void serve_sync(struct worker *worker, struct item *item, size_t length)
     bool can_wait = begin_waiting();
     put_away(item, &worker->buffer, length);
     item->waiter.inode = inode;
+    item->started_ns = worker->started_ns;
     bool is_taken = server.sync(server.owner, &item->waiter, can_wait, &answers);
     if (can_wait)
         atomic_fetch_sub(&waiting_count, 1);
@@ -193,37 +218,61 @@ static bool serve_getxattr(struct worker *worker, const struct fuse_in_header *h
     return true;
 }
 
-/* Answers a request, or puts it away in the item; false when neither. */
+/* What a request asks for, if it can be answered at once; HOT_OPERATIONS when it is none of these. */
+static enum hot_operation operation_of(uint32_t opcode)
+{
+    switch (opcode) {
+    case FUSE_READ:
+        return HOT_READ;
+    case FUSE_WRITE:
+        return HOT_WRITE;
+    case FUSE_GETATTR:
+        return HOT_GETATTR;
+    case FUSE_SETATTR:
+        return HOT_SETATTR;
+    case FUSE_GETXATTR:
+        return HOT_GETXATTR;
+    default:
+        return HOT_OPERATIONS;
+    }
+}
+
+static bool serve_at_once(struct worker *worker, enum hot_operation operation, size_t length)
+{
+    const struct fuse_in_header *header = worker->buffer.mem;
+    switch (operation) {
+    case HOT_READ:
+        return serve_read(worker, header, length);
+    case HOT_WRITE:
+        return serve_write(worker, header, length);
+    case HOT_GETATTR:
+        return serve_getattr(worker, header);
+    case HOT_SETATTR:
+        return serve_setattr(worker, header, length);
+    default:
+        return serve_getxattr(worker, header, length);
+    }
+}
+
 bool serve(struct worker *worker, struct item **item, size_t length)
 {
     const struct fuse_in_header *header = worker->buffer.mem;
     /* A spliced request is in a pipe, not in memory; the mount asks for none. */
     if (worker->buffer.flags & FUSE_BUF_IS_FD || length < sizeof *header)
         return false;
-    bool is_served = false;
-    switch (header->opcode) {
-    case FUSE_READ:
-        return serve_read(worker, header, length);
-    case FUSE_WRITE:
-        return serve_write(worker, header, length);
-    case FUSE_FSYNC:
+    worker->started_ns = now_ns();
+    if (header->opcode == FUSE_FSYNC) {
         serve_sync(worker, *item, length);
         *item = NULL;
         return true;
-    case FUSE_INIT:
-        note_init(header, length);
-        break;
-    case FUSE_GETXATTR:
-        is_served = serve_getxattr(worker, header, length);
-        break;
-    case FUSE_GETATTR:
-        is_served = serve_getattr(worker, header);
-        break;
-    case FUSE_SETATTR:
-        is_served = serve_setattr(worker, header, length);
-        break;
     }
-    if (!is_served)
+    if (header->opcode == FUSE_INIT)
+        note_init(header, length);
+    enum hot_operation operation = operation_of(header->opcode);
+    bool is_served = operation != HOT_OPERATIONS && serve_at_once(worker, operation, length);
+    if (is_served)
+        note_duration(&worker->durations, operation, worker->started_ns);
+    else if (operation != HOT_READ && operation != HOT_WRITE) /* those count for themselves */
         count(&worker->others, 1);
     return is_served;
 }

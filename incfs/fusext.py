@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import trio
 
+from incfs.histogram import Histogram
+
 if TYPE_CHECKING:
     from incfs._fusext import Request
 
@@ -156,6 +158,16 @@ def hot_counts() -> dict[str, int]:
     except ImportError:
         return {}
     return _fusext.hot_counts() if _fusext.is_hot() else {}
+
+
+def hot_durations() -> dict[str, Histogram]:
+    """Return how long requests took that went past Python, by operation as Python names it."""
+    try:
+        from incfs import _fusext
+    except ImportError:
+        return {}
+    found = _fusext.hot_durations() if _fusext.is_hot() else {}
+    return {name: Histogram(counts, sum_ns / 1e9) for name, (counts, sum_ns) in found.items()}
 
 
 def negotiated() -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from incfs import fusext
-from incfs.histogram import BUCKETS_S
+from incfs.histogram import BUCKETS_S, merge
 from incfs.replication import ReplicaConfig
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _operations(service: "Service") -> Iterator[str]:
     name = "incfs_fuse_op_duration_seconds"
     yield f"# HELP {name} Time that requests of the kernel took, by operation."
     yield f"# TYPE {name} histogram"
-    for operation, histogram in sorted(service.durations.items()):
+    for operation, histogram in merge(service.durations, fusext.hot_durations()).items():
         total = 0
         for bound, count in zip((*BUCKETS_S, "+Inf"), histogram.counts, strict=True):
             total += count

@@ -9,6 +9,7 @@ from incfs import fusext
 from incfs.admin.verb import Progress, Verb
 from incfs.documents import Document
 from incfs.errors import UsageError
+from incfs.histogram import merge
 from incfs.jobs import Request
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ async def pool_activity(service: "Service") -> Document:
     """Report counters that rise, and what grows: two of these make rates."""
     operations = {
         name: {"count": sum(histogram.counts), "sum_s": histogram.sum_s}
-        for name, histogram in service.durations.items()
+        for name, histogram in merge(service.durations, fusext.hot_durations()).items()
     }
     volumes = [
         {"name": v.name, "uuid": v.uuid, "mapped_bytes": service.mapped_bytes(v.map_id)} for v in service.volumes()

@@ -100,6 +100,14 @@ def test_hot_requests_are_right_and_do_not_go_through_python(hot):
     # All but the first writes to each page and lease.
     assert found["writes"] > 10 * found["handed_writes"], found
     assert found["reads"] > 10 * found["handed_reads"], found
+    text = (hot / ".incfs/metrics").read_text()
+    for operation in (
+        "read",
+        "write",
+    ):  # both those that were served past Python and those that were handed over are timed
+        timed = re.search(rf'op_duration_seconds_count{{op="{operation}"}} (\d+)', text)
+        assert timed
+        assert int(timed[1]) >= found[f"{operation}s"] + found[f"handed_{operation}s"]
 
 
 def test_hot_writes_are_seen_everywhere(hot):

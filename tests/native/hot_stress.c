@@ -349,6 +349,14 @@ static void *run_client(void *argument)
     return NULL;
 }
 
+static unsigned long timed(const struct hot_durations *durations, enum hot_operation operation)
+{
+    unsigned long sum = 0;
+    for (unsigned bucket = 0; bucket < HOT_BUCKETS; bucket++)
+        sum += durations->counts[operation][bucket];
+    return sum;
+}
+
 int main(int count, char **arguments)
 {
     int pair[2];
@@ -383,6 +391,7 @@ int main(int count, char **arguments)
     shutdown(kernel_side, SHUT_WR); /* the end of the mount: the last request is followed by nothing */
     pthread_join(python, NULL);
     struct hot_counts served = hot_get_counts();
+    struct hot_durations durations = hot_get_durations();
     hot_close();
     shutdown(device_side, SHUT_RDWR);
     pthread_join(answers, NULL);
@@ -390,6 +399,9 @@ int main(int count, char **arguments)
     close(device_side);
     if (!served.reads || !served.writes || !served.syncs || !served.lookups || !handed || !notified)
         fail("nothing of a kind happened", 0, 1);
+    if (timed(&durations, HOT_READ) != served.reads || timed(&durations, HOT_WRITE) != served.writes ||
+        !timed(&durations, HOT_FSYNC))
+        fail("not every request was timed", 0, 1);
     printf("ok: %lu requests, %lu left to Python, %lu restarts\n", sent, handed, restarts);
     return 0;
 }

@@ -49,7 +49,7 @@ async def test_every_line_is_prometheus_text(service: Service) -> None:
     text = "\n".join(lines)
     for wanted in (
         'incfs_volume_mapped_bytes{volume="a \\"quoted\\" \\\\ name"} 4096',
-        'incfs_fuse_op_duration_seconds_bucket{op="read",le="0.1"} 1',
+        'incfs_fuse_op_duration_seconds_bucket{op="read",le="0.067108864"} 1',
         'incfs_policy_run_timestamp_seconds{task="snapshot hourly"} 1800000000.000',
         'incfs_storage_is_online{storage="1"} 1',
         "incfs_pool_read_only 0",

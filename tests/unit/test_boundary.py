@@ -10,7 +10,7 @@ import trio
 
 from incfs import errors
 from incfs.boundary import handler
-from incfs.histogram import Histogram
+from incfs.histogram import Histogram, merge
 
 
 class Handlers:
@@ -107,4 +107,15 @@ def test_the_last_bucket_has_no_bound():
     histogram = Histogram()
     for duration_s in (0.00005, 0.5, 100.0):
         histogram.add(duration_s)
-    assert histogram.counts == [1, 0, 0, 0, 1, 0, 1]
+    assert histogram.counts == [0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1]
+
+
+def test_histograms_of_one_operation_add_up():
+    first, second = Histogram(), Histogram()
+    first.add(0.5)
+    second.add(0.5)
+    second.add(100.0)
+    merged = merge({"write": first, "read": first}, {"read": second})
+    assert list(merged) == ["read", "write"]
+    assert (merged["read"].counts[-4:], merged["read"].sum_s) == ([2, 0, 0, 1], 101.0)
+    assert (first.counts[-4:], merged["write"].sum_s) == ([1, 0, 0, 0], 0.5)
