@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import Any, get_args
@@ -24,6 +24,9 @@ from incfs.tables import Tables
 PLANES: list[PlaneKind] = [kind for kind in get_args(PlaneKind) if kind != "auto" and (HAS_NATIVE or kind != "native")]
 PATIENCE_S = 30
 DATA = Random(1).randbytes(3 * PUNCH_BYTES)
+SMALL = Random(2).randbytes(40_000)
+"""A record has it, with what it is part of."""
+JOURNAL_BYTES = 1 << 20
 
 
 class Hang:
@@ -71,7 +74,7 @@ async def two_volumes(
     home: Path, plane: PlaneKind = "python", extend_bytes: int = 8 * len(DATA)
 ) -> AsyncIterator[tuple[Service, Volume, Volume]]:
     if not (home / "pool").exists():
-        create_pool(home / "pool", journal_bytes=1 << 20)
+        create_pool(home / "pool", journal_bytes=JOURNAL_BYTES)
     async with open_service(home / "pool", options(plane, extend_bytes)) as service:
         if not service.volumes():
             for name in "ab":
@@ -191,6 +194,50 @@ async def test_who_waits_for_a_checkpoint_is_told_that_there_is_no_room(
         with trio.fail_after(PATIENCE_S):
             await folded(service)
             assert (await service.inspection.check(True)).is_clean
+
+
+def without_room_for_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the journal's files cannot become longer."""
+    without_room(monkeypatch)
+    original = File.pwrite
+
+    def pwrite(file: File, offset: int, data: bytes | memoryview) -> None:
+        if file.path.name.startswith("journal") and offset + len(data) > JOURNAL_BYTES:
+            raise NoSpace(f"cannot write {file.path}: No space left on device", path=str(file.path))
+        original(file, offset, data)
+
+    monkeypatch.setattr(File, "pwrite", pwrite)
+
+
+async def test_a_full_journal_on_a_full_disk_ends_writing_and_loses_nothing(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acknowledged = 0
+
+    async def fill(service: Service, volume: Volume) -> None:
+        nonlocal acknowledged
+        for number in range(2 * JOURNAL_BYTES // len(SMALL)):
+            await service.write(volume.map_id, 0, bytes([number]) + SMALL)
+            await service.commit()
+            acknowledged = number
+            with suppress(NoSpace):
+                await service.checkpoint()
+
+    async with two_volumes(pool_home) as (service, first, second):
+        without_room_for_records(monkeypatch)
+        with trio.fail_after(PATIENCE_S), pytest.raises(NoSpace):
+            await fill(service, first)
+        assert acknowledged > JOURNAL_BYTES // len(SMALL) // 2
+        assert service.facts()["read_only"]
+        assert await service.read(second.map_id, 0, len(DATA)) == DATA
+    async with two_volumes(pool_home) as (service, first, _):
+        assert (await service.read(first.map_id, 0, 1))[0] in (acknowledged, acknowledged + 1)
+        assert await service.read(first.map_id, 1, len(SMALL)) == SMALL
+        monkeypatch.undo()
+        with trio.fail_after(PATIENCE_S):
+            await folded(service)
+        await service.write(first.map_id, 0, b"it goes on")
+        assert (await service.inspection.check(True)).is_clean
 
 
 async def folded(service: Service) -> None:
