@@ -17,8 +17,11 @@ def remove(store: Store, snapshots: Sequence[Snapshot]) -> None:
 
     Raises:
         Busy: One has clones, or is held.
+        SnapshotNotFound: One has gone meanwhile.
     """
     store.begin_change()
+    # As they are now: the caller may have looked before somebody held them, or before what begin_change sealed.
+    snapshots = [store.catalog.snapshot_by_generation(taken.volume_id, taken.generation) for taken in snapshots]
     require_removable(store, snapshots)
     store.change(*(replace(snapshot, name="") for snapshot in snapshots))
 

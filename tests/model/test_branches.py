@@ -125,6 +125,17 @@ def test_a_dump_of_a_clone_needs_its_origin(pool_home: Path) -> None:
         builder.finish(last_volume=9)
 
 
+def test_a_held_snapshot_keeps_the_whole_set(pool_home: Path) -> None:
+    """All of them or none: also when the held one comes last."""
+    with pools.open_tiny(pools.make_pool(pool_home)) as store:
+        volume, first = origin_with(store, b"x")
+        (second,) = pools.take_snapshots(store, [(volume.id, "t")])
+        holds.hold(store, volume.id, "t", "backup")
+        with pytest.raises(Busy, match="held by backup"):
+            removal.remove(store, [first, second])
+        assert [taken.name for taken in store.catalog.snapshots(volume.id)] == ["s", "t"]
+
+
 def test_a_held_snapshot_is_not_removed_until_it_is_released_or_the_lease_is_over(pool_home: Path) -> None:
     with pools.open_tiny(pools.make_pool(pool_home)) as store:
         volume, _ = origin_with(store, b"x")
