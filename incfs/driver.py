@@ -5,7 +5,7 @@ grow in worker threads.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Protocol, TypeVar
 
@@ -16,8 +16,9 @@ from incfs.committer import Committer, offload
 from incfs.dataplane import LeaseExhausted, LegFailed, NotResident, ReadWouldWait
 from incfs.errors import BackingError, ChecksumMismatch, IncfsError, NoSpace, QuotaExceeded
 from incfs.model import MapId, VolumeId
+from incfs.placement import Rule
 from incfs.ranges import StepsPending, TrimPending
-from incfs.space import Growth, Step
+from incfs.space import Growth, NewImage, Step
 from incfs.store import Store
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,8 @@ class SpaceKeeper(Protocol):
     def look_soon(self) -> None:
         """Look how full they are."""
 
-    async def add_image(self) -> None:
-        """Make another one, if the settings allow; under the space lock."""
+    async def add_image(self, rules: Sequence[Rule]) -> None:
+        """Make another one that the rules allow, if the settings do; under the space lock."""
 
 
 class Driver:
@@ -148,12 +149,12 @@ class Driver:
                 if self._store.is_served(lease):
                     space.top_up(lease)
 
-    async def _perform(self, step: Step | Growth) -> None:
+    async def _perform(self, step: Step | Growth | NewImage) -> None:
         if isinstance(step, Growth):
             await offload(step.run)
             self.keeper.look_soon()
-        elif step is Step.ADD_IMAGE:
-            await self.keeper.add_image()
+        elif isinstance(step, NewImage):
+            await self.keeper.add_image(step.rules)
         elif step is Step.RECLAIM:
             await self._reclaimer.wait_idle()
         else:

@@ -4,7 +4,7 @@ One background task.  What it does by itself it records as an event with its rea
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from incfs.committer import offload
 from incfs.errors import IncfsError
 from incfs.model import StorageId
 from incfs.monitor import HostRoom, Monitor
+from incfs.placement import Rule, allows_new, order_rooms
+from incfs.settings import Directory
 from incfs.store import Store
 from incfs.units import format_size
 
@@ -28,7 +30,7 @@ _SURVEY_PAUSE_S = 0.01
 """Between two groups of 128 MiB: 82 s for a TiB."""
 
 
-AddImage = Callable[[str], Awaitable[dict[str, Any]]]
+AddImage = Callable[[Directory], Awaitable[dict[str, Any]]]
 """Makes an image in a directory and lets the pool allocate from it; called under the space lock."""
 
 
@@ -145,40 +147,51 @@ class Keeper:
         }
 
     async def _add_image_if_low(self) -> None:
-        """Make an image where the settings allow, when all that there are are at low water."""
-        if not self._store.space.settings.directories:
+        """Make an image where the settings allow, when all that there are, or all of a directory's class, are low."""
+        directories = self._store.space.settings.directories
+        if not directories:
             return
         async with self._space_lock:
-            if all(room.is_low for room in self._store.space.rooms() if room.is_usable):
-                await self.add_image()
+            rooms = [room for room in self._store.space.rooms() if room.is_usable]
+            if all(room.is_low for room in rooms):
+                await self.add_image(())
+                return
+            for name in {directory.storage_class for directory in directories}:
+                own = [room.is_low for room in rooms if room.storage.storage_class == name]
+                if own and all(own):
+                    await self.add_image((Rule("class", name, True),))
 
-    async def add_image(self) -> None:
-        """Make an image in the best of the configured directories, if there is one.  Under the space lock."""
+    async def add_image(self, rules: Sequence[Rule]) -> None:
+        """Make an image in the best directory that settings and rules allow, if there is one.  Under the space lock."""
         space = self._store.space
-        free_bytes = sum(room.free_bytes for room in space.rooms() if room.is_usable)
-        directory = await offload(self._choose_directory)
+        allowed = order_rooms(space.rooms(), rules)
+        directory = await offload(lambda: self._choose_directory(rules))
         if directory is None:
             return
         try:
-            made = await self._add_image(str(directory))
+            made = await self._add_image(directory)
         except IncfsError as error:
-            self._refused.add(str(directory))
-            self._store.events.record("image-refused", f"directory {directory}", str(error))
+            self._refused.add(directory.path)
+            self._store.events.record("image-refused", f"directory {directory.path}", str(error))
             return
-        reason = f"every storage volume is at low water, {format_size(free_bytes)} are left in all"
+        which = f" with {', '.join(map(str, rules))}" if rules else ""
+        free_bytes = sum(room.free_bytes for room in allowed)
+        reason = f"every storage volume{which} is at low water, {format_size(free_bytes)} are left in all"
         self._store.events.record("image-added", f"storage {made['id']}", reason, path=made["path"])
         self.look_soon()
 
-    def _choose_directory(self) -> Path | None:
+    def _choose_directory(self, rules: Sequence[Rule]) -> Directory | None:
         """Choose the directory with most room whose filesystem is not at low water itself.  Any thread."""
         space = self._store.space
-        found: list[tuple[int, str]] = []
-        for name in space.settings.directories:
-            try:
-                free_bytes, total_bytes, _ = self._store.backing.measure_directory(Path(name))
-            except IncfsError as error:
-                logger.warning("no image can be made in %s: %s", name, error)
+        found: list[tuple[int, Directory]] = []
+        for directory in space.settings.directories:
+            if directory.path in self._refused or not allows_new(rules, directory.storage_class):
                 continue
-            if name not in self._refused and free_bytes >= max(1, space.settings.low_water.of(total_bytes)):
-                found.append((free_bytes, name))
-        return Path(max(found)[1]) if found else None
+            try:
+                free_bytes, total_bytes, _ = self._store.backing.measure_directory(Path(directory.path))
+            except IncfsError as error:
+                logger.warning("no image can be made in %s: %s", directory.path, error)
+                continue
+            if free_bytes >= max(1, space.settings.low_water.of(total_bytes)):
+                found.append((free_bytes, directory))
+        return max(found)[1] if found else None

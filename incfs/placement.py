@@ -21,6 +21,9 @@ class Rule(NamedTuple):
     value: str
     is_equal: bool
 
+    def __str__(self) -> str:
+        return f"{self.key}{'=' if self.is_equal else '!='}{self.value}"
+
     def allows(self, storage: Storage) -> bool:
         """Tell whether a storage volume meets it."""
         return (_property(storage, self.key) == self.value) == self.is_equal
@@ -35,6 +38,12 @@ def _property(storage: Storage, key: str) -> str:
         case "id":
             return str(storage.id)
     return "yes" if storage.mirrors else "no"
+
+
+def allows_new(rules: Iterable[Rule], storage_class: str) -> bool:
+    """Tell whether rules allow a storage volume that is to be made, without mirrors, of that class."""
+    made = Storage(StorageId(0), "", "", 0, 0, storage_class=storage_class)
+    return all(rule.allows(made) for rule in rules)
 
 
 def parse_rule(text: str) -> Rule:

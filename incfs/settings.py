@@ -8,7 +8,7 @@ are how a pool without a policy behaves.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Final
+from typing import Final, NamedTuple
 
 DEFAULT_STRIPE_UNIT_BYTES: Final = 1 << 20
 
@@ -24,6 +24,14 @@ class Amount:
     def of(self, whole_bytes: int) -> int:
         """Give it in bytes."""
         return self.fixed_bytes + int(whole_bytes * self.percent / 100)
+
+
+class Directory(NamedTuple):
+    """Where new images may be made."""
+
+    path: str
+    storage_class: str = ""
+    """What they get."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +79,7 @@ class PoolSettings:
     """What growth leaves free on an image's host filesystem; None: what the pool was opened with."""
     queue_s: float = 0.0
     """How long a write waits for space in a full pool before it fails with ENOSPC."""
-    directories: tuple[str, ...] = ()
+    directories: tuple[Directory, ...] = ()
     """Where new images may be made when the storage volumes run low."""
     volume_settings: Callable[[str], VolumeSettings] = lambda _: VolumeSettings()
     """What rules a virtual volume of that name."""

@@ -20,7 +20,7 @@ from incfs.catalog import Catalog
 from incfs.errors import NoSpace, QuotaExceeded
 from incfs.events import EventLog
 from incfs.model import MapId, StorageId, Volume, VolumeId, split_map_id
-from incfs.placement import Room, order_rooms, parse_rules
+from incfs.placement import Room, Rule, order_rooms, parse_rules
 from incfs.pool import Pool
 from incfs.settings import PoolSettings, VolumeSettings
 from incfs.storage import StorageVolume
@@ -60,8 +60,6 @@ class Step(Enum):
 
     CHECKPOINT = "checkpoint"
     """Freed blocks become free."""
-    ADD_IMAGE = "add-image"
-    """Another storage volume comes in."""
     RECLAIM = "reclaim"
     """What was removed is taken apart."""
 
@@ -82,6 +80,14 @@ class Growth:
             self.storage.grow(self.block_count, reserve_bytes=self.reserve_bytes)
         except NoSpace as error:
             self.refusal = error
+
+
+@dataclass(frozen=True, slots=True)
+class NewImage:
+    """Another step: bring in another storage volume."""
+
+    rules: tuple[Rule, ...]
+    """Which must allow it."""
 
 
 class Space:
@@ -355,7 +361,7 @@ class Space:
         """Grant what several leases need; False when too few blocks are free."""
         return self._lacking(needs, urgent=urgent) is None
 
-    def steps(self, needs: Mapping[MapId, int], *, urgent: bool = False) -> Iterator[Step | Growth]:
+    def steps(self, needs: Mapping[MapId, int], *, urgent: bool = False) -> Iterator[Step | Growth | NewImage]:
         """Yield what to do, one after the other, until every lease has the blocks that it needs, all at once.
 
         Raises:
@@ -373,7 +379,7 @@ class Space:
                 break
             if growth is None:
                 may_add = False
-                yield Step.ADD_IMAGE
+                yield NewImage(self._rules(lease))
                 continue
             yield growth
             if growth.refusal is not None:
@@ -386,6 +392,11 @@ class Space:
             yield Step.CHECKPOINT
         if (lease := self._lacking(needs, urgent=urgent, is_scarce=True)) is not None:
             raise self._full(lease)
+
+    def _rules(self, lease: MapId) -> tuple[Rule, ...]:
+        """Give what a storage volume must be for a lease's blocks."""
+        settings = self.settings_of(split_map_id(lease)[0])
+        return parse_rules(settings.place) + ((Rule("mirrored", "yes", True),) if settings.copies > 1 else ())
 
     def _frees_much(self, growth: Growth | None) -> bool:
         """Tell whether a checkpoint frees enough to be waited for, if there is room for one.

@@ -16,6 +16,7 @@ from incfs.mirrors import Mirrors, Progress
 from incfs.model import Storage, StorageId, Volume, VolumeId
 from incfs.mover import Mover, MoveReport
 from incfs.placement import Room
+from incfs.settings import Directory
 from incfs.store import Store
 
 _EVEN_PERCENT = 5
@@ -63,9 +64,10 @@ class Upkeep:
                 )
             )
 
-    async def add_image(self, directory: str) -> dict[str, Any]:
-        """Make an image in a directory.  Under the space lock."""
-        return await self._add_made(lambda: recovery.make_storage(self._store, Path(directory)))
+    async def add_image(self, directory: Directory) -> dict[str, Any]:
+        """Make an image in a directory, of its class.  Under the space lock."""
+        path, storage_class = Path(directory.path), directory.storage_class
+        return await self._add_made(lambda: recovery.make_storage(self._store, path, storage_class=storage_class))
 
     async def _add_made(self, make: Callable[[], Storage]) -> dict[str, Any]:
         record = await offload(make)

@@ -13,7 +13,7 @@ from incfs.errors import UsageError
 from incfs.model import MAX_VOLUME_BYTES
 from incfs.placement import parse_rules
 from incfs.policy.schedule import Schedule, parse_schedule
-from incfs.settings import Amount
+from incfs.settings import Amount, Directory
 from incfs.units import parse_duration, parse_percent, parse_size
 
 Reader = Callable[[Any], Any]
@@ -114,13 +114,21 @@ def placement_rules(value: Any) -> tuple[str, ...]:
     return found
 
 
-def directories(value: Any) -> tuple[str, ...]:
-    """Read a list of absolute paths."""
-    found = texts(value)
-    for path in found:
-        if not path.startswith("/") or "\0" in path:
-            raise UsageError(f"{path!r} is not an absolute path")
-    return found
+def directories(value: Any) -> tuple[Directory, ...]:
+    """Read a list of absolute paths, or of tables with ``path`` and ``class``."""
+    if not isinstance(value, list):
+        raise UsageError(f"{value!r} is not a list")
+    return tuple(_directory(item) for item in value)
+
+
+def _directory(value: Any) -> Directory:
+    found = value if isinstance(value, dict) else {"path": value}
+    if unknown := found.keys() - {"path", "class"}:
+        raise UsageError(f"a directory has a path and a class, not {min(unknown)!r}")
+    path = text(found.get("path"))
+    if not path.startswith("/") or "\0" in path:
+        raise UsageError(f"{path!r} is not an absolute path")
+    return Directory(path, text(found.get("class", "")))
 
 
 def command(value: Any) -> tuple[str, ...]:

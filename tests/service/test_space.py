@@ -15,7 +15,7 @@ from incfs import removal
 from incfs.errors import NoSpace, QuotaExceeded
 from incfs.model import StorageId, Volume
 from incfs.service import Service, open_service
-from incfs.settings import Amount, PoolSettings, VolumeSettings, by_name
+from incfs.settings import Amount, Directory, PoolSettings, VolumeSettings, by_name
 from tests.support import pools
 
 BLOCK = pools.BLOCK
@@ -114,7 +114,7 @@ async def test_the_second_storage_volume_comes_in_at_low_water_of_the_first(pool
 async def test_an_image_is_made_in_a_configured_directory_before_a_write_fails(pool_home: Path) -> None:
     (pool_home / "more").mkdir()
     async with opened(pool_home) as service:
-        service.apply_settings(PoolSettings(directories=(str(pool_home / "more"),)))
+        service.apply_settings(PoolSettings(directories=(Directory(str(pool_home / "more")),)))
         volume = await service.create_volume("db", 1 << 20)
         for step in range(60):
             await service.write(volume.map_id, step * 10 * BLOCK, noise(10, seed=step + 1))
@@ -124,6 +124,27 @@ async def test_an_image_is_made_in_a_configured_directory_before_a_write_fails(p
         assert list((pool_home / "more").iterdir())
         for step in range(60):
             assert await service.read(volume.map_id, step * 10 * BLOCK, 10 * BLOCK) == noise(10, seed=step + 1)
+
+
+async def test_an_image_is_made_where_its_class_is_wanted(pool_home: Path) -> None:
+    """There is room on others; only the directory of that class will do."""
+    for name in ("hdd", "ssd"):
+        (pool_home / name).mkdir()
+    directories = Directory(str(pool_home / "hdd"), "hdd"), Directory(str(pool_home / "ssd"), "ssd")
+    async with opened(pool_home) as service:
+        rules = by_name({"fast": VolumeSettings(place=("class=ssd",)), "lost": VolumeSettings(place=("class=tape",))})
+        service.apply_settings(PoolSettings(directories=directories, volume_settings=rules))
+        fast, lost = await service.create_volume("fast", 1 << 20), await service.create_volume("lost", 1 << 20)
+        await service.write(fast.map_id, 0, noise(10))
+        await service.commit()
+        two = service.storages()[1]
+        assert (two["id"], two["class"], Path(two["path"]).parent) == (2, "ssd", pool_home / "ssd")
+        assert two["used_bytes"] == 10 * BLOCK
+        (added,) = [event for event in service.events() if event["kind"] == "image-added"]
+        assert "class=ssd" in added["reason"]
+        with pytest.raises(NoSpace, match="class=tape"):
+            await service.write(lost.map_id, 0, noise(10))
+        assert len(service.storages()) == 2
 
 
 async def refuse(work: Awaitable[Any]) -> None:

@@ -88,6 +88,9 @@ def test_an_empty_policy_changes_nothing() -> None:
         ('[pool]\nwhen_full = "queue"', 2, "is not a time"),
         ('[pool]\nwhen_full = "panic"', 2, "neither"),
         ('[pool]\ndirectories = ["a"]', 2, "not an absolute path"),
+        ('[pool]\ndirectories = [{ path = "/a", clas = "ssd" }]', 2, "not 'clas'"),
+        ('[pool]\ndirectories = [{ class = "ssd" }]', 2, "not a text"),
+        ('[pool]\ndirectories = "/a"', 2, "is not a list"),
         ('[pool]\ntimezone = "Mars/Base"', 2, "no time zone"),
         ('[pool]\ntimezone = "/etc/localtime"', 2, "no time zone"),
         ('[pool]\nuse = ["gold"]', 2, "unknown key 'use'"),
@@ -177,7 +180,7 @@ def test_everything_at_once() -> None:
         extend_max = "1T"
         reserve = "2%"
         when_full = "queue:60s"
-        directories = ["/disks/a", "/disks/b"]
+        directories = ["/disks/a", { path = "/disks/b", class = "ssd" }]
         [template.gold]
         place = ["class=ssd"]
         copies = 2
