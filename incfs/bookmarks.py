@@ -27,16 +27,48 @@ def create(store: Store, snapshot: Snapshot, name: str) -> Bookmark:
     store.begin_change()
     validate_name(name, what="bookmark")
     volume = store.catalog.volume(snapshot.volume_id)
-    if any(name in bookmark.names for bookmark in store.catalog.bookmarks(volume.id)):
+    if find(store, volume.id, name) is not None:
         raise AlreadyExists(f"volume {volume.name} has a bookmark {name!r} already", volume=volume.name, bookmark=name)
-    known = store.catalog.get(("bookmark", (volume.id, snapshot.generation)))
+    made = _with_name(store, snapshot, name)
+    store.change(made)
+    return made
+
+
+def _with_name(store: Store, snapshot: Snapshot, name: str) -> Bookmark:
+    known = store.catalog.get(("bookmark", (snapshot.volume_id, snapshot.generation)))
     names = {**known.names, name: store.clock()} if isinstance(known, Bookmark) else {name: store.clock()}
     if len(names) > MAX_NAMES:
         raise LimitExceeded(f"snapshot {snapshot.name} has {MAX_NAMES} bookmarks already; remove one first")
     facts = snapshot.uuid, snapshot.size_bytes, snapshot.created_ns
-    made = Bookmark(volume.id, snapshot.generation, *facts, names)
-    store.change(made)
+    return Bookmark(snapshot.volume_id, snapshot.generation, *facts, names)
+
+
+def move(store: Store, snapshot: Snapshot, name: str) -> Bookmark:
+    """Let a bookmark be of another snapshot of its volume; it is made if there is none.
+
+    Atomicity: one change.
+
+    Raises:
+        InvalidName, LimitExceeded: As ``create``.
+    """
+    store.begin_change()
+    known = find(store, snapshot.volume_id, name)
+    if known is None:
+        return create(store, snapshot, name)
+    if known.generation == snapshot.generation:
+        return known
+    made = _with_name(store, snapshot, name)
+    store.change(_without_name(known, name), made)
     return made
+
+
+def find(store: Store, volume_id: VolumeId, name: str) -> Bookmark | None:
+    """Look up a bookmark by its name alone, if there is one."""
+    return next((known for known in store.catalog.bookmarks(volume_id) if name in known.names), None)
+
+
+def _without_name(bookmark: Bookmark, name: str) -> Bookmark:
+    return replace(bookmark, names={known: when for known, when in bookmark.names.items() if known != name})
 
 
 def remove(store: Store, volume_id: VolumeId, name: str) -> Bookmark:
@@ -49,8 +81,7 @@ def remove(store: Store, volume_id: VolumeId, name: str) -> Bookmark:
         BookmarkNotFound: No such bookmark.
     """
     store.begin_change()
-    found = named(store, volume_id, name)
-    left = replace(found, names={known: when for known, when in found.names.items() if known != name})
+    left = _without_name(named(store, volume_id, name), name)
     store.change(left)
     return left
 
@@ -61,10 +92,10 @@ def named(store: Store, volume_id: VolumeId, name: str) -> Bookmark:
     Raises:
         BookmarkNotFound: No such bookmark.
     """
-    found = store.catalog.bookmark(volume_id, name)
-    if name not in found.names:
+    found = find(store, volume_id, name)
+    if found is None:
         whose = store.catalog.volume(volume_id).name
-        raise BookmarkNotFound(f"{name!r} is no name of a bookmark of volume {whose}", volume=whose, bookmark=name)
+        raise BookmarkNotFound(f"volume {whose} has no bookmark {name!r}", volume=whose, bookmark=name)
     return found
 
 

@@ -209,6 +209,20 @@ class Branches:
         await self._committer.commit()
         return made
 
+    async def move_bookmark(self, taken: Snapshot, name: str) -> Bookmark:
+        """Let a bookmark be of another snapshot of its volume; it is made if there is none.
+
+        Raises:
+            Busy: A stream starts from it, and its snapshot is gone.
+        """
+        known = bookmarks.find(self._store, taken.volume_id, name)
+        if known is not None and known.generation != taken.generation:
+            self._require_unused(known)
+        moved = bookmarks.move(self._store, taken, name)
+        self._reclaimer.reclaim_soon()
+        await self._committer.commit()
+        return moved
+
     async def remove_bookmarks(self, doomed: Sequence[tuple[VolumeId, str]]) -> None:
         """Forget bookmarks, all or none.
 

@@ -1,6 +1,6 @@
 """Replication, decided: where a replica is, what it has, what to send it.  Pure.
 
-The newest snapshot that a replica has must be one of ours: then what follows it is sent, in one
+The newest snapshot that a replica has must be one of ours, or be bookmarked: then what follows it is sent, in one
 stream that can be gone on with.  Everything else is a conflict, which is told and never solved
 by removing something.
 """
@@ -126,10 +126,11 @@ class TargetFacts:
 
 @dataclass(frozen=True, slots=True)
 class OurSnapshot:
-    """A snapshot of ours."""
+    """A snapshot of ours, or a bookmark of one that is gone."""
 
     uuid: str
     created_ns: int
+    is_there: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,7 @@ def plan_replica(
 
     Args:
         names: What the volumes are called at the target.
-        ours: Of each volume its snapshots, oldest first.
+        ours: Of each volume its snapshots and bookmarks, oldest first.
         theirs: Of each volume what the target has.
 
     Raises:
@@ -170,7 +171,7 @@ def plan_replica(
 
 def _goals(names: Sequence[str], ours: Sequence[Sequence[OurSnapshot]]) -> tuple[str, ...]:
     """Choose the newest snapshots, of several volumes those that were taken together."""
-    times = [{taken.created_ns: taken.uuid for taken in chain} for chain in ours]
+    times = [{taken.created_ns: taken.uuid for taken in chain if taken.is_there} for chain in ours]
     shared = set(times[0]).intersection(*times[1:])
     if not shared:
         what = "no snapshot" if len(names) == 1 else "no snapshots that were taken together"

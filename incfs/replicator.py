@@ -20,6 +20,7 @@ import trio
 from incfs.errors import (
     AlreadyExists,
     BaseMismatch,
+    Busy,
     HoldNotFound,
     IncfsError,
     NotFound,
@@ -104,6 +105,7 @@ async def remove(service: "Service", name: str) -> None:
     """Forget a replica, and let go of the snapshot that was kept for it; the target stays as it is."""
     keeper, config = find_replica(service, name)
     await _release(service, config, config.common)
+    await _forget_bookmarks(service, config)
     kept = {known: text for known, text in service.volume_by_id(keeper.id).replicas.items() if known != name}
     await service.transfers.put_replicas(keeper.id, kept)
 
@@ -147,6 +149,7 @@ async def run(
         raise
     done = replace(config, last_success_ns=time.time_ns(), last_error="", common=list(plan.goals))
     await _keep(service, keeper, done)
+    await _bookmark(service, config, plan.goals)
     await _release(service, config, [uuid for uuid in config.common if uuid not in plan.goals])
     return {"name": name, "stream_bytes": sent_bytes, "snapshots": list(plan.goals)}
 
@@ -182,10 +185,7 @@ class _Run:
     async def _plan(self) -> ReplicaPlan:
         answer = await self._ask("replica", "facts", *self._config.names, "--json")
         facts = [TargetFacts.from_document(document) for document in answer.get("volumes", [])]
-        ours = [
-            [OurSnapshot(taken.uuid, taken.created_ns) for taken in self._service.snapshots(volume.id)]
-            for volume in self._volumes
-        ]
+        ours = [_points(self._service, volume) for volume in self._volumes]
         if len(facts) != len(ours):
             raise ReplicaFailed(f"replica {self._config.name} gave no answer for each volume")
         return plan_replica(self._config.names, ours, facts)
@@ -316,6 +316,29 @@ def _ours(service: "Service", config: ReplicaConfig, uuids: Sequence[str]) -> li
                 volume = service.volume(f"uuid:{volume_uuid}")
                 found.append((volume, service.snapshot(volume.id, f"uuid:{uuid}")))
     return found
+
+
+def _points(service: "Service", volume: Volume) -> list[OurSnapshot]:
+    """List a volume's snapshots, and the bookmarks of those that are gone, oldest first."""
+    taken = service.snapshots(volume.id)
+    known = {snapshot.uuid for snapshot in taken}
+    gone = [marked for marked in service.branches.bookmarks(volume.id) if marked.uuid not in known]
+    points = {snapshot.generation: OurSnapshot(snapshot.uuid, snapshot.created_ns) for snapshot in taken}
+    points |= {marked.generation: OurSnapshot(marked.uuid, marked.taken_ns, is_there=False) for marked in gone}
+    return [point for _, point in sorted(points.items())]
+
+
+async def _bookmark(service: "Service", config: ReplicaConfig, uuids: Sequence[str]) -> None:
+    """Have the next run start from what both sides have now, also when it outlives its lease and is removed."""
+    for _, taken in _ours(service, config, uuids):
+        with contextlib.suppress(Busy):  # somebody sends from it: the next run moves it
+            await service.branches.move_bookmark(taken, _tag(config))
+
+
+async def _forget_bookmarks(service: "Service", config: ReplicaConfig) -> None:
+    for uuid in config.volumes:
+        with contextlib.suppress(NotFound):
+            await service.branches.remove_bookmarks([(service.volume(f"uuid:{uuid}").id, _tag(config))])
 
 
 async def _hold(service: "Service", config: ReplicaConfig, uuids: Sequence[str]) -> None:

@@ -49,10 +49,18 @@ def test_a_group_is_followed_promoted_and_refused(pools: tuple[Cli, Cli]) -> Non
     assert (status["last_error"], status["volumes"], len(status["common"])) == (None, ["db", "log"], 2)
     assert "held by replica-off" in here.fails(11, "snapshot", "remove", "db@next")
     assert "held by replica-off" in there.fails(11, "snapshot", "remove", "one@next")
+    # What both have is removed on this side: its bookmark is enough.
+    assert [row["name"] for row in here.json("bookmark", "list")["bookmarks"]] == ["db#replica-off", "log#replica-off"]
+    here.ok("snapshot", "release", "replica-off", "db@next", "log@next")
+    here.ok("snapshot", "remove", "db@next", "log@next")
+    here.ok("snapshot", "create", "db@later", "log@later")
+    assert here.json("replica", "run", "off")["runs"][0]["stream_bytes"] < 5000
+    assert contents(there, "one").items() >= contents(here, "db").items()
     there.ok("replica", "promote", "one")
     there.ok("snapshot", "create", "one@mine")
     assert "promoted" in here.fails(12, "replica", "run")
     assert "promoted" in here.json("replica", "status", "off")["replica"]["last_error"]
     here.ok("replica", "remove", "off")
-    here.ok("snapshot", "remove", "db@next")
+    assert here.json("bookmark", "list")["bookmarks"] == []
+    here.ok("snapshot", "remove", "db@later")
     here.fails(10, "replica", "status", "off")

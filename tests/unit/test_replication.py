@@ -48,6 +48,13 @@ def test_a_target_that_went_its_own_way_is_a_conflict(found, why):
         plan_replica(["v"], [OURS], [found])
 
 
+def test_a_bookmark_is_a_base_and_never_a_goal():
+    ours = [OurSnapshot("a", 1, is_there=False), OurSnapshot("b", 2), OurSnapshot("c", 3, is_there=False)]
+    assert plan_replica(["v"], [ours], [there("a")]) == ReplicaPlan(("b",), ("a",))
+    with pytest.raises(BaseMismatch, match="none in common"):
+        plan_replica(["v"], [ours], [there("x")])
+
+
 def test_a_group_goes_to_the_newest_snapshots_that_were_taken_together():
     other = [OurSnapshot("x", 1), OurSnapshot("y", 2), OurSnapshot("z", 4)]
     assert plan_replica(["v", "w"], [OURS, other], [there("a"), None]).goals == ("b", "y")
