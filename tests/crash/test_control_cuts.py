@@ -9,8 +9,8 @@ from random import Random
 
 import pytest
 
+from incfs import bookmarks, ranges
 from incfs import clone as clones
-from incfs import ranges
 from incfs import snapshot as snapshots
 from incfs import volume as volumes
 from incfs.errors import IncfsError
@@ -73,6 +73,7 @@ OPERATIONS: dict[str, Operation] = {
     "rename-snapshot": lambda s: snapshots.rename(s, volume(s, "a").id, "one", "uno"),
     "remove-snapshot": lambda s: pools.remove_snapshot(s, volume(s, "a").id, "one"),
     "remove-newest": lambda s: pools.remove_snapshot(s, volume(s, "a").id, "two"),
+    "bookmark": lambda s: bookmarks.create(s, s.catalog.snapshot(volume(s, "a").id, "two"), "m"),
     "clone": clone_and_write,
     "rollback": lambda s: pools.roll_back(s, volume(s, "a").id, "one", force=True),
     "discard": discard,

@@ -11,8 +11,8 @@ from random import Random
 import lmdb
 import pytest
 
+from incfs import bookmarks, ranges, relocation
 from incfs import clone as clones
-from incfs import ranges, relocation
 from incfs import volume as volumes
 from incfs.baseline import BaselineFacts, content_digest
 from incfs.errors import Busy, NoSpace
@@ -193,6 +193,46 @@ def record_digest(store: Store, volume_id: VolumeId, facts: BaselineFacts) -> No
     store.begin_change()
     store.change(replace(store.catalog.volume(volume_id), baseline=facts.encode()))
     store.commit()
+
+
+@pytest.mark.parametrize("small_commit_bytes", [0, 65536], ids=["flush-images", "data-in-record"])
+def test_every_cut_while_bookmarks_outlive_their_snapshots_gives_a_commit_point(
+    pool_home: Path, small_commit_bytes: int
+) -> None:
+    """Trails are filled by folds and by writes, and handed on, in steps, each committed."""
+    options = pools.tiny_options(small_commit_bytes=small_commit_bytes)
+    media = make_media(pool_home / "real")
+    with Recorder(pool_home / "real", media, options) as recorder:
+        store = recorder.store
+        volume = pools.new_volume(store, "a")
+        for number in range(3):
+            write_and_commit(store, volume.id, 32_600 + 128 * number, pattern(number, 300))
+            (taken,) = pools.take_snapshots(store, [(volume.id, f"s{number}")])
+            bookmarks.create(store, taken, f"m{number}")
+            store.commit()
+        write_and_commit(store, volume.id, 0, pattern(5, 200))
+        for name in ("s1", "s2"):
+            pools.remove_snapshot(store, volume.id, name)
+            store.commit()
+            while not volumes.reclaim(store, volume.id, 1):
+                store.commit()
+        recorder.checkpoint(lambda: write_and_commit(store, volume.id, 640, pattern(len(recorder.points), 200)))
+        bookmarks.remove(store, volume.id, "m2")
+        pools.remove_snapshot(store, volume.id, "s0")
+        store.commit()
+        while not volumes.reclaim(store, volume.id, 1):
+            store.commit()
+        write_and_commit(store, volume.id, 33_000, pattern(8, 100))
+        (taken,) = pools.take_snapshots(store, [(volume.id, "t")])
+        store.checkpoint()
+        found = set(pools.diff(store, store.catalog.base(volume.id, "#m1"), taken))
+        assert found
+        pools.roll_back(store, volume.id, "t")
+        bookmarks.remove(store, volume.id, "m1")
+        store.commit()
+        pools.reclaim(store)
+        store.commit()
+    Simulator(pool_home / "cut", options).try_all(recorder.cuts(), LIMIT // 40, second_cut_every=SECOND)
 
 
 @pytest.mark.parametrize("small_commit_bytes", [0, 65536], ids=["flush-images", "data-in-record"])

@@ -9,7 +9,9 @@ from typing import Any, Self
 
 from incfs import reuse
 from incfs.checkpoint import Commit
+from incfs.model import PAGE_BLOCKS, Bookmark
 from incfs.options import Options
+from incfs.overlay import TableKey
 from incfs.store import Store, new_nonce
 from tests.support import pools
 from tests.support.media import Event, Media, MemoryBacking, seeded_randomness
@@ -20,7 +22,7 @@ PUNCH_BYTES = 512
 
 
 def picture(store: Store) -> bytes:
-    """Give a digest of everything in the pool: records, and the bytes of each volume and snapshot."""
+    """Give a digest of everything in the pool: records, trails, and the bytes of each volume and snapshot."""
     digest = blake2b(digest_size=16)
     for kind in ("storages", "volumes"):
         digest.update(repr(sorted(getattr(store.catalog, kind).items())).encode())
@@ -30,9 +32,18 @@ def picture(store: Store) -> bytes:
             digest.update(repr(taken).encode())
             if taken.name and volume.name:
                 digest.update(pools.read(store, taken.map_id))
+        for bookmark in store.catalog.bookmarks(volume.id, removed=True):
+            digest.update(repr((bookmark, trail(store, bookmark))).encode())
         if volume.name:
             digest.update(pools.read(store, volume.map_id))
     return digest.digest()
+
+
+def trail(store: Store, bookmark: Bookmark) -> list[int]:
+    """List the virtual blocks that a bookmark's trail names."""
+    table = TableKey(bookmark.volume_id, bookmark.generation, is_trail=True)
+    pages = store.log.page_indexes(table)
+    return [page * PAGE_BLOCKS + slot for page in pages for slot in sorted(store.log.noted(table, page))]
 
 
 @dataclass(frozen=True, slots=True)
