@@ -7,7 +7,7 @@ from incfs.mount import mount_pool
 from incfs.service import Service
 
 BAD_OFFSET = 100 * 4096
-_read = Service.read
+_read = Service.read_for_user
 
 
 async def read(self, table, offset, length):
@@ -16,5 +16,5 @@ async def read(self, table, offset, length):
     return await _read(self, table, offset, length)
 
 
-setattr(Service, "read", read)  # noqa: B010 - mypy refuses the plain assignment
+setattr(Service, "read_for_user", read)  # noqa: B010 - mypy refuses the plain assignment
 mount_pool(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[4] if len(sys.argv) > 4 else "", foreground=True)
