@@ -186,8 +186,7 @@ def write(store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: b
 def _write_bytes(
     store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: bool, keep_zeros: bool = False
 ) -> None:
-    if keep_zeros or any(data):
-        _require_quota(store, table, offset_bytes, len(data))
+    _require_quota(store, table, offset_bytes, data, keep_zeros=keep_zeros)
     try:
         store.plane.write(table, offset_bytes, data, wait=wait, keep_zeros=keep_zeros)
     except BackingError as error:
@@ -196,12 +195,12 @@ def _write_bytes(
         raise
 
 
-def _require_quota(store: Store, table: MapId, offset_bytes: int, length_bytes: int) -> None:
+def _require_quota(store: Store, table: MapId, offset_bytes: int, data: bytes, *, keep_zeros: bool) -> None:
     """Refuse a write that would lead its volume over its quota; one that only replaces is none."""
     volume_id, _ = split_map_id(table)
     left = store.space.quota_left(volume_id)
-    first, end = offset_bytes // store.block_bytes, -(-(offset_bytes + length_bytes) // store.block_bytes)
-    if left is None or end - first <= left:
+    first, end = offset_bytes // store.block_bytes, -(-(offset_bytes + len(data)) // store.block_bytes)
+    if left is None or end - first <= left or not (keep_zeros or any(data)):
         return
     store.absorb()
     gained = sum(_gained(store, volume_id, *part) for part in split_pages(first, end - first))

@@ -152,6 +152,22 @@ async def refuse(work: Awaitable[Any]) -> None:
         await work
 
 
+async def test_zeros_that_are_kept_count_for_a_quota_and_holes_do_not(pool_home: Path) -> None:
+    pools.make_pool(pool_home)
+    async with open_service(pool_home / "pool", pools.tiny_options()) as service:
+        settings = {
+            "thick": VolumeSettings(quota_bytes=10 * BLOCK, zero_elision=False),
+            "thin": VolumeSettings(quota_bytes=10 * BLOCK),
+        }
+        service.apply_settings(PoolSettings(volume_settings=by_name(settings)))
+        thick, thin = [await service.create_volume(name, 1 << 20) for name in ("thick", "thin")]
+        await service.write(thin.map_id, 0, bytes(20 * BLOCK))
+        with pytest.raises(QuotaExceeded):
+            await service.write(thick.map_id, 0, bytes(20 * BLOCK))
+        await service.write(thick.map_id, 0, bytes(10 * BLOCK))
+        assert [service.mapped_bytes(volume.map_id) for volume in (thick, thin)] == [10 * BLOCK, 0]
+
+
 async def test_a_quota_limits_a_volume_with_its_snapshots_but_not_rewriting(pool_home: Path) -> None:
     async with opened(pool_home) as service:
         service.apply_settings(
