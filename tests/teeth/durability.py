@@ -58,6 +58,22 @@ DURABILITY: Final = (
         f"{CUTS}[flush-images]",
     ),
     Breakage(
+        "failed-flush-of-an-image-not-told",
+        "I10",
+        "incfs/pool.py",
+        "            for end in ends:\n                end()",
+        "            assert ends or not volumes",
+        "tests/unit/test_pool.py::test_a_sync_that_fails_is_told_when_all_have_ended",
+    ),
+    Breakage(
+        "image-of-somebody-else-deleted",
+        "I11",
+        "incfs/images.py",
+        "        if (header.pool_uuid, header.storage_uuid) != (self._uuid, UUID(storage_uuid)):",
+        "        if header.pool_uuid != self._uuid:",
+        "tests/service/test_jobs.py::test_what_a_removal_left_is_deleted_if_it_is_its_image",
+    ),
+    Breakage(
         "directory-of-an-image-not-flushed",
         "I5",
         "incfs/images.py",
