@@ -138,16 +138,14 @@ class Driver:
         space = self._store.space
         async with self.space_lock:
             for lease in leases:
-                growth = space.next_growth(lease) if self._store.is_served(lease) and not space.top_up(lease) else None
+                is_needed = self._store.is_served(lease) and space.is_short(lease) and space.can_grow(lease)
+                growth = space.next_growth(lease) if is_needed else None
                 if growth is None:
                     continue
                 try:
                     await self._perform(growth)
                 except IncfsError as error:
                     logger.warning("%s does not grow: %s", growth.storage.path, error)
-                    continue
-                if self._store.is_served(lease):
-                    space.top_up(lease)
 
     async def _perform(self, step: Step | Growth | NewImage) -> None:
         if isinstance(step, Growth):

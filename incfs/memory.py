@@ -317,7 +317,7 @@ class Memory:
         """Take over what the data plane's own threads wrote, and add to their leases before they are used up.
 
         Returns:
-            The leases for which too few blocks are free.
+            The leases for which too few blocks are free, now or the next time.
         """
         assert not isinstance(self.plane, DataPlane)
         try:
@@ -327,9 +327,10 @@ class Memory:
         if self.failure is not None:
             return []
         self._take_committed(self.plane.take_committed())
-        short = [lease for lease in low if not self.space.top_up(lease)]  # first: writes wait when one is used up
+        for lease in low:  # before the seal: writes wait when one is used up
+            self.space.top_up(lease)
         self.seal_if_large()
-        return short
+        return [lease for lease in low if self.space.is_short(lease)]
 
     # What the data plane may serve by itself
 

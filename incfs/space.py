@@ -279,10 +279,17 @@ class Space:
             missing -= found
         return True
 
-    def top_up(self, lease: MapId) -> bool:
-        """Add to a lease before it is used up, as far as the quota allows; False when too few blocks are free."""
+    def top_up(self, lease: MapId) -> None:
+        """Add to a lease before it is used up, as far as there is space and the quota allows."""
         leased, left = self._plane.leased_blocks(lease), self.quota_left(split_map_id(lease)[0])
-        return (left is not None and leased >= left) or self.grant(lease, leased + 1)
+        if left is None or leased < left:
+            self.grant(lease, leased + 1)
+
+    def is_short(self, lease: MapId) -> bool:
+        """Tell whether fewer blocks are free for a lease than it is given at a time: images should grow meanwhile."""
+        volumes = [self._pool.volumes[room.storage.id] for room in self.candidates(lease) if room.is_usable]
+        free = sum(max(0, volume.grown_blocks - volume.busy_blocks) for volume in volumes)
+        return free - self._reserve_blocks < self._lease_blocks.get(split_map_id(lease)[0], {}).get(lease, 0)
 
     def _allocate(self, lease: MapId, block_count: int) -> int | None:
         """Lease up to so many blocks; None when a storage volume must grow first."""
