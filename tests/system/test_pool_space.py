@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -311,3 +312,34 @@ def test_a_leg_that_fails_in_the_middle_of_a_write_is_left_behind_and_brought_ba
         spoil(image, list(range(80 * MIB // BLOCK)))
         assert (mounted / "db").read_bytes() == b"".join(expected)
         mounted.expected_log.append("leg")
+
+
+DIES_BEFORE_PUNCHING = (
+    "from tests.support.failpoints import arm; arm('punch.planned', 1, 0); from incfs.cli import main; main()"
+)
+
+
+def test_what_a_kill_kept_from_being_punched_goes_back_after_the_next_mount(tmp_path: Path) -> None:
+    """The checkpoint that frees a removed snapshot's blocks is durable when the daemon dies."""
+    with mounted_pool(tmp_path) as mounted:
+        mounted.command("volume", "create", "db", "32M")
+        for round_ in (0, 100):
+            (mounted / "db").write_bytes(b"".join(noise(number + round_) for number in range(32)))
+            run("sync", mounted / "db")
+            mounted.command("snapshot", "create", f"db@{round_}")
+        mounted.stop()
+        (image,) = (tmp_path / "pool" / "images").glob("*.img")
+        before = allocated_bytes(image)
+        mounted.start("", [sys.executable, "-c", DIES_BEFORE_PUNCHING, "mount", "--foreground"])
+        mounted.command("snapshot", "remove", "db@0")
+        wait_for(lambda: storages(mounted)[1]["used_bytes"] == 32 * MIB, 30)
+        mounted.command("pool", "dump", str(tmp_path / "dump"), check=False)
+        assert mounted.process is not None
+        mounted.process.wait(30)
+        mounted.take_down()
+        assert allocated_bytes(image) >= before
+        mounted.start()
+        wait_for(lambda: before - allocated_bytes(image) >= 31 * MIB, 30)
+        assert (mounted / "db").read_bytes() == b"".join(noise(number + 100) for number in range(32))
+        assert "clean" in mounted.command("pool", "check", "--data").stdout
+        mounted.expected_log.append("the daemon kills itself")
