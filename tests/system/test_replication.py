@@ -22,6 +22,7 @@ from tests.support.loop import filesystem, loop_device, run
 from tests.support.sshd import ssh_server
 
 MIB = 1 << 20
+ZEROS = bytes(MIB)
 SIZE_BYTES = int(os.environ.get("INCFS_REPLICA_MIB", "192")) * MIB
 SNAPSHOTS = 20
 LOAD = """
@@ -92,7 +93,7 @@ def digests(pool):
                 hashed = hashlib.sha256(str(taken.size_bytes).encode())
                 for start in range(0, taken.size_bytes, MIB):
                     data = await service.read(taken.map_id, start, MIB)
-                    if any(data):
+                    if data != ZEROS[: len(data)]:  # any() takes ten times as long
                         hashed.update(start.to_bytes(8, "little") + data)
                 found[taken.name, taken.uuid] = hashed.hexdigest()
         return found
@@ -161,7 +162,7 @@ def opens_clean(target, scratch):
                 file.truncate(taken.size_bytes)
                 for start in range(0, taken.size_bytes, MIB):
                     data = await service.read(taken.map_id, start, MIB)
-                    if any(data):
+                    if data != ZEROS[: len(data)]:  # any() takes ten times as long
                         os.pwrite(file.fileno(), data, start)
 
     trio.run(export, scratch / "replica.img")
