@@ -98,7 +98,9 @@ class Driver:
         raise AssertionError("unreachable")
 
     async def _heal(self, error: IncfsError) -> bool:
-        return await offload(lambda: legs.heal(self._store, error))
+        is_healed = await offload(lambda: legs.heal(self._store, error))
+        self._store.note_failed_legs()  # the data plane must not read one that was left behind again
+        return is_healed
 
     async def trim(self, volume_id: VolumeId) -> None:
         """Drop what lies behind the end of a shrunk volume."""

@@ -295,9 +295,9 @@ static int put_data(struct record *record, struct plane *plane, uint32_t block_b
     put_head(bytes, 0xc6, count * block_bytes);
     for (size_t i = 0; i < count && !bytes->is_short; i++) {
         char *block = extend(bytes, block_bytes);
-        int error = block ? plane_read_stored(plane, stored[i].address, block) : ENOMEM;
-        if (error || crc32c(block, block_bytes) != stored[i].checksum)
-            return error ? error : EIO;
+        int error = block ? plane_read_stored(plane, stored[i].address, stored[i].checksum, block) : ENOMEM;
+        if (error)
+            return error;
     }
     put_number(bytes, record->folded);
     return bytes->is_short || record->stored.is_short ? ENOMEM : 0;

@@ -57,9 +57,12 @@ def heal(store: Store, error: IncfsError) -> bool:
     volume = store.pool.volumes.get(StorageId(error.facts.get("storage", 0)))
     if not is_read or volume is None or volume.mirror is None:
         return False
+    first = volume.mirror.sound_legs()[0][0]
     healed = volume.heal(error.facts["block"], error.facts.get("expected"))
     if healed or (healed == 0 and isinstance(error, ChecksumMismatch)):
         return True
+    if volume.mirror.sound_legs()[0][0] != first:
+        return True  # it could not be healed and is left behind
     # It cannot be rewritten, or another block of the same read is to blame: read another leg.
     sound = volume.mirror.sound_legs()
     return isinstance(error, BackingError) and volume.mirror.leave(sound[0][0], str(error))

@@ -195,6 +195,7 @@ class MirroredFile(File):
         assert leg is not None
         try:
             leg.pwrite(offset_bytes, data)
+            leg.pread(offset_bytes, len(data))  # one that still cannot be read is no help to whoever asks again
         except IncfsError as error:
             self.leave(number, str(error))
             return False

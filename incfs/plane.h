@@ -187,8 +187,8 @@ void plane_fail(struct plane *plane, int host_errno, uint64_t address);
 int plane_failure(struct plane *plane, uint64_t *address);
 /* Writes all of it.  Returns an errno. */
 int write_fully(int fd, const void *bytes, size_t length, uint64_t offset);
-/* Reads one block, waiting for the disk.  Returns an errno. */
-int plane_read_stored(struct plane *plane, uint64_t address, char *block);
+/* Reads one block, waiting for the disk, from the first leg that has it right.  Returns an errno. */
+int plane_read_stored(struct plane *plane, uint64_t address, uint32_t checksum, char *block);
 void plane_batch_free(struct plane_batch *batch);
 /* Mappings of a page, from `start` on and before `end`, that are one run: of slots, and of addresses or of one kind
  * of zeros. */

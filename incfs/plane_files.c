@@ -1,5 +1,6 @@
 /* The image files below the native data plane: whole extents of blocks, read and written. */
 #define _GNU_SOURCE
+#include "crc32c.h"
 #include "plane_internal.h"
 
 #include <errno.h>
@@ -42,10 +43,10 @@ static off_t file_offset(const struct plane *plane, const struct file *file, uin
     return file->data_offset + block_index * plane->block_bytes;
 }
 
-static enum plane_status read_waiting(const struct file *file, off_t offset, char *buffer, size_t length, int *error)
+static enum plane_status read_waiting(int fd, off_t offset, char *buffer, size_t length, int *error)
 {
     while (length) {
-        ssize_t count = pread(file->fds[0], buffer, length, offset);
+        ssize_t count = pread(fd, buffer, length, offset);
         if (count < 0 && errno == EINTR)
             continue;
         if (count <= 0) {
@@ -69,7 +70,7 @@ enum plane_status read_extent(struct plane *plane, uint64_t address, size_t bloc
     why->address = address;
     why->block_count = block_count;
     if (can_wait || !atomic_load_explicit(&file->can_nowait, memory_order_relaxed))
-        return read_waiting(file, offset, buffer, length, &why->host_errno);
+        return read_waiting(file->fds[0], offset, buffer, length, &why->host_errno);
     struct iovec vector = {buffer, length};
     ssize_t count = preadv2(file->fds[0], &vector, 1, offset, RWF_NOWAIT);
     if (count == (ssize_t)length)
@@ -82,7 +83,7 @@ enum plane_status read_extent(struct plane *plane, uint64_t address, size_t bloc
     }
     /* tmpfs and others: their reads do not wait anyway. */
     atomic_store_explicit(&file->can_nowait, false, memory_order_relaxed);
-    return read_waiting(file, offset, buffer, length, &why->host_errno);
+    return read_waiting(file->fds[0], offset, buffer, length, &why->host_errno);
 }
 
 void read_ahead(struct plane *plane, uint64_t address, size_t block_count)
@@ -125,10 +126,17 @@ enum plane_status write_extent(struct plane *plane, uint64_t address, size_t blo
     return PLANE_OK;
 }
 
-int plane_read_stored(struct plane *plane, uint64_t address, char *block)
+int plane_read_stored(struct plane *plane, uint64_t address, uint32_t checksum, char *block)
 {
-    struct plane_refusal why;
-    if (read_extent(plane, address, 1, true, block, &why) == PLANE_OK)
-        return 0;
-    return why.host_errno ? why.host_errno : EIO;
+    const struct file *file = file_of(plane, address);
+    off_t offset = file_offset(plane, file, address);
+    int error = EIO;
+    for (unsigned leg = 0; leg < file->fd_count; leg++) {
+        int found = 0;
+        enum plane_status status = read_waiting(file->fds[leg], offset, block, plane->block_bytes, &found);
+        if (status == PLANE_OK && crc32c(block, plane->block_bytes) == checksum)
+            return 0;
+        error = found ? found : error;
+    }
+    return error;
 }

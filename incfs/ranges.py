@@ -60,6 +60,7 @@ def drive(store: Store, request: Callable[[bool], Result]) -> Result:
         except (ChecksumMismatch, BackingError) as error:
             if not is_news(healed, error) or not legs.heal(store, error):
                 raise
+            store.note_failed_legs()
         except NotResident as refusal:
             store.load(refusal.map_id, refusal.page_index)
         except LeaseExhausted as refusal:

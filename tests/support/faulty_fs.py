@@ -26,7 +26,9 @@ from tests.support.recording_fs import Operations, serve, served
 
 import pyfuse3  # isort: skip - after the extension, which stands between it and libfuse
 
-FILES: Final = ("image", "journal", "tables")
+FILES: Final = ("image", "leg", "journal", "tables")
+LEG_NAME: Final = "leg.img"
+"""Of the second leg of a mirror."""
 ACTIONS: Final = ("read", "write", "sync", "allocate", "punch")
 KINDS: Final = tuple((file, action) for file in FILES for action in ACTIONS)
 WAYS: Final = ("fails", "short", "hangs")
@@ -106,7 +108,7 @@ def _file_of(name: str) -> str:
     """Tell what kind of file of a pool it is; empty for others."""
     name = Path(name).name
     if name.endswith(".img"):
-        return "image"
+        return "leg" if name == LEG_NAME else "image"
     return {"journal": "journal", "tables.mdb": "tables"}.get(name.removesuffix(".0").removesuffix(".1"), "")
 
 
@@ -129,7 +131,7 @@ class Faulty(Operations):
 
     def _open(self, path: Path, flags: int, mode: int = 0o600) -> pyfuse3.FileInfo:
         opened = super()._open(path, flags, mode)
-        opened.direct_io = _file_of(path.name) in ("image", "journal")
+        opened.direct_io = _file_of(path.name) in ("image", "leg", "journal")
         return opened
 
     async def _meet(self, fh: int, action: str) -> str:

@@ -23,13 +23,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+import trio
 
 from incfs import volume as volumes
 from incfs.errors import IncfsError
+from incfs.model import StorageId
 from incfs.options import Options
 from incfs.recovery import create_pool, open_store
+from incfs.service import open_service
 from tests.mount.test_fusext import KEEP_SIZE, PUNCH_HOLE, libc
-from tests.support.faulty_fs import KINDS, Fault, Switch, faulty
+from tests.support.faulty_fs import KINDS, LEG_NAME, Fault, Switch, faulty
 from tests.support.fire import Setting, Target
 from tests.support.spawner import Spawner
 
@@ -43,6 +46,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EIO, errno.EROFS, *NO_ROOM)
 HANG_S = TELL_S = 10
 JOURNAL_BYTES = 256 << 10
+LEG_ACTIONS = ("read", "write", "sync")
 WORK = (
     *("write", "fsync", "write", "write", "fsync", "large", "read", "fsync", "write", "snapshot", "write", "read"),
     *("fsync", "punch", "write", "fsync", "checkpoint", "write", "fsync", "large", "read", "fsync", "large", "write"),
@@ -146,12 +150,20 @@ class Work:
 
     def fsync(self) -> None:
         os.fsync(self.fd)
-        self.acknowledged = len(self.states) - 1
+        if self.is_sure:
+            self.acknowledged = len(self.states) - 1
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether success covers all before: the kernel tells once of pages that it could not write."""
+        return self.target.setting.cache == "none" or not self.refusals
 
     def snapshot(self) -> None:
-        self.frozen = len(self.states) - 1
+        taken = len(self.states) - 1
+        self.frozen = taken if self.is_sure else None
         (self.target.mountpoint / ".snapshots" / NAME / "s").touch()
-        self.acknowledged = self.frozen
+        if self.is_sure:
+            self.acknowledged = taken
 
     def checkpoint(self) -> None:
         self.target.call("debug.dump")
@@ -196,12 +208,26 @@ class Rig:
     spawner: Spawner
     switch: Switch
     counts: Counter[str] = field(default_factory=Counter)
+    is_mirrored: bool = False
 
     def make_template(self) -> None:
         """Make the pool that each run gets a copy of."""
         create_pool(self.home / "template", journal_bytes=JOURNAL_BYTES)
         with open_store(self.home / "template", Options()) as store:
             volumes.create(store, NAME, SIZE, mode=0o600, uid=0, gid=0)
+
+    def mirror_template(self) -> None:
+        """Let it have a mirror, and nothing else."""
+        images = self.home / "template" / "images"
+
+        async def run() -> None:
+            async with open_service(images.parent) as service:
+                await service.upkeep.add_storage(str(images / "m.img"), mirrors=[str(images / LEG_NAME)], force=True)
+                await service.upkeep.evacuate(StorageId(1), rate_bytes=None, progress=lambda *_: None)
+                await service.upkeep.remove_storage(StorageId(1))
+
+        trio.run(run)
+        self.is_mirrored = True
 
     def run(self, fault: Fault | None) -> dict[tuple[str, str], int]:
         """Do the work under a fault, judge it, and count the operations."""
@@ -230,7 +256,10 @@ class Rig:
         target = work.target
         with work.opened():
             work.run()
-        if fault is not None and self.switch.met:
+        if self.is_mirrored:
+            assert not target.call("pool.show")["pool"]["read_only"]
+            assert not work.refusals, "the other leg is sound"
+        elif fault is not None and self.switch.met:
             judge(target, fault, work.refusals)
         else:
             assert not target.call("pool.show")["pool"]["read_only"]
@@ -255,8 +284,7 @@ class Rig:
         else:
             assert is_made_of(found, work.states[work.acknowledged :]), "a block is of another time"
         snapshot = target.mountpoint / ".snapshots" / NAME / "s"
-        if snapshot.exists():
-            assert work.frozen is not None
+        if snapshot.exists() and work.frozen is not None:
             assert snapshot.read_bytes() == work.states[work.frozen], "the snapshot is another one"
         target.check_pool()
         with open(target.mountpoint / NAME, "r+b", buffering=0) as file:
@@ -358,4 +386,26 @@ def test_each_operation_of_the_disk_below_the_daemon_fails(
             rig.run(fault)
             rig.counts["met" if switch.met else "not met"] += 1
     print(f"\n{cache}: {dict(rig.counts)} of {len(faults)} faults")
+    assert rig.counts["met"] > 3 * rig.counts["not met"]
+
+
+@pytest.mark.mount
+@pytest.mark.slow
+@pytest.mark.timeout(120 + 3 * ROUNDS)
+def test_each_operation_of_one_leg_fails_and_nobody_is_told(spawner: Spawner, pool_home: Path, tmp_path: Path) -> None:
+    """The other leg has everything: nothing is refused, whichever of the two fails."""
+    (pool_home / "disk").mkdir()
+    with faulty(pool_home / "disk", tmp_path / "disk", pool_home / "switch") as switch:
+        rig = Rig(pool_home, tmp_path / "disk", tmp_path / "mnt", "none", spawner, switch)
+        rig.make_template()
+        rig.mirror_template()
+        faults = [
+            fault
+            for fault in all_faults(rig.run(None))
+            if fault.file in ("image", "leg") and fault.host_errno == errno.EIO and fault.action in LEG_ACTIONS
+        ]
+        for fault in faults[1 :: max(1, 4 * len(faults) // ROUNDS)]:  # the second: no read of the first leg succeeds
+            rig.run(fault)
+            rig.counts["met" if switch.met else "not met"] += 1
+    print(f"\nmirror: {dict(rig.counts)} of {len(faults)} faults")
     assert rig.counts["met"] > 3 * rig.counts["not met"]

@@ -8,6 +8,7 @@ _LANE = "tests/unit/test_lane.py::"
 _BRANCHES = "tests/model/test_branches.py::"
 _STRIPES = "tests/unit/test_stripes.py::"
 _MIRRORS = "tests/service/test_mirrors.py::"
+_LEGS_FAIL = "tests/system/test_disk_faults.py::test_each_operation_of_one_leg_fails_and_nobody_is_told"
 _UPKEEP = "tests/service/test_upkeep.py::"
 _TRANSFERS = "tests/model/test_transfers.py::"
 
@@ -299,6 +300,22 @@ DOMAIN: Final = (
     ),
     # Mirrors
     Breakage(
+        "lane-reads-back-from-the-first-leg-only",
+        "I10",
+        "incfs/plane_files.c",
+        "    for (unsigned leg = 0; leg < file->fd_count; leg++) {\n        int found = 0;",
+        "    for (unsigned leg = 0; leg < 1; leg++) {\n        int found = 0;",
+        _LEGS_FAIL,
+    ),
+    Breakage(
+        "leg-that-cannot-be-read-asked-for-ever",
+        "I4",
+        "incfs/mirror.py",
+        "            leg.pread(offset_bytes, len(data))  #",
+        "            #",
+        _LEGS_FAIL,
+    ),
+    Breakage(
         "healed-from-a-leg-that-is-wrong",
         "I4",
         "incfs/mirror.py",
@@ -310,8 +327,8 @@ DOMAIN: Final = (
         "healed-in-memory-only",
         "I4",
         "incfs/mirror.py",
-        "            leg.pwrite(offset_bytes, data)\n        except IncfsError as error:",
-        "            assert data\n        except IncfsError as error:",
+        "            leg.pwrite(offset_bytes, data)\n            leg.pread",
+        "            leg.pread",
         f"{_MIRRORS}test_both_legs_hold_the_same_and_wrong_blocks_are_healed_while_reading",
     ),
     Breakage(
