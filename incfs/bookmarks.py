@@ -7,7 +7,7 @@ of that are free.  ``trails`` keeps what was written since.  Several names of on
 from dataclasses import replace
 
 from incfs.errors import AlreadyExists, BookmarkNotFound, LimitExceeded
-from incfs.model import Bookmark, Generation, Snapshot, Volume, VolumeId, validate_name
+from incfs.model import Bookmark, Snapshot, Volume, VolumeId, validate_name
 from incfs.overlay import TableKey
 from incfs.store import Store
 
@@ -27,7 +27,7 @@ def create(store: Store, snapshot: Snapshot, name: str) -> Bookmark:
     store.begin_change()
     validate_name(name, what="bookmark")
     volume = store.catalog.volume(snapshot.volume_id)
-    if find(store, volume.id, name) is not None:
+    if store.catalog.has_bookmark_name(volume.id, name):
         raise AlreadyExists(f"volume {volume.name} has a bookmark {name!r} already", volume=volume.name, bookmark=name)
     made = _with_name(store, snapshot, name)
     store.change(made)
@@ -64,7 +64,8 @@ def move(store: Store, snapshot: Snapshot, name: str) -> Bookmark:
 
 def find(store: Store, volume_id: VolumeId, name: str) -> Bookmark | None:
     """Look up a bookmark by its name alone, if there is one."""
-    return next((known for known in store.catalog.bookmarks(volume_id) if name in known.names), None)
+    is_there = store.catalog.has_bookmark_name(volume_id, name)
+    return store.catalog.bookmark(volume_id, name) if is_there else None
 
 
 def _without_name(bookmark: Bookmark, name: str) -> Bookmark:
@@ -110,10 +111,9 @@ def forget_some(store: Store, volume: Volume, page_count: int) -> bool:
     Returns:
         Whether nothing is left to do.
     """
-    gone = [known for known in store.catalog.bookmarks(volume.id, removed=True) if not (volume.name and known.names)]
-    if not gone:
+    generation = store.catalog.bookmark_to_forget(volume)
+    if not generation:
         return True
-    generation = Generation(gone[0].generation)
     pages = store.log.occupied_pages(TableKey(volume.id, generation, is_trail=True), page_count)
     if pages:
         store.trails.hand_on(volume, generation, pages)

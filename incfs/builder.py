@@ -96,8 +96,7 @@ class MetadataBuilder:
         taken = self.catalog.get(("snapshot", (record.volume_id, record.generation)))
         if isinstance(taken, Snapshot) and taken.uuid != record.uuid:
             raise FormatError(f"bookmark {record.name!r} is of another snapshot than {taken.name!r}")
-        names = {name for known in self.catalog.bookmarks(record.volume_id) for name in known.names}
-        if not names.isdisjoint(record.names):
+        if any(self.catalog.has_bookmark_name(record.volume_id, name) for name in record.names):
             raise FormatError(f"two bookmarks of volume {record.volume_id} have one name")
 
     def _placed(self, record: Storage) -> Storage:

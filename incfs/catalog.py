@@ -265,6 +265,16 @@ class Catalog:
         whose = volume.name if volume else volume_id
         raise BookmarkNotFound(f"volume {whose} has no bookmark {name!r}", volume=whose, bookmark=name)
 
+    def has_bookmark_name(self, volume_id: VolumeId, name: str) -> bool:
+        """Tell whether a bookmark of the volume has that name."""
+        found = self._marked(volume_id).named(name)
+        return found is not None and name in found.names
+
+    def bookmark_to_forget(self, volume: Volume) -> Generation:
+        """Give a bookmark that is being removed, by itself or with its volume; 0 without one."""
+        marked = self._marked(volume.id)
+        return next(iter(marked.removed), Generation(0)) if volume.name else marked.newest
+
     def base(self, volume_id: VolumeId, name: str) -> Base:
         """Look up what increments start from: ``SNAP``, ``#BOOKMARK``, or ``uuid:...`` of either.
 

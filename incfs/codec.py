@@ -169,7 +169,7 @@ def decode_trail(data: bytes) -> Entries:
     if len(data) > PAGE_BLOCKS // 8:
         raise FormatError(f"page of a trail has {len(data)} bytes")
     present = int.from_bytes(data, "little")
-    return {index: (HOLE, 0) for index in range(present.bit_length()) if present >> index & 1}
+    return {index: (HOLE, 0) for index, bit in enumerate(reversed(f"{present:b}")) if bit == "1"}
 
 
 def encode_record(record: Any) -> dict[str, Any]:

@@ -262,7 +262,8 @@ class IncrementalLog:
 
     def note(self, trail: TableKey, page_index: int, slots: Iterable[int]) -> None:
         """Have a trail name blocks of a page."""
-        known = self.noted(trail, page_index)
+        # A page that is changed already was looked at: what is damaged stays as it is.
+        known = {} if self._overlay.is_changed(trail, page_index) else self.noted(trail, page_index)
         new: Entries = {slot: (HOLE, 0) for slot in slots if slot not in known}
         if new:
             self._overlay.patch(trail, page_index).entries.update(new)

@@ -83,6 +83,10 @@ class Overlay:
             if (found := layer.get(table, {}).get(page_index)) is not None
         )
 
+    def is_changed(self, table: TableKey, page_index: int) -> bool:
+        """Tell whether a page has changes."""
+        return any(page_index in layer.get(table, ()) for layer in (self._frozen, self._active))
+
     def pages(self, table: TableKey) -> Iterator[int]:
         """Yield the indexes of changed pages, in no order, some twice."""
         for layer in (self._frozen, self._active):

@@ -366,8 +366,8 @@ def test_an_older_bookmark_takes_over_what_a_removed_one_knew(store):
         take(store, volume, name)
         bookmark(store, volume, name, f"m-{name}")
         write(store, volume.map_id, number * 640, b"x")
-    drop(store, volume, "b")
     drop(store, volume, "a")
+    drop(store, volume, "b")
     bookmarks.remove(store, volume.id, "m-b")
     take(store, volume, "c")
     assert changed(store, volume, "#m-a", "c") == {0, 10}, "before it is carried out"
