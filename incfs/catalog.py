@@ -239,6 +239,11 @@ class Catalog:
         found = self._generations(volume_id).named(name)
         return found is not None and found.name == name
 
+    def _called(self, volume_id: VolumeId) -> str | VolumeId:
+        """Say how a message calls a volume."""
+        volume = self.volumes.get(volume_id)
+        return volume.name if volume else volume_id
+
     def snapshot(self, volume_id: VolumeId, name: str) -> Snapshot:
         """Look up a snapshot by name, or by ``uuid:...``.
 
@@ -248,8 +253,7 @@ class Catalog:
         found = self._generations(volume_id).named(name)
         if found is not None:
             return found
-        volume = self.volumes.get(volume_id)
-        whose = volume.name if volume else volume_id
+        whose = self._called(volume_id)
         raise SnapshotNotFound(f"volume {whose} has no snapshot {name!r}", volume=whose, snapshot=name)
 
     def bookmark(self, volume_id: VolumeId, name: str) -> Bookmark:
@@ -261,8 +265,7 @@ class Catalog:
         found = self._marked(volume_id).named(name)
         if found is not None:
             return found
-        volume = self.volumes.get(volume_id)
-        whose = volume.name if volume else volume_id
+        whose = self._called(volume_id)
         raise BookmarkNotFound(f"volume {whose} has no bookmark {name!r}", volume=whose, bookmark=name)
 
     def has_bookmark_name(self, volume_id: VolumeId, name: str) -> bool:

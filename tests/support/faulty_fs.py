@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import trio
 
-from tests.support.recording import SECTOR
+from tests.support.media import SECTOR
 from tests.support.recording_fs import Operations, serve, served
 
 import pyfuse3  # isort: skip - after the extension, which stands between it and libfuse

@@ -6,33 +6,18 @@ the files that a machine would find after the cut:
     what was synced is there; each later write to a file may be there, absent, or torn at 512
     bytes, independently of the others; a length may be as short as the last sync left it.
 
+Events are those of ``tests/support/media.py``, and one more: flushed-write, a write through O_DSYNC.
+
 Simplification: names are durable at once; ``tests/support/power.py`` chooses among these, too.
 """
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
 
-SECTOR = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One thing that happened to a file.
-
-    ``kind`` is write, truncate, punch, sync, flushed-write (O_DSYNC), rename (to the path in ``note``), remove, or mark
-    (something that the test wants to find again).
-    """
-
-    kind: str
-    path: Path
-    offset_bytes: int = 0
-    length_bytes: int = 0
-    data: bytes = b""
-    note: Any = None
+from tests.support.media import Event, apply
+from tests.support.power import split_sectors
 
 
 class Disk:
@@ -45,10 +30,10 @@ class Disk:
     def do(self, event: Event) -> None:
         """Note one event."""
         if event.kind == "flushed-write":
-            _apply(self._durable, replace(event, kind="write"))
+            apply(self._durable, replace(event, kind="write"))
         elif event.kind == "sync":
             for earlier in self._since:
-                _apply(self._durable, earlier)
+                apply(self._durable, earlier)
             self._since = []
         else:
             self._since.append(event)
@@ -58,21 +43,8 @@ class Disk:
         content = bytearray(self._durable)
         for event in choose.order(self._since):
             for part in choose.parts(event):
-                _apply(content, part)
+                apply(content, part)
         return bytes(content)
-
-
-def _apply(content: bytearray, event: Event) -> None:
-    end = event.offset_bytes + event.length_bytes
-    if event.kind == "truncate":
-        del content[event.length_bytes :]
-        content.extend(bytes(event.length_bytes - len(content)))
-    elif event.kind == "punch":
-        end = min(end, len(content))
-        content[event.offset_bytes : end] = bytes(max(0, end - event.offset_bytes))
-    elif event.kind == "write":
-        content.extend(bytes(max(0, end - len(content))))
-        content[event.offset_bytes : end] = event.data
 
 
 class Choice:
@@ -96,7 +68,7 @@ class Choice:
             return []
         if event.kind != "write":
             return [event] if self._random.random() < 0.5 else []
-        sectors = list(_sectors(event))
+        sectors = list(split_sectors(event))
         if self.kind == "torn-head":
             return sectors[: len(sectors) // 2]
         if self.kind == "torn-tail":
@@ -108,16 +80,6 @@ class Choice:
 CHOICES = ("kept", "dropped", "torn-head", "torn-tail", "mixed")
 
 
-def _sectors(event: Event) -> Iterator[Event]:
-    """Cut a write at the disk's sector borders."""
-    position = 0
-    while position < event.length_bytes:
-        offset = event.offset_bytes + position
-        size = min(SECTOR - offset % SECTOR, event.length_bytes - position)
-        yield Event("write", event.path, offset, size, event.data[position : position + size])
-        position += size
-
-
 class PowerCut:
     """Plays events into the disks of a pool, and makes copies of it as after a power cut.
 
@@ -126,22 +88,23 @@ class PowerCut:
     """
 
     def __init__(self, root: Path) -> None:
-        self._root = root
-        self._disks = {p: Disk(p.read_bytes()) for p in root.rglob("*") if p.is_file()}
+        self._disks = {
+            str(path.relative_to(root)): Disk(path.read_bytes()) for path in root.rglob("*") if path.is_file()
+        }
 
     def play(self, event: Event) -> None:
         """Let one event happen."""
-        if event.kind == "rename":
-            self._disks[event.note] = self._disks.pop(event.path)
+        if event.kind == "replace":
+            self._disks[event.note] = self._disks.pop(event.name)
         elif event.kind == "remove":
-            self._disks.pop(event.path, None)
-        elif event.kind != "mark":
-            self._disks.setdefault(event.path, Disk(b"")).do(event)
+            self._disks.pop(event.name, None)
+        else:
+            self._disks.setdefault(event.name, Disk(b"")).do(event)
 
     def make(self, target: Path, choice: Choice) -> None:
         """Cut the power now: make ``target`` a copy of the root as it is found afterwards."""
         shutil.rmtree(target, ignore_errors=True)
-        for path, disk in self._disks.items():
-            copied = target / path.relative_to(self._root)
+        for name, disk in self._disks.items():
+            copied = target / name
             copied.parent.mkdir(parents=True, exist_ok=True)
             copied.write_bytes(disk.after_cut(choice))

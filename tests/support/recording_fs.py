@@ -31,7 +31,7 @@ import pyfuse3  # isort: skip - after the extension, which stands between it and
 
 from tests.mount.test_fusext import KEEP_SIZE, PUNCH_HOLE, libc
 from tests.support.cli import environment
-from tests.support.recording import Event
+from tests.support.media import Event
 
 _COUNT = struct.Struct("<Q")
 
@@ -63,11 +63,10 @@ class Record:
 
     Args:
         path: The record.
-        root: What the names of the files start from.
     """
 
-    def __init__(self, path: Path, root: Path) -> None:
-        self._path, self._root = path, root
+    def __init__(self, path: Path) -> None:
+        self._path = path
         with open(path, "rb") as stream:
             self._shared = mmap.mmap(stream.fileno(), _COUNT.size, prot=mmap.PROT_READ)
 
@@ -81,8 +80,7 @@ class Record:
         with open(self._path, "rb") as stream:
             stream.seek(_COUNT.size)
             for kind, name, offset, length, data in msgpack.Unpacker(stream, max_buffer_size=0):
-                note = self._root / data.decode() if kind == "rename" else None
-                yield Event(kind, self._root / name, offset, length, data, note)
+                yield Event(kind, name, offset, length, data, data.decode() if kind == "replace" else None)
 
 
 class Operations(pyfuse3.Operations):
@@ -204,7 +202,7 @@ class Operations(pyfuse3.Operations):
     async def rename(self, old_parent: int, old: bytes, new_parent: int, new: bytes, flags: int, ctx: Any) -> None:
         source, target = (self._paths[p] / os.fsdecode(n) for p, n in ((old_parent, old), (new_parent, new)))
         source.rename(target)
-        self._recorder.add("rename", self._relative(source), data=self._relative(target).encode())
+        self._recorder.add("replace", self._relative(source), data=self._relative(target).encode())
         self._moved(source, target)
 
     def _moved(self, source: Path, target: Path) -> None:
@@ -277,7 +275,7 @@ def served(module: str, directory: Path, mountpoint: Path, shared: Path) -> Iter
 def recording(directory: Path, mountpoint: Path, record: Path) -> Iterator[Record]:
     """Have the directory's files at the mount point, and a record of what is done to them."""
     with served(__spec__.name, directory, mountpoint, record):
-        yield Record(record, directory)
+        yield Record(record)
 
 
 if __name__ == "__main__":
