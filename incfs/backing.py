@@ -264,6 +264,24 @@ class Backing:
         except OSError as error:
             raise translate(error, target, "replace") from error
 
+    def replace_content(self, path: Path, content: bytes) -> None:
+        """Let a small file hold this and nothing else, whether it was there or not.
+
+        Durability: durable on return.
+        Atomicity: after a crash it holds what it held before or all of this; ``.new`` may be left beside it.
+        """
+        scratch = path.with_name(path.name + ".new")
+        if scratch.exists():
+            self.remove(scratch)
+        file = self.create(scratch)
+        try:
+            file.pwrite(0, content)
+            file.sync()
+        finally:
+            file.close()
+        self.replace(scratch, path)
+        self.sync_directory(path.parent)
+
     def remove(self, path: Path) -> None:
         """Delete a file."""
         try:

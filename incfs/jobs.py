@@ -21,7 +21,6 @@ from incfs.store import Store
 logger = logging.getLogger(__name__)
 
 JOBS_NAME: Final = "jobs.json"
-_NEW_NAME: Final = "jobs.json.new"
 
 Progress = Callable[[int, int, str], None]
 
@@ -157,17 +156,7 @@ class Jobs:
 
     def _write(self, text: bytes) -> None:
         """Replace the file.  Any thread."""
-        backing, directory = self._store.backing, self._store.directory
         try:
-            if (directory / _NEW_NAME).exists():
-                backing.remove(directory / _NEW_NAME)
-            file = backing.create(directory / _NEW_NAME)
-            try:
-                file.pwrite(0, text)
-                file.sync()
-            finally:
-                file.close()
-            backing.replace(directory / _NEW_NAME, directory / JOBS_NAME)
-            backing.sync_directory(directory)
+            self._store.backing.replace_content(self._store.directory / JOBS_NAME, text)
         except IncfsError as error:
             logger.warning("what jobs are under way cannot be noted, so they will not go on by themselves: %s", error)

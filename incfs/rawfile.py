@@ -209,17 +209,7 @@ class RawFile:
 
     def _write_note(self, note: Note) -> None:
         self.note = note
-        scratch = self._note_path.with_name(self._note_path.name + ".new")
-        if scratch.exists():
-            self._backing.remove(scratch)
-        file = self._backing.create(scratch)
-        try:
-            file.pwrite(0, (json.dumps(asdict(note)) + "\n").encode())
-            file.sync()
-        finally:
-            file.close()
-        self._backing.replace(scratch, self._note_path)
-        self._backing.sync_directory(self._note_path.parent)
+        self._backing.replace_content(self._note_path, (json.dumps(asdict(note)) + "\n").encode())
 
 
 def _decode_note(path: Path) -> Note:
