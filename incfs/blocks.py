@@ -78,26 +78,6 @@ def bit_mask(start: int, count: int) -> int:
     return ((1 << count) - 1) << start
 
 
-def find_clear_run(bits: int, start: int, limit: int) -> tuple[int, int]:
-    """Find the first members at or after ``start`` that are absent.
-
-    Args:
-        bits: The set.
-        start: Where to begin.
-        limit: Members at or beyond it count as present.
-
-    Returns:
-        (first, count); count is 0 when there is none.
-    """
-    tail = bits >> start
-    first = start + ((~tail & (tail + 1)).bit_length() - 1)
-    if first >= limit:
-        return limit, 0
-    tail = bits >> first
-    count = (tail & -tail).bit_length() - 1 if tail else limit - first
-    return first, min(count, limit - first)
-
-
 def clear_runs(bits: int, start: int, limit: int) -> Iterator[tuple[int, int]]:
     """Yield (first, count) of each run of members that are absent, from ``start`` on and below ``limit``, ascending.
 

@@ -5,7 +5,7 @@ The engine makes a ``PoolSettings`` from the rules that it reads, and gives it t
 are how a pool without a policy behaves.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final, NamedTuple
@@ -83,8 +83,3 @@ class PoolSettings:
     """Where new images may be made when the storage volumes run low."""
     volume_settings: Callable[[str], VolumeSettings] = lambda _: VolumeSettings()
     """What rules a virtual volume of that name."""
-
-
-def by_name(settings: Mapping[str, VolumeSettings]) -> Callable[[str], VolumeSettings]:
-    """Make ``volume_settings`` of a table; volumes that are not in it get the defaults."""
-    return lambda name: settings.get(name, VolumeSettings())

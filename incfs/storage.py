@@ -17,7 +17,7 @@ from pathlib import Path
 
 from incfs import groups
 from incfs.backing import File
-from incfs.blocks import bit_mask, clear_runs, find_clear_run
+from incfs.blocks import bit_mask, clear_runs
 from incfs.codec import checksum
 from incfs.errors import ImageMismatch, NoSpace
 from incfs.groups import group_start
@@ -146,18 +146,6 @@ class StorageVolume:
         while len(self.live) * groups.GROUP_BLOCKS < block_count:
             self.live.append(0)
             self.busy.append(0)
-
-    def find_free(self, block_index: int, count: int) -> tuple[int, int]:
-        """Find the first free run at or after a block: (first, at most ``count``); 0 if none."""
-        for group_index in range(block_index // groups.GROUP_BLOCKS, -(-self.grown_blocks // groups.GROUP_BLOCKS)):
-            base = group_index * groups.GROUP_BLOCKS
-            self.reach(base + groups.GROUP_BLOCKS)
-            start = max(0, block_index - base)
-            limit = min(groups.GROUP_BLOCKS, self.grown_blocks - base)
-            first, found = find_clear_run(self.busy[group_index], start, limit)
-            if found:
-                return base + first, min(found, count)
-        return 0, 0
 
     def take(self, block_index: int, count: int, most_runs: int) -> list[tuple[int, int]]:
         """Lease up to ``count`` free blocks at or after a block in up to ``most_runs`` pieces: (first, blocks) of each.

@@ -15,7 +15,7 @@ from incfs import removal
 from incfs.errors import NoSpace, QuotaExceeded
 from incfs.model import StorageId, Volume
 from incfs.service import Service, open_service
-from incfs.settings import Amount, Directory, PoolSettings, VolumeSettings, by_name
+from incfs.settings import Amount, Directory, PoolSettings, VolumeSettings
 from tests.support import pools
 
 BLOCK = pools.BLOCK
@@ -132,7 +132,8 @@ async def test_an_image_is_made_where_its_class_is_wanted(pool_home: Path) -> No
         (pool_home / name).mkdir()
     directories = Directory(str(pool_home / "hdd"), "hdd"), Directory(str(pool_home / "ssd"), "ssd")
     async with opened(pool_home) as service:
-        rules = by_name({"fast": VolumeSettings(place=("class=ssd",)), "lost": VolumeSettings(place=("class=tape",))})
+        places = {"fast": VolumeSettings(place=("class=ssd",)), "lost": VolumeSettings(place=("class=tape",))}
+        rules = pools.by_name(places)
         service.apply_settings(PoolSettings(directories=directories, volume_settings=rules))
         fast, lost = await service.create_volume("fast", 1 << 20), await service.create_volume("lost", 1 << 20)
         await service.write(fast.map_id, 0, noise(10))
@@ -159,7 +160,7 @@ async def test_zeros_that_are_kept_count_for_a_quota_and_holes_do_not(pool_home:
             "thick": VolumeSettings(quota_bytes=10 * BLOCK, zero_elision=False),
             "thin": VolumeSettings(quota_bytes=10 * BLOCK),
         }
-        service.apply_settings(PoolSettings(volume_settings=by_name(settings)))
+        service.apply_settings(PoolSettings(volume_settings=pools.by_name(settings)))
         thick, thin = [await service.create_volume(name, 1 << 20) for name in ("thick", "thin")]
         await service.write(thin.map_id, 0, bytes(20 * BLOCK))
         with pytest.raises(QuotaExceeded):
@@ -171,7 +172,7 @@ async def test_zeros_that_are_kept_count_for_a_quota_and_holes_do_not(pool_home:
 async def test_a_quota_limits_a_volume_with_its_snapshots_but_not_rewriting(pool_home: Path) -> None:
     async with opened(pool_home) as service:
         service.apply_settings(
-            PoolSettings(volume_settings=by_name({"db": VolumeSettings(quota_bytes=100 * BLOCK, snapshot_max=1)}))
+            PoolSettings(volume_settings=pools.by_name({"db": VolumeSettings(quota_bytes=100 * BLOCK, snapshot_max=1)}))
         )
         db, other = await service.create_volume("db", 1 << 20), await service.create_volume("other", 1 << 20)
         await service.write(db.map_id, 0, noise(60))
@@ -192,7 +193,7 @@ async def test_a_quota_limits_a_volume_with_its_snapshots_but_not_rewriting(pool
 async def test_a_reservation_is_kept_for_its_volume(pool_home: Path) -> None:
     async with opened(pool_home) as service:
         db, other = await service.create_volume("db", 1 << 20), await service.create_volume("other", 1 << 20)
-        settings = PoolSettings(volume_settings=by_name({"db": VolumeSettings(reservation_bytes=100 * BLOCK)}))
+        settings = PoolSettings(volume_settings=pools.by_name({"db": VolumeSettings(reservation_bytes=100 * BLOCK)}))
         service.apply_settings(settings)
         taken = await fill(service, other, step=1)
         assert 270 <= taken <= BLOCKS - 100

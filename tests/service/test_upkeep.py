@@ -11,7 +11,7 @@ import trio
 from incfs.errors import Busy, NoSpace, UsageError
 from incfs.model import StorageId
 from incfs.service import Service, open_service
-from incfs.settings import PoolSettings, VolumeSettings, by_name
+from incfs.settings import PoolSettings, VolumeSettings
 from tests.support import pools
 
 BLOCK = pools.BLOCK
@@ -160,7 +160,7 @@ async def test_balance_evens_out_and_migration_follows_the_rules(pool_home: Path
         await service.upkeep.balance(rate_bytes=None, progress=quiet)
         assert abs(used(service)[1] - 500) < 120, used(service)
         assert sum(used(service).values()) == 1000
-        rules = PoolSettings(volume_settings=by_name({"db": VolumeSettings(place=("id=2",))}))
+        rules = PoolSettings(volume_settings=pools.by_name({"db": VolumeSettings(place=("id=2",))}))
         service.apply_settings(rules)
         await service.upkeep.migrate(volume.id, rate_bytes=None, progress=quiet)
         assert used(service) == {1: 0, 2: 1000}

@@ -1,7 +1,7 @@
 """Tiny pools for tests: made, driven synchronously, and proved consistent."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from incfs import clone as clones
@@ -20,6 +20,7 @@ from incfs.overlay import TableKey
 from incfs.recovery import MIN_JOURNAL_BYTES, create_pool, open_store
 from incfs.relocation import Relocation, Wish
 from incfs.reuse import PunchPlan
+from incfs.settings import VolumeSettings
 from incfs.store import Store
 
 BLOCK = 64
@@ -330,3 +331,8 @@ def _check_replaced_cache(store: Store) -> None:
         if volume is not None and generation == volume.newest_generation:
             entries = store.log.entries(TableKey(volume_id, generation), page_index)
             assert bits == sum(1 << index for index in entries)
+
+
+def by_name(settings: Mapping[str, VolumeSettings]) -> Callable[[str], VolumeSettings]:
+    """Rule volumes by name; one that is not in the table gets the defaults."""
+    return lambda name: settings.get(name, VolumeSettings())

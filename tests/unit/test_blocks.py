@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from incfs.blocks import address_runs, bit_mask, find_clear_run, pack_address, set_runs, split_address, split_pages
+from incfs.blocks import address_runs, bit_mask, clear_runs, pack_address, set_runs, split_address, split_pages
 from incfs.errors import InvalidName
 from incfs.model import PAGE_BLOCKS, StorageId, map_id, split_map_id, validate_name
 
@@ -12,10 +12,11 @@ members = st.sets(st.integers(0, 40))
 
 
 @given(members, st.integers(0, 45), st.integers(0, 45))
-def test_the_first_clear_run_is_found(present: set[int], start: int, limit: int) -> None:
-    bits = sum(1 << member for member in present)
-    first, count = find_clear_run(bits, start, limit)
+def test_clear_runs_are_found(present: set[int], start: int, limit: int) -> None:
+    runs = list(clear_runs(sum(1 << member for member in present), start, limit))
+    first, count = runs[0] if runs else (limit, 0)
     absent = [i for i in range(start, limit) if i not in present]
+    assert [i for first, count in runs for i in range(first, first + count)] == absent
     if not absent:
         assert count == 0
         return
