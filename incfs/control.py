@@ -164,11 +164,17 @@ def _data_channel(stream: trio.SocketStream, sending: trio.Lock) -> Channel:
     """Carry bulk data as messages of their own, between the request and its result."""
 
     async def put(data: bytes) -> None:
-        async with sending:
-            await stream.send_all(encode_frame({"data": data}, limit_bytes=MAX_REPLY_BYTES))
+        try:
+            async with sending:
+                await stream.send_all(encode_frame({"data": data}, limit_bytes=MAX_REPLY_BYTES))
+        except trio.BrokenResourceError as error:
+            raise DaemonError("the client went away while it was sent data") from error
 
     async def take() -> bytes:
-        return data_of(await receive_frame(stream, limit_bytes=MAX_REQUEST_BYTES))
+        try:
+            return data_of(await receive_frame(stream, limit_bytes=MAX_REQUEST_BYTES))
+        except trio.BrokenResourceError:
+            return b""  # as where it goes between two messages
 
     return Channel(put, take)
 

@@ -18,6 +18,7 @@ PROTOCOL_VERSION: Final = 1
 MAX_REQUEST_BYTES: Final = 1 << 20
 MAX_REPLY_BYTES: Final = 256 << 20
 _LENGTH: Final = struct.Struct("<I")
+_TORN: Final = "the peer closed the admin socket in the middle of a message"
 
 Document = dict[str, Any]
 
@@ -38,16 +39,20 @@ async def receive_frame(stream: trio.abc.ReceiveStream, *, limit_bytes: int) -> 
     """Return the next message, or None when the peer closed the connection between frames.
 
     Raises:
-        DaemonError: The frame is too long, torn, or no msgpack map with text keys.
-        trio.BrokenResourceError: The connection broke.
+        DaemonError: The frame is too long, or no msgpack map with text keys.
+        trio.BrokenResourceError: The connection broke, or the peer closed it within the frame.
     """
     head = await _receive_bytes(stream, _LENGTH.size)
     if not head:
         return None
+    if len(head) < _LENGTH.size:
+        raise trio.BrokenResourceError(_TORN)
     (length,) = _LENGTH.unpack(head)
     if length > limit_bytes:
         raise DaemonError(f"a message of {length} bytes is too long (limit {limit_bytes})")
     body = await _receive_bytes(stream, length)
+    if len(body) < length:
+        raise trio.BrokenResourceError(_TORN)
     try:
         message = msgpack.unpackb(body, strict_map_key=False)
     except (ValueError, TypeError, msgpack.UnpackException) as error:  # TypeError: a key that cannot be one
@@ -72,14 +77,12 @@ def data_of(message: Document | None) -> bytes:
 
 
 async def _receive_bytes(stream: trio.abc.ReceiveStream, count: int) -> bytes:
-    """Return ``count`` bytes, or none at all when the peer closed before the first."""
+    """Return ``count`` bytes, or fewer when the peer closed the connection before the last."""
     received = bytearray()
     while len(received) < count:
         chunk = await stream.receive_some(min(count - len(received), 1 << 16))
-        if not chunk and not received:
-            return b""
         if not chunk:
-            raise DaemonError("the peer closed the admin socket in the middle of a message")
+            break
         received += chunk
     return bytes(received)
 
