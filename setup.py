@@ -36,6 +36,12 @@ setup(
             libraries=["dl"],
         ),
         Extension(
+            "incfs._mappings",
+            sources("_mappings*.c", "mappings.c"),
+            depends=sources("*.h"),
+            extra_compile_args=flags,
+        ),
+        Extension(
             "incfs._dataplane",
             sources("_dataplane*.c", "plane*.c", "lane.c", "crc32c.c"),
             depends=sources("*.h"),

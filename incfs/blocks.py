@@ -5,8 +5,10 @@ thread costs nothing, and searching a 32,768-bit one takes about a microsecond.
 """
 
 import re
+from array import array
 from collections.abc import Iterable, Iterator
 
+from incfs import _mappings
 from incfs.model import PAGE_BLOCKS, Address, StorageId
 
 _BLOCK_BITS = 48
@@ -22,6 +24,11 @@ def pack_address(storage_id: StorageId, block_index: int) -> Address:
 def split_address(address: int) -> tuple[StorageId, int]:
     """Undo ``pack_address``."""
     return StorageId(address >> _BLOCK_BITS), address & _BLOCK_MASK
+
+
+def stored_addresses(addresses: "array[int]") -> "array[int]":
+    """Leave out what is no address of a stored block."""
+    return array("Q", _mappings.stored(addresses))
 
 
 def split_pages(first_block: int, block_count: int) -> Iterator[tuple[int, int, int]]:
@@ -65,12 +72,6 @@ def bit_set(members: Iterable[int], limit: int) -> int:
     for member in members:
         content[member >> 3] |= 1 << (member & 7)
     return int.from_bytes(content, "little")
-
-
-def sorted_bit_set(members: list[int], limit: int) -> int:
-    """Make a bit set of ascending members; quickly where they follow each other without a gap."""
-    first, count = members[0], len(members)
-    return bit_mask(first, count) if members == list(range(first, first + count)) else bit_set(members, limit)
 
 
 def bit_mask(start: int, count: int) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from uuid import UUID
 
 from incfs import groups
+from incfs._mappings import Page
 from incfs.backing import Backing
 from incfs.baseline import BaselineFacts
 from incfs.blocks import bit_mask, split_address
@@ -128,7 +129,7 @@ class MetadataBuilder:
                 self._own(address, count)
                 stored += count
         self._mapped[table] = self._mapped.get(table, 0) + stored
-        self._layer.setdefault(table, {})[page_index] = Patch(entries, is_whole=True)
+        self._layer.setdefault(table, {})[page_index] = Patch(Page(entries), is_whole=True)
         self._layer_pages += 1
         if self._layer_pages >= _BATCH_PAGES:
             self._tables.write(self._layer, Puts({}, {"sequence": 0, "segment": 1, "last_volume": 0}))

@@ -4,6 +4,7 @@ Both are made by the store on the owner thread; their ``run*`` methods touch onl
 frozen for them, so a worker thread may execute them while the owner goes on.
 """
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ class Checkpoint:
     layer: Layer
     records: dict[RecordId, Record | None]
     groups: dict[tuple[StorageId, int], int]
-    freed: list[int]
+    freed: "array[int]"
     pool: Pool
     journal: Journal
     tables: Tables

@@ -5,8 +5,7 @@ Owns the encodings that ``docs/FORMAT.md`` documents.  Decoding any bytes gives 
 """
 
 import struct
-from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from functools import cache
 from types import UnionType
@@ -15,6 +14,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import msgpack
 from crc32c import crc32c as checksum
 
+from incfs import _mappings
 from incfs.errors import FormatError
 from incfs.model import HOLE, PAGE_BLOCKS
 
@@ -25,10 +25,6 @@ Entries = dict[int, tuple[int, int]]
 
 Record = TypeVar("Record")
 
-_RUNS = 1
-_RAW = 2
-_RAW_ABOVE_RUNS = 96
-"""With more runs than this the raw form is smaller: a run costs about 16 bytes, a raw entry 12."""
 _CRC = struct.Struct("<I")
 
 
@@ -88,26 +84,9 @@ def entry_runs(entries: Entries) -> Iterator[tuple[int, int, int]]:
         yield first, count, first_address
 
 
-def _checksums(entries: Entries, first: int, count: int) -> bytes:
-    return struct.pack(f"<{count}I", *(entries[i][1] for i in range(first, first + count)))
-
-
 def encode_entries(entries: Entries) -> bytes:
     """Encode the mappings of one page: runs in msgpack when few, raw arrays when many."""
-    runs = list(entry_runs(entries))
-    if len(runs) <= _RAW_ABOVE_RUNS:
-        flat: list[Any] = []
-        for first, count, address in runs:
-            flat += (first, count, address, _checksums(entries, first, count) if address > HOLE else b"")
-        return bytes([_RUNS]) + pack(flat)
-    present = 0
-    addresses, checksums = array("Q"), array("I")
-    for index in sorted(entries):
-        present |= 1 << index
-        address, crc = entries[index]
-        addresses.append(address)
-        checksums.append(crc)
-    return bytes([_RAW]) + present.to_bytes(PAGE_BLOCKS // 8, "little") + addresses.tobytes() + checksums.tobytes()
+    return _mappings.encode(entries)
 
 
 def decode_entries(data: bytes) -> Entries:
@@ -116,48 +95,37 @@ def decode_entries(data: bytes) -> Entries:
     Raises:
         FormatError: Wrong kind, length or index.
     """
-    if data[:1] == bytes([_RUNS]):
-        return _decode_runs(unpack(data[1:]))
-    if data[:1] == bytes([_RAW]):
-        return _decode_raw(data)
-    raise FormatError(f"map page of unknown encoding {data[:1].hex() or '(empty)'}")
+    try:
+        return _mappings.decode(data)
+    except ValueError as error:
+        raise FormatError(f"map page: {error}") from error
 
 
-def _decode_raw(data: bytes) -> Entries:
-    bitmap_end = 1 + PAGE_BLOCKS // 8
-    present = int.from_bytes(data[1:bitmap_end], "little")
-    count = present.bit_count()
-    if len(data) != bitmap_end + 12 * count:
-        raise FormatError(f"raw map page has {len(data)} bytes, expected {bitmap_end + 12 * count}")
-    addresses, checksums = array("Q"), array("I")
-    addresses.frombytes(data[bitmap_end : bitmap_end + 8 * count])
-    checksums.frombytes(data[bitmap_end + 8 * count :])
-    indexes = (i for i in range(PAGE_BLOCKS) if present >> i & 1)
-    return dict(zip(indexes, zip(addresses, checksums, strict=True), strict=True))
+def fold_entries(stored: bytes | None, above: _mappings.Page, *, keep_inherited: bool) -> bytes | None:
+    """Encode a stored page with changes above it; None when nothing is left.
+
+    Args:
+        stored: The page, encoded; None: without mappings.
+        above: The changes.
+        keep_inherited: Say of blocks too that they are inherited, as increments must.
+
+    Raises:
+        FormatError: What is stored is no page.
+    """
+    try:
+        return _mappings.fold(stored, above, keep_inherited)
+    except ValueError as error:
+        raise FormatError(f"map page: {error}") from error
 
 
-def _decode_runs(flat: Any) -> Entries:
-    if not isinstance(flat, list) or len(flat) % 4:
-        raise FormatError("map page runs are not a list of quadruples")
-    entries: Entries = {}
-    for position in range(0, len(flat), 4):
-        first, count, address, packed = flat[position : position + 4]
-        if not (isinstance(first, int) and isinstance(count, int) and isinstance(address, int)):
-            raise FormatError("map page run holds something other than integers")
-        stored = address > HOLE
-        if first < 0 or not 0 < count <= PAGE_BLOCKS - first or not 0 <= address <= (1 << 64) - count:
-            raise FormatError(f"map page run out of range: first {first}, count {count}, address {address}")
-        if not isinstance(packed, bytes) or len(packed) != (4 * count if stored else 0):
-            raise FormatError(f"map page run of {count} blocks has the wrong number of checksums")
-        crcs = struct.unpack(f"<{count}I", packed) if stored else (0,) * count
-        for i in range(count):
-            entries[first + i] = (address + i if stored else address, crcs[i])
-    return entries
+def slot_set(slots: Iterable[int]) -> bytes:
+    """Make a bit set of blocks of a page."""
+    return sum(1 << slot for slot in slots).to_bytes(PAGE_BLOCKS // 8, "little")
 
 
 def encode_trail(entries: Entries) -> bytes:
     """Encode one page of a trail: which indexes are in it, as a bit set."""
-    return sum(1 << index for index in entries).to_bytes(PAGE_BLOCKS // 8, "little").rstrip(b"\0")
+    return slot_set(entries).rstrip(b"\0")
 
 
 def decode_trail(data: bytes) -> Entries:

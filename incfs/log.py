@@ -13,12 +13,14 @@ Invariants:
 """
 
 import logging
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol
 
-from incfs.blocks import bit_set
-from incfs.codec import Entries
+from incfs._mappings import displace
+from incfs.blocks import stored_addresses
+from incfs.codec import Entries, slot_set
 from incfs.errors import FormatError
 from incfs.model import HOLE, INHERIT, PAGE_BLOCKS, StorageId, split_map_id
 from incfs.overlay import Chain, Layer, Overlay, TableKey
@@ -58,15 +60,15 @@ class IncrementalLog:
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self._overlay = Overlay()
-        self._replaced: dict[tuple[int, int], tuple[int, int]] = {}
-        """(volume, page) -> (generation of the newest snapshot, indexes in its increment)."""
+        self._replaced: dict[tuple[int, int], tuple[int, bytes]] = {}
+        """(volume, page) -> (generation of the newest snapshot, indexes in its increment as a bit set)."""
         self._emptied_to: dict[TableKey, int] = {}
         self.baselines: Mapping[StorageId, MadePages] = {}
         """Tables of volume 0: their pages are made, not stored."""
         self.epoch = 0
         """Rises when a checkpoint ends: pages fetched before are stale."""
 
-    def append(self, newest_generation: int, sealed: Sealed) -> list[int]:
+    def append(self, newest_generation: int, sealed: Sealed) -> "array[int]":
         """Append mappings of one volume; the replaced ones move into the increment or become free.
 
         Args:
@@ -77,42 +79,38 @@ class IncrementalLog:
             The stored addresses that nothing refers to any more.
         """
         table = TableKey(split_map_id(sealed.map_id)[0])
-        entries = list(zip(sealed.addresses, sealed.checksums, strict=True))
         for page_index, first, end in sealed.pages:
-            self._overlay.patch(table, page_index).entries.update(
-                zip(sealed.slots[first:end], entries[first:end], strict=True)
-            )
+            change = self._overlay.change(table, page_index)
+            change.append(sealed.slots, sealed.addresses, sealed.checksums, first, end)
         if not newest_generation:
-            return [address for address in sealed.old_addresses if address > HOLE]
-        old = list(zip(sealed.old_addresses, sealed.old_checksums, strict=True))
-        freed: list[int] = []
-        for page_index, first, end in sealed.pages:
-            replaced = dict(zip(sealed.slots[first:end], old[first:end], strict=True))
-            freed += self._displace(TableKey(table.volume_id, newest_generation), page_index, replaced)
+            return stored_addresses(sealed.old_addresses)
+        freed = array("Q")
+        for page in sealed.pages:
+            freed.frombytes(self._displace(TableKey(table.volume_id, newest_generation), sealed, page))
         return freed
 
-    def _displace(self, increment: TableKey, page_index: int, replaced: Entries) -> list[int]:
-        """Move mappings into the newest increment; those that it has already been replaced for become free."""
+    def _displace(self, increment: TableKey, sealed: Sealed, page: tuple[int, int, int]) -> bytes:
+        """Move what was replaced into the newest increment; what replaced it there already, becomes free."""
+        page_index, first, end = page
         try:
-            bits = self._replaced_bits(increment.volume_id, increment.generation, page_index)
+            known = self._replaced_slots(increment.volume_id, increment.generation, page_index)
         except FormatError as error:
             # The increment's page is lost: nobody knows which replaced blocks it has, so none becomes free.
             where = increment.volume_id, page_index
             logger.warning("volume %d, page %d: replaced blocks stay in use: %s", *where, error)
-            return []
-        kept = {slot: entry for slot, entry in replaced.items() if not bits >> slot & 1}
+            return b""
+        kept, known, freed = displace(known, sealed.slots, sealed.old_addresses, sealed.old_checksums, first, end)
         if kept:
-            self._overlay.patch(increment, page_index).entries.update(kept)
-            bits |= bit_set(kept, PAGE_BLOCKS)
-            self._replaced[increment.volume_id, page_index] = increment.generation, bits
-        return [entry[0] for slot, entry in replaced.items() if slot not in kept and entry[0] > HOLE]
+            self._overlay.change(increment, page_index).update(kept)
+            self._replaced[increment.volume_id, page_index] = increment.generation, known
+        return freed
 
-    def _replaced_bits(self, volume_id: int, generation: int, page_index: int) -> int:
-        known, bits = self._replaced.get((volume_id, page_index), (0, 0))
+    def _replaced_slots(self, volume_id: int, generation: int, page_index: int) -> bytes:
+        known, slots = self._replaced.get((volume_id, page_index), (0, b""))
         if known != generation:
-            bits = bit_set(self.entries(TableKey(volume_id, generation), page_index), PAGE_BLOCKS)
-            self._replaced[volume_id, page_index] = generation, bits
-        return bits
+            slots = slot_set(self.entries(TableKey(volume_id, generation), page_index))
+            self._replaced[volume_id, page_index] = generation, slots
+        return slots
 
     def forget(self, volume_id: int, page_index: int) -> None:
         """Drop what is cached of a page; it is read again when needed."""
@@ -215,7 +213,7 @@ class IncrementalLog:
         known = self.entries(older, page_index)
         gained = {index: entry for index, entry in moved.items() if index not in known}
         if gained:
-            self._overlay.patch(older, page_index).entries.update(gained)
+            self._overlay.change(older, page_index).update(gained)
         freed = [entry[0] for index, entry in moved.items() if index in known and entry[0] > HOLE]
         return freed, sum(address > HOLE for address, _ in gained.values())
 
@@ -243,7 +241,7 @@ class IncrementalLog:
     def unroll(self, volume_id: int, undone: Sequence[int], page_index: int, current: Entries) -> None:
         """Let the lookup table have what ``plan_unroll`` said, and empty the increments' pages."""
         if current:
-            self._overlay.patch(TableKey(volume_id), page_index).entries.update(current)
+            self._overlay.change(TableKey(volume_id), page_index).update(current)
             for generation in undone:
                 self._overlay.replace(TableKey(volume_id, generation), page_index, {})
         self.forget(volume_id, page_index)
@@ -266,7 +264,7 @@ class IncrementalLog:
         known = {} if self._overlay.is_changed(trail, page_index) else self.noted(trail, page_index)
         new: Entries = {slot: (HOLE, 0) for slot in slots if slot not in known}
         if new:
-            self._overlay.patch(trail, page_index).entries.update(new)
+            self._overlay.change(trail, page_index).update(new)
 
     def forget_noted(self, trail: TableKey, page_index: int) -> None:
         """Empty one page of a trail."""
@@ -294,7 +292,7 @@ class IncrementalLog:
         moved = {slot: move for slot, move in moves.items() if entries.get(slot, (INHERIT, 0))[0] == move[0]}
         if moved:
             changed = {slot: (new, entries[slot][1]) for slot, (_, new) in moved.items()}
-            self._overlay.patch(table, page_index).entries.update(changed)
+            self._overlay.change(table, page_index).update(changed)
         return moved
 
     def freeze(self) -> Layer:

@@ -20,6 +20,7 @@ from uuid import UUID
 
 from incfs.backing import Backing
 from incfs.baseline import Baselines
+from incfs.blocks import stored_addresses
 from incfs.catalog import Catalog, Record, RecordId, record_id
 from incfs.changes import Change, map_change
 from incfs.codec import Entries, encode_record
@@ -287,8 +288,8 @@ class Memory:
 
     def append_mappings(self, volume: Volume, sealed: Sealed) -> None:
         """Append sealed mappings: into the log, the bitmaps and the counters."""
-        new = [address for address in sealed.addresses if address > HOLE]
-        replaced = len([address for address in sealed.old_addresses if address > HOLE])
+        new = stored_addresses(sealed.addresses)
+        replaced = len(stored_addresses(sealed.old_addresses))
         freed = self.log.append(volume.newest_generation, sealed)
         self.trails.note_written(volume, sealed)
         self.pool.commit(new)

@@ -5,9 +5,9 @@ A page as it stands is: the stored page, then the frozen patch, then the active 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from incfs._mappings import Page
 from incfs.codec import Entries
 
 
@@ -24,17 +24,16 @@ Chain = tuple[tuple[TableKey, ...], ...]
 of the origin, answers for blocks that nobody has, and for those that are inherited."""
 
 
-@dataclass(slots=True)
-class Patch:
+class Patch(NamedTuple):
     """Changed mappings of one page."""
 
-    entries: Entries = field(default_factory=dict)
+    page: Page
     is_whole: bool = False
-    """The entries are the whole page: what lies below no longer counts."""
+    """They are the whole page: what lies below no longer counts."""
 
     def apply(self, below: Entries) -> Entries:
         """Give the page as it is with this patch on top; ``below`` stays as it is."""
-        return dict(self.entries) if self.is_whole else {**below, **self.entries}
+        return self.page.over({} if self.is_whole else below)
 
 
 Layer = dict[TableKey, dict[int, Patch]]
@@ -52,20 +51,20 @@ class Overlay:
         self._frozen: Layer = {}
         self._active_count = self._frozen_count = 0
 
-    def patch(self, table: TableKey, page_index: int) -> Patch:
-        """Return the active patch of a page, made empty when there is none."""
+    def change(self, table: TableKey, page_index: int) -> Page:
+        """Return the active changes of a page, made empty when there are none."""
         pages = self._active.setdefault(table, {})
         found = pages.get(page_index)
         if found is None:
-            found = pages[page_index] = Patch()
+            found = pages[page_index] = Patch(Page())
             self._active_count += 1
-        return found
+        return found.page
 
     def replace(self, table: TableKey, page_index: int, entries: Entries) -> None:
         """Let the page be exactly ``entries`` from now on."""
         pages = self._active.setdefault(table, {})
         self._active_count += page_index not in pages
-        pages[page_index] = Patch(entries, is_whole=True)
+        pages[page_index] = Patch(Page(entries), is_whole=True)
 
     def compose(self, table: TableKey, page_index: int, stored: Entries) -> Entries:
         """Give the page as it stands, over its stored form."""

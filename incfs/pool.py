@@ -5,6 +5,7 @@ committed or free.
 """
 
 import os
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from uuid import UUID
@@ -38,7 +39,7 @@ class Pool:
         self.reuse = Reuse(self.volumes, block_bytes)
         """What becomes of freed blocks."""
         self._cursors: dict[int, tuple[StorageId, int]] = {}
-        self._freed: list[int] = []
+        self._freed = array("Q")
         self._dirty_groups: set[tuple[StorageId, int]] = set()
         self._dirty_stale: set[tuple[StorageId, int]] = set()
         self._has_mirrors = False
@@ -164,7 +165,7 @@ class Pool:
 
         Their images need a sync from now on, whoever wrote them.
         """
-        addresses = list(addresses)
+        addresses = array("Q", addresses)
         for storage_id in self._set_live(addresses, live=True):
             self.volumes[storage_id].needs_sync = True
         for storage_id, group_index, bits in by_group(addresses) if self._has_mirrors else ():
@@ -174,7 +175,7 @@ class Pool:
 
     def free(self, addresses: Iterable[int]) -> None:
         """Mark live blocks as freed; the next checkpoint makes them free."""
-        addresses = list(addresses)
+        addresses = array("Q", addresses)
         self._set_live(addresses, live=False)
         self._freed += addresses
 
@@ -206,7 +207,7 @@ class Pool:
         """Blocks that wait for a checkpoint to become free."""
         return len(self._freed)
 
-    def freeze(self) -> tuple[dict[tuple[StorageId, int], int], list[int]]:
+    def freeze(self) -> tuple[dict[tuple[StorageId, int], int], "array[int]"]:
         """Start a checkpoint: the changed bitmaps to store, and the blocks it will make free."""
         groups = {key: self.volumes[key[0]].live[key[1]] if key[0] in self.volumes else 0 for key in self._dirty_groups}
         for storage_id, group_index in self._dirty_stale:
@@ -216,7 +217,7 @@ class Pool:
             )
         for volume in self.volumes.values():
             volume.recent = [{}, volume.recent[0]]
-        freed, self._freed, self._dirty_groups, self._dirty_stale = self._freed, [], set(), set()
+        freed, self._freed, self._dirty_groups, self._dirty_stale = self._freed, array("Q"), set(), set()
         return groups, freed
 
     def load_stale(self, storage_id: StorageId, group_index: int, bits: int) -> None:

@@ -1,6 +1,7 @@
 """Freed blocks on their way to being free: held while somebody verifies, given back to the host first."""
 
 import logging
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -53,19 +54,19 @@ class Reuse:
         self._block_bytes = block_bytes
         self.held = 0
         """While positive, freed blocks stay unused: somebody verifies a checkpoint's data."""
-        self.quarantine: list[int] = []
+        self.quarantine = array("Q")
         """Freed blocks that wait for that."""
         self._leftovers: dict[tuple[StorageId, int], int] = {}
         """Group -> freed blocks whose host space was not given back with a whole chunk, or before a crash."""
         self._fresh_leftovers: dict[tuple[StorageId, int], int] = {}
         """The same since ``settle``: most of what a busy volume frees is in use again before it would be punched."""
 
-    def plan(self, freed: list[int]) -> PunchPlan:
+    def plan(self, freed: "array[int]") -> PunchPlan:
         """End a checkpoint: make its freed blocks free, but for whole chunks to punch first.
 
         The chunks stay busy until ``punched``, so that nothing is written into them meanwhile.
         """
-        freed, self.quarantine = self.quarantine + freed, []
+        freed, self.quarantine = self.quarantine + freed, array("Q")
         if self.held:
             self.quarantine = freed
             return PunchPlan(())

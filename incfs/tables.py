@@ -21,16 +21,16 @@ from incfs.codec import (
     Entries,
     decode_entries,
     decode_trail,
-    encode_entries,
     encode_trail,
+    fold_entries,
     open_value,
     pack,
     seal_value,
     unpack,
 )
 from incfs.errors import BackingError, FormatError, NoSpace
-from incfs.model import INHERIT, STALE_GROUPS
-from incfs.overlay import Layer, TableKey
+from incfs.model import STALE_GROUPS
+from incfs.overlay import Layer, Patch, TableKey
 from incfs.tablesfile import MARK_MODULUS, TablesFile, damaged_values, key_mark, value_mark
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,11 @@ def decode_page(table: TableKey, body: bytes) -> Entries:
     return decode_trail(body) if table.is_trail else decode_entries(body)
 
 
-def _encode_page(table: TableKey, entries: Entries) -> bytes:
-    return encode_trail(entries) if table.is_trail else encode_entries(entries)
+def _fold_page(table: TableKey, stored: bytes | None, patch: Patch) -> bytes | None:
+    """Encode a page as it is with a patch on top; None when nothing is left of it."""
+    if table.is_trail:
+        return encode_trail(patch.apply(decode_trail(stored or b""))) or None
+    return fold_entries(stored, patch.page, keep_inherited=bool(table.generation))
 
 
 def space_key(storage_id: int, group_index: int) -> bytes:
@@ -214,14 +217,9 @@ class Tables:
     def _fold(self, transaction: Any, table: TableKey, page_index: int, layer: Layer) -> None:
         database, key = page_key(table, page_index)
         patch = layer[table][page_index]
-        stored: Entries = {}
-        if not patch.is_whole:
-            value = transaction.get(key, db=self._databases[database])
-            stored = decode_page(table, open_value(key, value)) if value is not None else {}
-        entries = patch.apply(stored)
-        if not table.generation:
-            entries = {index: entry for index, entry in entries.items() if entry[0] != INHERIT}
-        self._put(transaction, database, key, _encode_page(table, entries) if entries else None)
+        value = None if patch.is_whole else transaction.get(key, db=self._databases[database])
+        stored = open_value(key, value) if value is not None else None
+        self._put(transaction, database, key, _fold_page(table, stored, patch))
 
     def _put(self, transaction: Any, database: str, key: bytes, body: bytes | None) -> None:
         keys, values = self._marks

@@ -1,4 +1,4 @@
-"""The C data plane and the threads that read /dev/fuse, watched by ThreadSanitizer and AddressSanitizer."""
+"""The C data plane, the threads that read /dev/fuse and the pages of mappings, watched by sanitizers."""
 
 import os
 import shlex
@@ -13,9 +13,10 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = {
     "stress": ("plane*.c", "lane.c", "crc32c.c"),
     "hot_stress": ("fuse_hot*.c",),
+    "mappings_fuzz": ("mappings.c",),
 }
 SANITIZERS = ("thread", "address,undefined")
-SECONDS = {"stress": "4", "hot_stress": "2"}
+SECONDS = {"stress": "4", "hot_stress": "2", "mappings_fuzz": "2"}
 LONG = os.environ.get("INCFS_TEST_PROFILE") == "long"
 
 
@@ -55,3 +56,7 @@ def test_plane_under_threads(sanitizer, tmp_path):
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_threads_on_dev_fuse(sanitizer, tmp_path):
     run("hot_stress", sanitizer, tmp_path)
+
+
+def test_any_bytes_as_a_page(tmp_path):
+    run("mappings_fuzz", "address,undefined", tmp_path)

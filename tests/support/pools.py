@@ -12,6 +12,7 @@ from incfs.backing import Backing
 from incfs.baseline import describe
 from incfs.blocks import split_address
 from incfs.check import Checker, CheckReport
+from incfs.codec import slot_set
 from incfs.dataplane import PlaneState
 from incfs.errors import NoSpace
 from incfs.model import HOLE, Base, Generation, MapId, Snapshot, Volume, VolumeId, map_id, split_map_id
@@ -326,11 +327,11 @@ def _check_resident_pages(store: Store) -> None:
 
 
 def _check_replaced_cache(store: Store) -> None:
-    for (volume_id, page_index), (generation, bits) in store.log._replaced.items():
+    for (volume_id, page_index), (generation, slots) in store.log._replaced.items():
         volume = store.catalog.volumes.get(VolumeId(volume_id))
         if volume is not None and generation == volume.newest_generation:
             entries = store.log.entries(TableKey(volume_id, generation), page_index)
-            assert bits == sum(1 << index for index in entries)
+            assert slots == slot_set(entries)
 
 
 def by_name(settings: Mapping[str, VolumeSettings]) -> Callable[[str], VolumeSettings]:

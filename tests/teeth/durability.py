@@ -247,9 +247,9 @@ DURABILITY: Final = (
     Breakage(
         "increment-entry-dropped",
         "I9",
-        "incfs/log.py",
-        "        kept = {slot: entry for slot",
-        "        kept = {slot | 1: entry for slot",
+        "incfs/_mappings_page.c",
+        "            kept.of[kept.count++] = *mapping;",
+        "            kept.of[kept.count] = *mapping, kept.of[kept.count++].index |= 1;",
         "tests/unit/test_store.py::test_a_snapshot_keeps_its_bytes",
     ),
     Breakage(
