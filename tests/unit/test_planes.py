@@ -373,15 +373,13 @@ def test_one_byte_makes_a_block_that_is_no_hole(pair):
 
 @given(st.binary(max_size=5000))
 def test_checksum_is_crc32c(content: bytes) -> None:
-    expected = crc32c.crc32c(content)
-    assert _dataplane.crc32c(content) == expected
-    assert _dataplane.crc32c(content, True) == expected
+    assert set(_dataplane.crc32c(content)) == {crc32c.crc32c(content)}
 
 
-@pytest.mark.parametrize("length", [504, 511, 4032, 4096, 65536, 1 << 20])
+@pytest.mark.parametrize("length", [255, 256, 257, 504, 511, 512, 4032, 4096, 65536, 1 << 20])
 def test_checksum_of_long_data(length):
     content = os.urandom(length)
-    assert _dataplane.crc32c(content) == crc32c.crc32c(content)
+    assert set(_dataplane.crc32c(content)) == {crc32c.crc32c(content)}
 
 
 def test_zeros_that_are_kept_are_blocks_like_others(pair):
