@@ -16,7 +16,7 @@ import trio
 
 from incfs.protocol import encode_frame
 from incfs.service import open_service
-from tests.support.cli import Cli, environment
+from tests.support.cli import TIMEOUT_S, Cli, environment
 
 REPORT = {"volumes": 1, "snapshots": 2, "mapped_blocks": 3, "verified_blocks": 0, "leaked_blocks": 7}
 LEAK = {"kind": "leak", "where": "storage 1", "message": "7 blocks"}
@@ -106,7 +106,7 @@ def test_sigusr1_tells_how_far_it_is(offline: Cli) -> None:
                 process.send_signal(signal.SIGUSR1)
                 line = process.stderr.readline()
         hold.set()
-        process.communicate(timeout=30)
+        process.communicate(timeout=TIMEOUT_S)
     assert line == "incfs: 40 of 100 blocks done\n"
     assert process.returncode == 0
 
@@ -139,7 +139,7 @@ def test_bar_is_shown_on_a_terminal_only(offline: Cli) -> None:
             else:
                 time.sleep(1.5)
             hold.set()
-            _, said = process.communicate(timeout=30)
+            _, said = process.communicate(timeout=TIMEOUT_S)
             (offline.pool / "control.sock").unlink()
         assert process.returncode == 0
         assert not said

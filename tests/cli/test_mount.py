@@ -1,6 +1,7 @@
 """Commands on a mounted pool: through the daemon, with the kernel's view right afterwards."""
 
 import os
+import select
 import signal
 import subprocess
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cli import Cli, environment
+from tests.support.cli import TIMEOUT_S, Cli, environment
 
 pytestmark = pytest.mark.mount
 
@@ -92,7 +93,8 @@ def test_same_answers_online_and_offline(offline: Cli, mnt: Path) -> None:
         ("volume", "list"), ("volume", "show", "db"), ("volume", "map", "db@a"), ("snapshot", "list"),
         ("snapshot", "diff", "--from", "a", "db@b"), ("snapshot", "remove", "-n", "db@a"),
     ]  # fmt: skip
-    time.sleep(1)  # for the kernel's own write-back of times
+    with (mnt / "db").open("r+b") as stream:
+        os.fsync(stream.fileno())  # the times that the kernel keeps go to the daemon
     online = [offline.json(*arguments) for arguments in asked]
     offline.ok("umount", mnt)
     assert [offline.json(*arguments) for arguments in asked] == online
@@ -132,9 +134,11 @@ def test_what_cannot_be_mounted(offline: Cli, tmp_path: Path) -> None:
 def test_killed_daemon_then_offline_then_mount_again(offline: Cli, mnt: Path) -> None:
     offline.ok("volume", "create", "db", "1M")
     pid = int(os.getxattr(mnt, "user.incfs.pid"))
+    pidfd = os.pidfd_open(pid)
     os.kill(pid, signal.SIGKILL)
-    while Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
-        time.sleep(0.01)
+    ended, _, _ = select.select([pidfd], [], [], TIMEOUT_S)
+    os.close(pidfd)
+    assert ended
     assert offline.ok("volume", "list", "-H", "-o", "name") == "db\n"
     offline.run("umount", mnt)
     assert not os.path.ismount(mnt)
@@ -156,7 +160,7 @@ def test_foreground_ends_with_umount(offline: Cli, tmp_path: Path) -> None:
             assert process.poll() is None
             time.sleep(0.05)
         Cli().ok("umount", mountpoint)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=TIMEOUT_S)
         assert process.returncode == 0
         assert "Traceback" not in stderr
     finally:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import serving
-from tests.support.cli import Cli, environment
+from tests.support.cli import TIMEOUT_S, Cli, environment
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_daemon_that_speaks_nonsense(offline: Cli) -> None:
         peer, _ = listening.accept()
         with peer:
             peer.sendall(b"\x05\x00\x00\x00hello")
-            _, stderr = process.communicate(timeout=30)
+            _, stderr = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 1
     assert stderr.startswith("incfs: ")
     assert stderr.count("\n") == 1
@@ -142,7 +142,7 @@ def test_interrupted_while_the_daemon_works(offline: Cli, number: int, exit_code
         with peer:
             peer.recv(1)
             process.send_signal(number)
-            _, stderr = process.communicate(timeout=30)
+            _, stderr = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, stderr) == (exit_code, said)
 
 

@@ -21,13 +21,14 @@ from incfs.mount_table import MNT_DETACH, _libc, find_mount
 from incfs.unmount import unmount
 
 INCFS = [sys.executable, "-m", "incfs"]
-START_TIMEOUT_S = 20
+START_TIMEOUT_S = 60
+"""Of what takes a second or two: a busy machine may be very slow, and what does not happen never does."""
 END_TIMEOUT_S = 60
 
 
 def incfs(*args, check=True, **kwargs):
     """Run the command; returns the finished process with its output as text."""
-    done = subprocess.run([*INCFS, *map(str, args)], capture_output=True, text=True, check=False, timeout=90, **kwargs)
+    done = subprocess.run([*INCFS, *map(str, args)], capture_output=True, text=True, check=False, timeout=200, **kwargs)
     if check:
         assert done.returncode == 0, f"incfs {args} ended with {done.returncode}: {done.stderr}"
     return done
@@ -93,7 +94,7 @@ class MountedPool:
             _libc.umount2(os.fsencode(self.path), MNT_DETACH)
         if self.process is not None and self.process.poll() is None:
             try:
-                self.process.wait(5)
+                self.process.wait(END_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self.kill()
 

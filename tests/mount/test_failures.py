@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.conftest import incfs
+from tests.mount.conftest import END_TIMEOUT_S, incfs
 from tests.mount.test_names import errno_of
 
 BROKEN_DAEMON = Path(__file__).parents[1] / "support" / "broken_daemon.py"
@@ -50,7 +50,7 @@ def test_umount_in_the_failsafe_says_that_not_everything_was_written(broken):
     done = incfs("umount", broken.path, check=False)
     assert done.returncode == 1
     assert "not everything could be written" in done.stderr
-    broken.process.wait(20)
+    broken.process.wait(END_TIMEOUT_S)
     broken.log_path.write_text("")
     broken.start()
     assert (broken / "db").read_bytes() == b"x" * 200 * 4096

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.mount.conftest import START_TIMEOUT_S
+
 pytestmark = pytest.mark.mount
 
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 0x10
@@ -62,7 +64,7 @@ class Child:
         subprocess.run(["umount", self.mountpoint], check=True)
         assert self.process.stdout is not None
         self.said += [json.loads(line) for line in self.process.stdout]
-        assert self.process.wait(20) == 0, self.stderr.read_text()
+        assert self.process.wait(START_TIMEOUT_S) == 0, self.stderr.read_text()
         return self.stderr.read_text()
 
     def clean_up(self) -> None:
@@ -207,14 +209,14 @@ def test_the_end_of_the_session_answers_what_is_pending(child: Child, name: str,
     caller.start()
     child.hear("kept" if name == "vol" else "lseek")
     child.process.send_signal(signal.SIGTERM)
-    caller.join(20)
+    caller.join(START_TIMEOUT_S)
     assert not caller.is_alive()
     assert outcome[0] in expected
     with contextlib.suppress(OSError):  # the mount is gone, its flush fails
         os.close(fd)
     if name == "vol":
         assert child.hear("late reply")[1:] == [False, "this FUSE request has been answered already"]
-    assert child.process.wait(20) == 0, child.stderr.read_text()
+    assert child.process.wait(START_TIMEOUT_S) == 0, child.stderr.read_text()
 
 
 def test_the_limits_reach_the_kernel(child: Child) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from incfs.mount_table import FILESYSTEM_TYPE, find_mount
-from tests.mount.conftest import END_TIMEOUT_S, INCFS, incfs, mounted_pool, require_fuse, wait_for
+from tests.mount.conftest import END_TIMEOUT_S, INCFS, START_TIMEOUT_S, incfs, mounted_pool, require_fuse, wait_for
 from tests.mount.test_names import errno_of
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
@@ -71,9 +71,11 @@ def test_helpers_of_mount_and_umount(places, helper):
     pool, mountpoint = places
     environment = {**os.environ, "PATH": f"{os.path.dirname(INCFS[0])}:{os.environ['PATH']}:/usr/sbin:/sbin"}
     command = [helper, pool, mountpoint, "-o", "rw,nodev,suid", "-t", FILESYSTEM_TYPE]
-    subprocess.run(command, check=True, env=environment, timeout=30)
+    subprocess.run(command, check=True, env=environment, timeout=START_TIMEOUT_S)
     (mountpoint / "db").write_bytes(b"x")
-    subprocess.run([f"{PACKAGING}/umount.fuse.incfs", mountpoint, "-v"], check=True, env=environment, timeout=30)
+    subprocess.run(
+        [f"{PACKAGING}/umount.fuse.incfs", mountpoint, "-v"], check=True, env=environment, timeout=START_TIMEOUT_S
+    )
     assert "db" in incfs("-p", pool, "volume", "list").stdout
 
 
@@ -254,7 +256,7 @@ def test_a_service_manager_is_told(tmp_path, monkeypatch):
     require_fuse()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         receiver.bind(str(tmp_path / "notify"))
-        receiver.settimeout(20)
+        receiver.settimeout(START_TIMEOUT_S)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         with mounted_pool(tmp_path) as pool:
             assert receiver.recv(100) == b"READY=1"
@@ -265,7 +267,9 @@ def test_a_service_manager_is_told(tmp_path, monkeypatch):
 def test_a_background_daemon_holds_nothing_of_its_parents(places):
     pool, mountpoint = places
     reader, writer = os.pipe()
-    subprocess.run([*INCFS, "mount", str(pool), str(mountpoint)], check=True, pass_fds=[writer], timeout=30)
+    subprocess.run(
+        [*INCFS, "mount", str(pool), str(mountpoint)], check=True, pass_fds=[writer], timeout=START_TIMEOUT_S
+    )
     os.close(writer)
     assert os.read(reader, 1) == b""
     os.close(reader)

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from incfs.planes import HAS_NATIVE
-from tests.mount.conftest import mounted_pool, wait_for
+from tests.mount.conftest import START_TIMEOUT_S, mounted_pool, wait_for
 
 PLANES = ["python", "native"] if HAS_NATIVE else ["python"]
 OPEN_FILES = 200
@@ -58,11 +58,11 @@ def test_200_open_files_and_64_writers(mnt):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(START_TIMEOUT_S)
         assert not worker.is_alive(), "a writer is stuck"
     assert errors == []
-    # Each open file is a number in the daemon, not a descriptor.
-    assert descriptors(mnt) <= before + 2
+    # Each open file is a number in the daemon, not a descriptor.  What works in the background opens some at times.
+    wait_for(lambda: descriptors(mnt) <= before + 2)
     for number in range(WRITERS):
         size = os.fstat(fds[number]).st_size
         assert os.pread(fds[number], SPAN, 0) == contents[number][:size]
@@ -76,8 +76,8 @@ def test_200_open_files_and_64_writers(mnt):
     for number in range(0, OPEN_FILES, 2):
         os.unlink(mnt / f"f{number}")
     wait_for(lambda: not [name for name in os.listdir(mnt.path) if name.startswith("f")])
-    assert descriptors(mnt) <= before + 2
-    assert threads(mnt) < 40, "worker threads are not given back"
+    wait_for(lambda: descriptors(mnt) <= before + 2)
+    wait_for(lambda: threads(mnt) < 40)  # worker threads are given back when they had nothing to do for ten seconds
 
 
 def test_thousands_of_names(mnt):

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from tests.mount.conftest import START_TIMEOUT_S
 from tests.mount.test_names import errno_of
 
 MIB = 1 << 20
@@ -123,7 +124,7 @@ def test_cp_of_a_sparse_volume_is_sparse_and_equal(volume, tmp_path):
         for place in (0, 7 << 30, (20 << 30) - 4096):
             os.pwrite(stream.fileno(), os.urandom(4096), place)
     copy = tmp_path / "copy"
-    subprocess.run(["cp", "--sparse=auto", volume, copy], check=True, timeout=30)
+    subprocess.run(["cp", "--sparse=auto", volume, copy], check=True, timeout=START_TIMEOUT_S)
     assert os.stat(copy).st_size == 20 << 30
     assert os.stat(copy).st_blocks * 512 <= 1 * MIB
     with open(volume, "rb") as left, open(copy, "rb") as right:

@@ -19,7 +19,7 @@ from tests.support.pools import check_memory, make_pool, tiny_options
 
 BLOCK = 64
 PAGE = 512 * BLOCK
-OPERATION_S = 20
+OPERATION_S = 60
 """No operation here takes more than milliseconds: this long means that it is stuck."""
 
 

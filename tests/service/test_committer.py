@@ -24,7 +24,7 @@ class Gate:
     def wrap(self, function: Callable[[Checkpoint], None]) -> Callable[[Checkpoint], None]:
         def held(checkpoint: Checkpoint) -> None:
             self.arrived.release()
-            assert self._open.acquire(timeout=30)
+            assert self._open.acquire(timeout=60)
             function(checkpoint)
 
         return held

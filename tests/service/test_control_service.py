@@ -23,7 +23,7 @@ from tests.support.pools import check_memory, make_pool, tiny_options
 
 BLOCK = 64
 REQUESTS = 300
-OPERATION_S = 20
+OPERATION_S = 60
 
 
 @asynccontextmanager

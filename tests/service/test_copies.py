@@ -32,7 +32,7 @@ async def test_copies_are_not_written_by_two_at_once(tmp_path: Path, monkeypatch
     def write_copies(store: Store) -> None:
         calls.append(store)
         writing.set()
-        assert written.wait(20)
+        assert written.wait(60)
 
     monkeypatch.setattr(dump, "write_copies", write_copies)
     async with open_service(tmp_path / "pool", Options(dump_interval_s=0.0)) as service:
@@ -41,7 +41,7 @@ async def test_copies_are_not_written_by_two_at_once(tmp_path: Path, monkeypatch
             await service.create_volume(name)
             committer.checkpoint_soon()
             await service.commit()
-            assert await trio.to_thread.run_sync(writing.wait, 20)
+            assert await trio.to_thread.run_sync(writing.wait, 60)
             while store.has_unfolded:
                 await trio.sleep(0.001)
         await trio.testing.wait_all_tasks_blocked(0.01)

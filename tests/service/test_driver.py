@@ -119,7 +119,7 @@ async def test_a_checkpoint_waits_for_room_and_harms_nothing(pool_home: Path, mo
     monkeypatch.setattr(committer, "_NO_SPACE_RETRY_S", 0.001)
     async with open_service(pools.make_pool(pool_home), pools.tiny_options()) as service:
         volume = await service.create_volume("a", 640)
-        with monkeypatch.context() as patched, trio.fail_after(10):
+        with monkeypatch.context() as patched, trio.fail_after(60):
             patched.setattr(Checkpoint, "reserve", no_room)
             with pytest.raises(NoSpace):
                 await service.checkpoint()
@@ -128,7 +128,7 @@ async def test_a_checkpoint_waits_for_room_and_harms_nothing(pool_home: Path, mo
             await service.write(volume.map_id, 0, b"x" * 64)
             await service.commit()
             assert service._store.is_checkpointing
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while service._store.is_checkpointing:
                 await trio.sleep(0.001)
             await service.checkpoint()
@@ -153,7 +153,7 @@ async def test_who_waits_for_a_checkpoint_is_told_although_the_next_has_begun(
     ):
         volume = await service.create_volume("a", 640)
         monkeypatch.setattr(Reuse, "punch", slow_punch)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             try:
                 nursery.start_soon(service.checkpoint)
                 while not plans:
@@ -189,6 +189,6 @@ async def test_what_is_being_removed_counts_as_space(pool_home: Path, monkeypatc
         await service.write(old.map_id, 0, b"x" * 15 * 64)
         await service.commit()
         await service.remove_volume(old.id)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await service.write(new.map_id, 0, b"y" * 15 * 64)
         assert await service.read(new.map_id, 0, 15 * 64) == b"y" * 15 * 64

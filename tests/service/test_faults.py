@@ -22,7 +22,7 @@ from incfs.store import TABLES_NAME
 from incfs.tables import Tables
 
 PLANES: list[PlaneKind] = [kind for kind in get_args(PlaneKind) if kind != "auto" and (HAS_NATIVE or kind != "native")]
-PATIENCE_S = 30
+PATIENCE_S = 60
 DATA = Random(1).randbytes(3 * PUNCH_BYTES)
 SMALL = Random(2).randbytes(40_000)
 """A record has it, with what it is part of."""

@@ -44,7 +44,7 @@ async def cut_off(home: Path, name: str, **arguments: Any) -> None:
         volume = await service.create_volume("db", 1 << 20)
         await service.write(volume.map_id, 0, DATA)
         nursery.start_soon(lambda: verb(service, name, **arguments, rate_bytes=10_000))
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while not (service.jobs.running() and service.jobs.running()[0].done):
                 await trio.sleep(0.001)
         service.jobs.is_ending = True
@@ -90,7 +90,7 @@ async def test_a_job_is_listed_and_can_be_stopped(pool_home: Path) -> None:
                 await verb(service, "storage.evacuate", storage=1, rate_bytes=10_000)
 
         for stop, arguments in (("pool.stop", {"job": 1}), ("storage.keep", {"storage": 1})):
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(evacuate)
                     while not (service.jobs.running() and service.jobs.running()[0].done):

@@ -47,7 +47,7 @@ async def test_sixty_four_writers(plane: PlaneKind, pool_home: Path) -> None:
                         await service.checkpoint()
                 assert await service.read(volume.map_id, 0, SPAN) == content
 
-        with trio.fail_after(60):
+        with trio.fail_after(200):
             async with trio.open_nursery() as nursery:
                 for number in range(WRITERS):
                     nursery.start_soon(work, number)

@@ -58,7 +58,7 @@ def test_another_user_is_refused(mode: int, attempt: Callable[[Path], None], poo
     server = threading.Thread(target=trio.run, args=(serve,))
     server.start()
     try:
-        assert listening.wait(20)
+        assert listening.wait(60)
         for directory in (pool_home, pool):
             os.chmod(directory, 0o755)  # as an administrator should not
         os.chmod(pool / SOCKET_NAME, mode)

@@ -34,7 +34,7 @@ async def opened(home: Path, *, storages: int = 1, reserve_blocks: int = 8) -> A
 
 
 async def until(is_so: Callable[[], Any]) -> None:
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         while not is_so():
             await trio.sleep(0.01)
 
@@ -223,7 +223,7 @@ async def test_what_a_crash_kept_from_being_punched_goes_back_to_the_host(pool_h
     store.abandon()
     before = path.stat().st_blocks * 512
     async with open_service(home, pools.tiny_options()) as service:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while before - path.stat().st_blocks * 512 < 250 * 4096:
                 await trio.sleep(0.005)
         content = bytearray(Random(1).randbytes(512 * 4096))

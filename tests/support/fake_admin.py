@@ -31,13 +31,14 @@ class Branches:
 
 
 class FakeAdminService:
-    """As much of ``Service`` as the verbs use; ``check`` waits for ``may_finish``."""
+    """As much of ``Service`` as the verbs use; ``check`` and ``add_storage`` wait for ``may_finish``."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.mounted: Any = None
         self.may_finish = trio.Event()
-        self.check_cancelled = False
+        self.check_begun, self.check_cancelled = trio.Event(), trio.Event()
+        self.addition_begun = trio.Event()
         self.report = Report()
         self.open_by: list[str] = []
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
@@ -154,11 +155,12 @@ class FakeAdminService:
         return [extent for extent in every if extent["offset"] >= start_bytes][:limit]
 
     async def check(self, data: bool, progress: Any) -> Report:
+        self.check_begun.set()
         progress(40, 100)
         try:
             await self.may_finish.wait()
         except trio.Cancelled:
-            self.check_cancelled = True
+            self.check_cancelled.set()
             raise
         progress(100, 100)
         return self.report
@@ -167,7 +169,8 @@ class FakeAdminService:
         raise ZeroDivisionError("a bug")
 
     async def add_storage(self, path: str, **facts: Any) -> dict[str, Any]:
-        """Slow, to be disconnected from."""
-        await trio.sleep(0.1)
+        """To be disconnected from."""
+        self.addition_begun.set()
+        await self.may_finish.wait()
         self.calls.append(("add_storage", (path,)))
         return {"id": 2, "path": path}

@@ -33,7 +33,7 @@ from incfs.recovery import create_pool, open_store
 from incfs.service import open_service
 from tests.mount.test_fusext import KEEP_SIZE, PUNCH_HOLE, libc
 from tests.support.faulty_fs import KINDS, LEG_NAME, Fault, Switch, faulty
-from tests.support.fire import Setting, Target
+from tests.support.fire import START_TIMEOUT_S, Setting, Target
 from tests.support.spawner import Spawner
 
 ROUNDS = int(os.environ.get("INCFS_KILL_ROUNDS", "32"))
@@ -44,7 +44,6 @@ SIZE = 48 * BLOCK
 NAME = "v"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EIO, errno.EROFS, *NO_ROOM)
-HANG_S = TELL_S = 10
 JOURNAL_BYTES = 256 << 10
 LEG_ACTIONS = ("read", "write", "sync")
 WORK = (
@@ -332,7 +331,7 @@ def judge(target: Target, fault: Fault, refusals: list[tuple[str, int]]) -> None
         assert not is_read_only(), "a full disk harms nothing"
         assert {code for _, code in refusals} <= {*NO_ROOM}
     elif fault.action in ("write", "sync"):
-        deadline = time.monotonic() + TELL_S  # the owner thread hears of it after whoever waited
+        deadline = time.monotonic() + START_TIMEOUT_S  # the owner thread hears of it after whoever waited
         while not is_read_only():
             assert time.monotonic() < deadline, "the pool goes on after a failed write or flush"
 
@@ -355,7 +354,7 @@ def going_on(target: Target, switch: Switch, fault: Fault | None) -> Iterator[No
             pass
         asker = threading.Thread(target=ask, daemon=True)
         asker.start()
-        asker.join(HANG_S)
+        asker.join(START_TIMEOUT_S)
         stuck.append(asker.is_alive())
         switch.heal()
 

@@ -40,8 +40,6 @@ MAX_TRIES = 20
 """Recovery, for one, has nothing to do when the kill came just after a checkpoint."""
 WORK_S = 5
 """A point is reached by then, or another time."""
-START_S = 1
-DYING_S = 3
 CONTENT = stamps(7, 0, 400, 1)
 
 
@@ -73,7 +71,7 @@ class Churn:
             for number in range(10_000):
                 self.step(f"t{number}")
         except (OSError, AssertionError, IncfsError, BaseExceptionGroup) as error:
-            if not self.target.has_ended(DYING_S):
+            if not self.target.has_ended(START_TIMEOUT_S):
                 self.failure = error
 
     def step(self, name: str) -> None:
@@ -155,10 +153,9 @@ def die(point: Point, target: Target, model: Model, rng: random.Random) -> Churn
         target.signal(signal.SIGTERM if point.load == "end" else signal.SIGKILL)
         target.wait_for_end()
     if point.load == "start":
-        with target.begin_mount(armed):
-            if not target.has_ended(START_S):
-                target.kill()
-            target.wait_for_end()
+        with target.begin_mount(armed) as heard:
+            target.answers(heard)  # every such point lies before that
+            target.kill()
     return churn
 
 

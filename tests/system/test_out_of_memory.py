@@ -18,7 +18,7 @@ import pytest
 
 from incfs.errors import IncfsError
 from incfs.mount_table import is_dead
-from tests.support.fire import SECTOR_COUNTS, VOLUMES, Setting, Target, committing
+from tests.support.fire import SECTOR_COUNTS, START_TIMEOUT_S, VOLUMES, Setting, Target, committing
 from tests.support.memory import Group, control_group, give_address_space, join, take_address_space
 from tests.support.spawner import Spawner
 from tests.support.stamps import SECTOR, Model, read_sequences
@@ -30,7 +30,7 @@ PLANES = ("python", "native")
 REFUSED = (errno.EIO, errno.EROFS, errno.ENOMEM, errno.ENOTCONN, errno.ECONNABORTED, errno.ENODEV)
 """What a system call may say to a daemon that lacks memory, or has died of it."""
 LOAD_S = 1.5
-SQUEEZE_S = 10
+SQUEEZE_S = 60
 
 
 def make_target(home: Path, mountpoint: Path, plane: str, spawner: Spawner) -> Target:
@@ -123,7 +123,7 @@ def refuse(target: Target, model: Model, rng: random.Random) -> None:
             writer.run(stop.is_set)
         timer.cancel()
         read_again(target, model, writer.completed)
-        ended = target.has_ended(10 if is_dead(target.mountpoint) else 0)  # its mount goes first
+        ended = target.has_ended(START_TIMEOUT_S if is_dead(target.mountpoint) else 0)  # its mount goes first
         target.counts["ended" if ended else "lives on"] += 1
         if not ended:
             give_address_space(target.pid)
@@ -154,7 +154,7 @@ def asking(target: Target) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        thread.join(30)
+        thread.join(START_TIMEOUT_S)
     assert not thread.is_alive(), "a command hangs"
 
 

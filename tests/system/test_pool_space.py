@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.mount.conftest import MountedPool, mounted_pool, wait_for
+from tests.mount.conftest import END_TIMEOUT_S, START_TIMEOUT_S, MountedPool, mounted_pool, wait_for
 from tests.support.faulty_fs import Fault, faulty
 from tests.support.loop import allocated_bytes, filesystem, loop_device, run
 
@@ -53,6 +54,13 @@ def kinds(mounted: MountedPool) -> list[str]:
 
 def storages(mounted: MountedPool) -> dict[int, dict[str, Any]]:
     return {s["id"]: s for s in document(mounted, "storage", "list")["storages"]}
+
+
+def used_of_first(mounted: MountedPool) -> int:
+    """Look through the mount: a command may take longer to start than what is looked at takes."""
+    found = re.search(r'incfs_storage_used_bytes\{storage="1"\} (\d+)', (mounted / ".incfs/metrics").read_text())
+    assert found
+    return int(found[1])
 
 
 def host_free_bytes(path: Path) -> int:
@@ -99,8 +107,8 @@ def test_storage_volumes_come_in_before_a_write_fails_and_space_comes_back(tmp_p
                 run("fstrim", "-v", files, check=False)
             os.unlink(mounted / "db")
             os.unlink(mounted / "filler")
-            wait_for(lambda: all(s["used_bytes"] == 0 for s in storages(mounted).values()), 30)
-            wait_for(lambda: host_free_bytes(places[2]) > 0.9 * free_before[2], 30)
+            wait_for(lambda: all(s["used_bytes"] == 0 for s in storages(mounted).values()))
+            wait_for(lambda: host_free_bytes(places[2]) > 0.9 * free_before[2], 2 * START_TIMEOUT_S)
             mounted.expected_log.append("the pool is full")
         print(f"\nfree on the three disks: before {free_before}, at the end {[host_free_bytes(p) for p in places]}")
 
@@ -123,7 +131,7 @@ def fill_until_full(mounted: MountedPool, written: int) -> int:
         waited_s = refused_after(descriptor)
     finally:
         os.close(descriptor)
-    assert 9 < waited_s < 40
+    assert 9 < waited_s < 100
     events = kinds(mounted)
     assert "queue" in events
     assert "full" in events
@@ -235,15 +243,16 @@ def test_an_evacuation_under_load_survives_a_kill_and_goes_on(tmp_path: Path) ->
         mounted.command("snapshot", "create", "db@s")
         mounted.command("storage", "add", str(tmp_path / "second.img"))
         evacuation = threading.Thread(
-            target=lambda: mounted.command("storage", "evacuate", "1", "--rate", "40M", check=False)
+            target=lambda: mounted.command("storage", "evacuate", "1", "--rate", "20M", check=False)
         )
         evacuation.start()
-        wait_for(lambda: 20 * MIB < storages(mounted)[1]["used_bytes"] < 110 * MIB, 60)
+        wait_for(lambda: used_of_first(mounted) < 110 * MIB)
         with (mounted / "db").open("r+b", buffering=0) as file:
             for number in range(20):
                 expected[number] = noise(number + 500)
                 os.pwrite(file.fileno(), expected[number], number * MIB)
             os.fsync(file.fileno())
+        assert used_of_first(mounted), "the evacuation ended before it could be cut off"
         assert mounted.process is not None
         os.kill(mounted.process.pid, signal.SIGKILL)
         evacuation.join()
@@ -251,7 +260,7 @@ def test_an_evacuation_under_load_survives_a_kill_and_goes_on(tmp_path: Path) ->
         mounted.take_down()
         mounted.start("cache=none")
         assert (mounted / "db").read_bytes() == b"".join(expected)
-        wait_for(lambda: "job-ended" in kinds(mounted), 60)
+        wait_for(lambda: "job-ended" in kinds(mounted))
         assert kinds(mounted).count("job-resumed") == 1
         assert not storages(mounted)[1]["used_bytes"]
         mounted.command("storage", "remove", "1")
@@ -332,14 +341,14 @@ def test_what_a_kill_kept_from_being_punched_goes_back_after_the_next_mount(tmp_
         before = allocated_bytes(image)
         mounted.start("", [sys.executable, "-c", DIES_BEFORE_PUNCHING, "mount", "--foreground"])
         mounted.command("snapshot", "remove", "db@0")
-        wait_for(lambda: storages(mounted)[1]["used_bytes"] == 32 * MIB, 30)
+        wait_for(lambda: storages(mounted)[1]["used_bytes"] == 32 * MIB)
         mounted.command("pool", "dump", str(tmp_path / "dump"), check=False)
         assert mounted.process is not None
-        mounted.process.wait(30)
+        mounted.process.wait(END_TIMEOUT_S)
         mounted.take_down()
         assert allocated_bytes(image) >= before
         mounted.start()
-        wait_for(lambda: before - allocated_bytes(image) >= 31 * MIB, 30)
+        wait_for(lambda: before - allocated_bytes(image) >= 31 * MIB)
         assert (mounted / "db").read_bytes() == b"".join(noise(number + 100) for number in range(32))
         assert "clean" in mounted.command("pool", "check", "--data").stdout
         mounted.expected_log.append("the daemon kills itself")

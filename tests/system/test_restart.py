@@ -15,6 +15,7 @@ import pytest
 from incfs.mount_table import detach, find_mount
 from incfs.recovery import create_pool
 from tests.support.cli import environment
+from tests.support.fire import START_TIMEOUT_S
 from tests.support.stamps import stamps
 
 ROUNDS = max(3, int(os.environ.get("INCFS_KILL_ROUNDS", "60")) // 20)
@@ -25,8 +26,9 @@ def _kill(pid: int) -> None:
     """Kill the daemon; the dead mount, its socket and its lock file stay."""
     pidfd = os.pidfd_open(pid)
     os.kill(pid, signal.SIGKILL)
-    select.select([pidfd], [], [], 10)
+    ended, _, _ = select.select([pidfd], [], [], START_TIMEOUT_S)
     os.close(pidfd)
+    assert ended, "the daemon does not end"
 
 
 def _children_s() -> float:
@@ -52,7 +54,7 @@ def test_restart_after_a_kill_needs_nobody(pool_home: Path, tmp_path: Path) -> N
     try:
         for number in range(ROUNDS + 1):
             began, before_s = time.monotonic(), _children_s()
-            subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=30)
+            subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=START_TIMEOUT_S)
             os.stat(mountpoint)
             took_s.append(time.monotonic() - began)
             pid = int(os.getxattr(mountpoint, "user.incfs.pid"))

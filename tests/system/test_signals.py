@@ -30,7 +30,6 @@ from tests.support.writer import Writer
 
 ROUNDS = max(2, int(os.environ.get("INCFS_KILL_ROUNDS", "108")) // 12)
 SEED = int(os.environ.get("INCFS_KILL_SEED", "1"))
-END_TIMEOUT_S = 30
 CONTENT = stamps(0, 0, 2000, 1)
 BUSY = Busy.exit_code
 
@@ -76,7 +75,7 @@ def test_signal_to_an_idle_daemon_leaves_everything_on_disk_and_nothing_mounted(
     (mountpoint / "v").write_bytes(CONTENT)
     for number in numbers:
         process.send_signal(number)
-    _, said = process.communicate(timeout=END_TIMEOUT_S)
+    _, said = process.communicate(timeout=START_TIMEOUT_S)
     assert process.returncode == 0, said
     assert find_mount(mountpoint) is None
     assert_folded(pool)
@@ -99,7 +98,7 @@ def end_under_load(target: Target, model: Model, rng: random.Random, numbers: li
     with committing(target):
         writer.run()
     timer.join()
-    target.wait_for_end(END_TIMEOUT_S)
+    target.wait_for_end()
     model.acknowledged = max(model.acknowledged, writer.completed)
 
 
@@ -193,7 +192,7 @@ def test_exit_code_says_that_the_mount_was_busy(number: signal.Signals, pool_hom
         fd = os.open(mountpoint / "v", os.O_RDWR | os.O_CREAT)
         os.pwrite(fd, CONTENT, 0)
         process.send_signal(number)
-        _, said = process.communicate(timeout=END_TIMEOUT_S)
+        _, said = process.communicate(timeout=START_TIMEOUT_S)
         with pytest.raises(OSError, match=r"not connected"):
             os.close(fd)
         with pytest.raises(OSError, match=r"not connected"):
