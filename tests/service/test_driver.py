@@ -13,11 +13,14 @@ from incfs import committer
 from incfs import volume as volumes
 from incfs.backing import File
 from incfs.checkpoint import Checkpoint
-from incfs.errors import BackingError, NoSpace, PoolReadOnly
-from incfs.model import VolumeId
+from incfs.codec import Entries
+from incfs.errors import BackingError, FormatError, NoSpace, PoolReadOnly
+from incfs.log import IncrementalLog
+from incfs.model import PAGE_BLOCKS, Volume, VolumeId
+from incfs.overlay import Chain
 from incfs.reclaimer import Reclaimer
 from incfs.reuse import PunchPlan, Reuse
-from incfs.service import open_service
+from incfs.service import Service, open_service
 from incfs.store import Store
 from tests.support import pools
 
@@ -47,6 +50,43 @@ async def test_a_page_fetched_while_a_checkpoint_ended_is_fetched_again(
         monkeypatch.setattr("incfs.driver.offload", fetch)
         assert await service.read(volume.map_id, 0, 640) == b"x" * 640
     assert fetched == 2
+
+
+async def _resident_after(service: Service, volume: Volume, pages: list[int]) -> set[int]:
+    """Read a block of each page, one after the other, with none resident before."""
+    service._store.evict(volume.map_id)
+    service._driver._sequences.clear()
+    for page in pages:
+        await service.read(volume.map_id, page * PAGE_BLOCKS * pools.BLOCK, 1)
+    return {page for page in range(20) if service._store.plane.is_resident(volume.map_id, page)}
+
+
+async def test_pages_that_are_read_in_sequence_are_loaded_ahead(pool_home: Path) -> None:
+    async with open_service(pools.make_pool(pool_home), pools.tiny_options()) as service:
+        volume = await service.create_volume("a", 10 * PAGE_BLOCKS * pools.BLOCK)
+        assert await _resident_after(service, volume, [0]) == {0}
+        assert await _resident_after(service, volume, [3, 1]) == {1, 3}
+        assert await _resident_after(service, volume, [0, 1]) == {0, 1, 2, 3, 4, 5}
+        assert await _resident_after(service, volume, [0, 1, 6]) == {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}
+
+
+async def test_a_damaged_page_ahead_fails_only_who_asks_for_it(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = IncrementalLog.fetch
+
+    def fail_at_third(log: IncrementalLog, chain: Chain, page_index: int) -> list[list[Entries]]:
+        if page_index == 3:
+            raise FormatError("damaged")
+        return fetch(log, chain, page_index)
+
+    monkeypatch.setattr(IncrementalLog, "fetch", fail_at_third)
+    async with open_service(pools.make_pool(pool_home), pools.tiny_options()) as service:
+        volume = await service.create_volume("a", 10 * PAGE_BLOCKS * pools.BLOCK)
+        assert await _resident_after(service, volume, [0, 1]) == {0, 1, 2}
+        with pytest.raises(FormatError):
+            await service.read(volume.map_id, 3 * PAGE_BLOCKS * pools.BLOCK, 1)
+        assert await _resident_after(service, volume, [4, 5]) == {4, 5, 6, 7, 8, 9}
 
 
 async def test_who_asks_while_a_commit_runs_gets_the_next(pool_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
