@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PROGRAM_TIMEOUT_S = 100
+PROGRAM_TIMEOUT_S = 250
 
 
 def run(*command: object, check: bool = True) -> subprocess.CompletedProcess[str]:

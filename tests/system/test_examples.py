@@ -16,7 +16,7 @@ def test_quickstart_ends_with_ok():
         [ROOT / "examples/quickstart.sh", "/usr/include/linux"],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=550,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
