@@ -27,7 +27,7 @@ setup(
     ext_modules=[
         Extension(
             "incfs._fusext",
-            sources("_fusext*.c", "fuse_hot*.c"),
+            sources("_fusext*.c", "fuse_*.c"),
             depends=sources("*.h"),
             extra_compile_args=[*flags, "-pthread", *pkg_config("--cflags")],
             extra_link_args=["-pthread"],

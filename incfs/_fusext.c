@@ -1,9 +1,9 @@
 /* incfs._fusext: what pyfuse3 lacks of libfuse's low-level interface.
  *
  * Owns: the operations lseek, fallocate and copy_file_range, the limits of the connection
- * (max_background, congestion_threshold, max_readahead, capability bits), and the way of requests past
- * Python (fuse_hot.c).  pyfuse3 stays the session
- * loop and keeps every other operation.
+ * (max_background, congestion_threshold, max_readahead), what is agreed with the kernel (fuse_init.c),
+ * and the way of requests past Python (fuse_hot.c).  pyfuse3 stays the session loop and keeps every other
+ * operation.
  *
  * How it gets between: pyfuse3's extension calls fuse_session_new, and the dynamic linker takes the
  * first definition in the global scope.  This module defines that name and puts itself into the
@@ -125,13 +125,7 @@ PyMODINIT_FUNC PyInit__fusext(void)
     if (enter_global_scope() < 0)
         return NULL;
     PyObject *module = PyModule_Create(&module_definition);
-    if (!module)
-        return NULL;
-    if (add_request_type(module) < 0 || PyModule_AddIntMacro(module, FUSE_CAP_SPLICE_READ) < 0 ||
-        PyModule_AddIntMacro(module, FUSE_CAP_SPLICE_WRITE) < 0 ||
-        PyModule_AddIntMacro(module, FUSE_CAP_SPLICE_MOVE) < 0) {
-        Py_DECREF(module);
-        return NULL;
-    }
+    if (module && add_request_type(module) < 0)
+        Py_CLEAR(module);
     return module;
 }

@@ -7,6 +7,7 @@
 #include <Python.h>
 
 #include "fuse_hot.h"
+#include "fuse_init.h"
 
 #include <fuse_lowlevel.h>
 
@@ -43,6 +44,7 @@ struct libfuse {
     int (*reply_write)(fuse_req_t, size_t);
     const struct fuse_ctx *(*req_ctx)(fuse_req_t);
     int (*version)(void);
+    init_custom_io session_custom_io; /* NULL: not of this shape */
     struct hot_libfuse hot;
 };
 

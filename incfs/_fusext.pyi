@@ -1,10 +1,6 @@
 from collections.abc import Callable
 from typing import Any, final
 
-FUSE_CAP_SPLICE_READ: int
-FUSE_CAP_SPLICE_WRITE: int
-FUSE_CAP_SPLICE_MOVE: int
-
 @final
 class Request:
     uid: int
@@ -21,8 +17,6 @@ def configure(
     max_background: int,
     congestion_threshold: int,
     max_readahead: int,
-    want_set: int,
-    want_clear: int,
     hot_threads: int,
 ) -> None: ...
 def start(dispatch: Callable[..., Any], /) -> None: ...

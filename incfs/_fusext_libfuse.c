@@ -66,7 +66,7 @@ int find_libfuse(void)
     look_up(handle, "fuse_session_new_versioned", &libfuse.session_new_versioned);
     /* libfuse 3.17 has another function of this name, with more arguments. */
     if (complete && libfuse.version() < 317)
-        look_up(handle, "fuse_session_custom_io", &libfuse.hot.session_custom_io);
+        look_up(handle, "fuse_session_custom_io", &libfuse.session_custom_io);
     if (!complete) {
         fprintf(stderr, "incfs: this libfuse3 lacks a function that incfs needs\n");
         return 0;

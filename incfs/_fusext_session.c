@@ -11,8 +11,6 @@ static struct {
     unsigned int max_background; /* 0 leaves libfuse's and the kernel's choice, as for the next two */
     unsigned int congestion_threshold;
     unsigned int max_readahead;
-    unsigned int want_set;
-    unsigned int want_clear;
     unsigned int hot_threads; /* 0: every request goes to Python */
 } limits;
 
@@ -31,9 +29,8 @@ static void op_init(void *userdata, struct fuse_conn_info *connection)
         connection->congestion_threshold = limits.congestion_threshold;
     if (limits.max_readahead && limits.max_readahead < connection->max_readahead)
         connection->max_readahead = limits.max_readahead;
-    /* libfuse gives up on the mount when asked for a capability that the kernel lacks. */
-    connection->want |= limits.want_set & connection->capable;
-    connection->want &= ~limits.want_clear;
+    /* A spliced request is in a pipe: hot threads and init_note want it in memory. */
+    connection->want &= ~(FUSE_CAP_SPLICE_READ | FUSE_CAP_SPLICE_WRITE | FUSE_CAP_SPLICE_MOVE);
     negotiated = *connection;
 }
 
@@ -135,8 +132,8 @@ void fuse_session_destroy(struct fuse_session *ended)
 int fuse_session_mount(struct fuse_session *mounted, const char *mountpoint)
 {
     int result = find_libfuse() ? libfuse.session_mount(mounted, mountpoint) : -1;
-    if (!result && hot_is_open() && mounted == session)
-        hot_mounted();
+    if (!result && mounted == session)
+        init_mounted(session, libfuse.session_custom_io, libfuse.hot.session_fd(session));
     return result;
 }
 
@@ -152,7 +149,10 @@ int fuse_session_receive_buf(struct fuse_session *asked, struct fuse_buf *buffer
 {
     if (hot_is_open() && asked == session)
         return hot_receive(buffer);
-    return find_libfuse() ? libfuse.hot.session_receive_buf(asked, buffer) : -ENOSYS;
+    int result = find_libfuse() ? libfuse.hot.session_receive_buf(asked, buffer) : -ENOSYS;
+    if (result > 0 && asked == session && !(buffer->flags & FUSE_BUF_IS_FD))
+        init_note(buffer->mem, (size_t)result);
+    return result;
 }
 
 /* ---- For Python --------------------------------------------------------------------------------- */
@@ -160,17 +160,13 @@ int fuse_session_receive_buf(struct fuse_session *asked, struct fuse_buf *buffer
 PyObject *module_configure(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     (void)module;
-    static char *names[] = {"max_background", "congestion_threshold", "max_readahead", "want_set",
-                            "want_clear",     "hot_threads",          NULL};
-    unsigned int background, congestion, readahead, set, clear, hot;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$IIIIII", names, &background, &congestion, &readahead, &set, &clear,
-                                     &hot))
+    static char *names[] = {"max_background", "congestion_threshold", "max_readahead", "hot_threads", NULL};
+    unsigned int background, congestion, readahead, hot;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$IIII", names, &background, &congestion, &readahead, &hot))
         return NULL;
     limits.max_background = background;
     limits.congestion_threshold = congestion;
     limits.max_readahead = readahead;
-    limits.want_set = set;
-    limits.want_clear = clear;
     limits.hot_threads = hot;
     Py_RETURN_NONE;
 }

@@ -3,12 +3,10 @@
 #include "fuse_hot_internal.h"
 
 #include <errno.h>
-#include <linux/fuse.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -17,48 +15,6 @@ static struct hot_libfuse libfuse;
 static struct worker workers[HOT_MAX_THREADS];
 static unsigned worker_count;
 static atomic_bool is_stopping;
-static _Atomic uint64_t init_unique; /* of the first request, until it is answered */
-
-/* ---- What is agreed with the kernel ------------------------------------------------------------- */
-
-/* Before each write the kernel asks whether the file has capabilities that writing takes away, unless the
- * filesystem says that it takes them away itself.  libfuse 3.14 cannot say so; we say it in its name.  There
- * is nothing to do for it: no file of ours can have setuid bits or capabilities. */
-static ssize_t write_reply(int fd, struct iovec *vector, int part_count, void *unused)
-{
-    (void)unused;
-    const struct fuse_out_header *header = vector[0].iov_base;
-    uint64_t asked = atomic_load(&init_unique);
-    if (asked && header->unique == asked && !header->error && part_count > 1) {
-        struct fuse_init_out *out = vector[1].iov_base;
-        out->flags |= FUSE_HANDLE_KILLPRIV_V2;
-        atomic_store(&init_unique, 0);
-    }
-    return writev(fd, vector, part_count);
-}
-
-static ssize_t read_request(int fd, void *buffer, size_t length, void *unused)
-{
-    (void)unused;
-    return read(fd, buffer, length);
-}
-
-/* Notes the request whose answer is to be changed, if the kernel knows what it would be told. */
-void note_init(const struct fuse_in_header *header, size_t length)
-{
-    const struct fuse_init_in *in = (const void *)(header + 1);
-    bool can_kill = length >= sizeof *header + offsetof(struct fuse_init_in, flags) + sizeof in->flags &&
-                    in->flags & FUSE_HANDLE_KILLPRIV_V2;
-    if (can_kill)
-        atomic_store(&init_unique, header->unique);
-}
-
-void hot_mounted(void)
-{
-    static const struct fuse_custom_io io = {.writev = write_reply, .read = read_request};
-    if (libfuse.session_custom_io)
-        libfuse.session_custom_io(session, &io, libfuse.session_fd(session));
-}
 
 /* ---- The threads -------------------------------------------------------------------------------- */
 

@@ -27,7 +27,6 @@ enum { HOT_MAX_THREADS = 16 };
 struct hot_libfuse {
     int (*session_fd)(struct fuse_session *);
     int (*session_receive_buf)(struct fuse_session *, struct fuse_buf *);
-    int (*session_custom_io)(struct fuse_session *, const struct fuse_custom_io *, int); /* NULL: not of this shape */
 };
 
 /* How long requests took that were served, by what they asked for: bucket i has those of less than 4^i times 4096 ns
@@ -48,8 +47,6 @@ struct hot_counts {
  * hot_receive.  False when the descriptor cannot be made. */
 bool hot_open(struct fuse_session *session, const struct hot_libfuse *libfuse);
 bool hot_is_open(void);
-/* The session is mounted: sees to what is agreed with the kernel. */
-void hot_mounted(void);
 int hot_fd(void);
 int hot_receive(struct fuse_buf *buffer);
 

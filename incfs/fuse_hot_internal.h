@@ -57,9 +57,4 @@ bool serve(struct worker *worker, struct item **item, size_t length);
 /* Of flushes: whoever answers one is not the thread that received it. */
 struct durations *sync_durations(void);
 
-/* ---- fuse_hot.c ------------------------------------------------------------------------------------------- */
-
-/* Notes the request whose answer is to be changed, if the kernel knows what it would be told. */
-void note_init(const struct fuse_in_header *header, size_t length);
-
 #endif

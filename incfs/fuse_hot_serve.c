@@ -1,6 +1,7 @@
 /* Requests that hot threads answer by themselves.  See fuse_hot.h for the rules. */
 #define _GNU_SOURCE
 #include "fuse_hot_internal.h"
+#include "fuse_init.h"
 
 #include <errno.h>
 #include <linux/fuse.h>
@@ -266,8 +267,7 @@ bool serve(struct worker *worker, struct item **item, size_t length)
         *item = NULL;
         return true;
     }
-    if (header->opcode == FUSE_INIT)
-        note_init(header, length);
+    init_note(header, length);
     enum hot_operation operation = operation_of(header->opcode);
     bool is_served = operation != HOT_OPERATIONS && serve_at_once(worker, operation, length);
     if (is_served)

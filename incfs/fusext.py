@@ -57,14 +57,8 @@ class Limits:
     """Requests in flight at which the kernel holds back read-ahead."""
     max_readahead_bytes: int = 1 << 20
     """Only lowers what the kernel offers; raise that in ``/sys/class/bdi/MAJOR:MINOR/read_ahead_kb``."""
-    splice: bool = True
-    """False receives each request as plain memory."""
-    want_set: int = 0
-    """FUSE_CAP bits to ask for, as far as the kernel has them."""
-    want_clear: int = 0
-    """FUSE_CAP bits not to ask for."""
     hot_threads: int = 0
-    """Threads that answer what a data plane can serve, past Python; then nothing is spliced."""
+    """Threads that answer what a data plane can serve, past Python."""
 
 
 _UNHEARD: Final = ("fuse_release(): fuse_reply_* failed", "fuse_releasedir(): fuse_reply_* failed")
@@ -86,13 +80,10 @@ def install(limits: Limits = DEFAULT_LIMITS) -> bool:
     if not _fusext.is_interposed():
         logger.warning("no holes, discard or copy_file_range in this mount: pyfuse3 was imported before incfs")
         return False
-    splice = _fusext.FUSE_CAP_SPLICE_READ | _fusext.FUSE_CAP_SPLICE_WRITE | _fusext.FUSE_CAP_SPLICE_MOVE
     _fusext.configure(
         max_background=limits.max_background,
         congestion_threshold=limits.congestion_threshold,
         max_readahead=limits.max_readahead_bytes,
-        want_set=limits.want_set,
-        want_clear=limits.want_clear | (0 if limits.splice and not limits.hot_threads else splice),
         hot_threads=limits.hot_threads,
     )
     return True

@@ -1,13 +1,16 @@
 """Attributes: sizes, blocks, modes, owners, times, and what df shows."""
 
 import errno
+import mmap
 import os
+import re
 import stat
 import subprocess
 import time
 
 import pytest
 
+from tests.mount.conftest import mounted_pool
 from tests.mount.test_names import errno_of
 
 MIB = 1 << 20
@@ -102,3 +105,18 @@ def test_status_files_tell_of_pool_and_volumes(mnt, volume):
     assert 'incfs_fuse_op_duration_seconds_count{op="write"}' in metrics
     with pytest.raises(PermissionError):
         os.open(mnt / ".incfs/metrics", os.O_WRONLY)
+
+
+@pytest.mark.parametrize("plane", ["python", "native"])
+def test_the_kernel_does_not_ask_for_capabilities_before_each_write(tmp_path, plane):
+    """It did, so that every write of the Python data plane was two requests."""
+    with mounted_pool(tmp_path, f"data_plane={plane}") as pool, mmap.mmap(-1, 4096) as block:
+        fd = os.open(pool / "db", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+        os.ftruncate(fd, 100 * 4096)
+        for i in range(100):
+            os.pwrite(fd, block, i * 4096)
+        os.close(fd)
+        text = (pool / ".incfs/metrics").read_text()
+    counts = dict(re.findall(r'op_duration_seconds_count\{op="(\w+)"\} (\d+)', text))
+    assert int(counts["write"]) == 100
+    assert int(counts.get("getxattr", 0)) < 10

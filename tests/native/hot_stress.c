@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #define FUSE_USE_VERSION 312
 #include "fuse_hot.h"
+#include "fuse_init.h"
 
 #include <errno.h>
 #include <linux/fuse.h>
@@ -364,10 +365,10 @@ int main(int count, char **arguments)
         return 2;
     kernel_side = pair[0];
     device_side = pair[1];
-    const struct hot_libfuse libfuse = {session_fd, receive_buf, custom_io};
+    const struct hot_libfuse libfuse = {session_fd, receive_buf};
     if (!hot_open((struct fuse_session *)&agreed, &libfuse))
         return 2;
-    hot_mounted();
+    init_mounted((struct fuse_session *)&agreed, custom_io, device_side);
     if (hot_start(&server, THREADS))
         return 2;
     pthread_t python, answers, threads[CLIENTS];

@@ -36,7 +36,7 @@ from incfs import _fusext, fusext
 if sys.argv[3:] != ["late"]:
     import pyfuse3
 
-LIMITS = fusext.Limits(max_background=77, congestion_threshold=55, max_readahead_bytes=65536, splice=False)
+LIMITS = fusext.Limits(max_background=77, congestion_threshold=55, max_readahead_bytes=65536)
 libc = ctypes.CDLL(None, use_errno=True)
 libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
