@@ -74,11 +74,14 @@ def _run_tests(copy: Path, tests: Sequence[str], limit_s: float) -> dict[str, Ou
 
 
 def _run(arguments: Sequence[str], copy: Path, limit_s: float) -> tuple[int | None, str]:
-    """Run Python in a process group of its own; there is no code when it had to be killed."""
+    """Run Python in a process group of its own; there is no code when it had to be killed.
+
+    Dead mounts are swept before tests, below the temporary directory: those of tests that run beside these must stay.
+    """
     with subprocess.Popen(
         [sys.executable, *arguments],
         cwd=copy,
-        env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(copy)},
+        env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(copy), "TMPDIR": str(copy)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -8,7 +8,7 @@ import pytest
 
 from tests.teeth.breakage import Breakage, Misfit
 from tests.teeth.breakages import BREAKAGES
-from tests.teeth.runner import ROOT, bite, run_unchanged
+from tests.teeth.runner import ROOT, _run, bite, run_unchanged
 
 SAMPLE = ("checksum-not-compared", "lease-granted-twice", "journal-sequence-not-checked")
 
@@ -47,6 +47,12 @@ def test_a_breakage_is_caught(tmp_path: Path, name: str) -> None:
 )
 def test_what_is_not_caught_is_told(tmp_path: Path, new: str, word: str) -> None:
     assert bite(replace(named(SAMPLE[0]), new=new), tmp_path).word == word
+
+
+def test_runs_in_a_copy_sweep_no_mounts_of_others(tmp_path: Path) -> None:
+    """The tests of a copy took away the dead mounts that other tests, which ran beside them, were about to look at."""
+    code = "import os, tempfile; print(tempfile.gettempdir(), os.environ['TMPDIR'])"
+    assert _run(["-c", code], tmp_path, 60) == (0, f"{tmp_path} {tmp_path}\n")
 
 
 def test_a_test_that_is_red_anyway_proves_nothing(tmp_path: Path) -> None:
