@@ -35,6 +35,7 @@ from incfs.errors import Busy, IncfsError, UsageError
 from incfs.exporter import serve_metrics
 from incfs.fuse_ops import Operations
 from incfs.kernel_hook import KernelHook
+from incfs.model import Volume
 from incfs.mount_options import MountOptions, parse_options
 from incfs.mount_table import (
     FILESYSTEM_TYPE,
@@ -303,7 +304,14 @@ class _Stopping:
         """Take over what the kernel has not written yet (syncfs does not wait for FUSE)."""
         for volume in self._service.volumes():
             if self._service.handles.of_volume(volume.id):
-                try:
-                    await self._hook.sync_volume(volume.name)
-                except IncfsError as error:
-                    logger.error("%s: not everything could be written: %s", volume.name, error)
+                await self._write_volume(volume)
+
+    async def _write_volume(self, volume: Volume) -> None:
+        try:
+            await self._hook.sync_volume(volume.name)
+        except IncfsError as error:
+            now = next((found for found in self._service.volumes() if found.id == volume.id), None)
+            if now is not None and now.name != volume.name:
+                await self._write_volume(now)
+            elif now is not None:
+                logger.error("%s: not everything could be written: %s", volume.name, error)
