@@ -60,6 +60,8 @@ class Committer:
         self._no_room: NoSpace | None = None
         """Why it waits; None when it does not."""
         self._is_dumping = False
+        self.freed: Callable[[], None]
+        """Called when a checkpoint has made blocks free; set by the service."""
         self.is_closing = False
         """Set for the last checkpoint: it does not wait for a full disk to get room."""
 
@@ -176,9 +178,8 @@ class Committer:
                     return
                 told = self._fold_told  # the next checkpoint, which has its own, may begin before this one is through
                 await offload(checkpoint.run_fold)
-                plan = self._store.end_checkpoint(checkpoint)
-                await offload(lambda: self._store.pool.reuse.punch(plan))
-                self._store.pool.reuse.punched(plan)
+                self._store.end_checkpoint(checkpoint)
+                self.freed()
             await self._dump_if_due()
         except IncfsError as error:
             self._store.fail(error)

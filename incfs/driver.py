@@ -52,6 +52,9 @@ class SpaceKeeper(Protocol):
     def look_soon(self) -> None:
         """Look how full they are."""
 
+    def hurry(self) -> None:
+        """Give back at once what a host lacks that is short of space."""
+
     async def add_image(self, rules: Sequence[Rule]) -> None:
         """Make another one that the rules allow, if the settings do; under the space lock."""
 
@@ -64,7 +67,8 @@ class Driver:
         self._committer = committer
         self._reclaimer = reclaimer
         self.space_lock = trio.Lock()
-        """Held while storage volumes grow or are added."""
+        """Held while storage volumes grow, are added or give space back."""
+        self._grows_ahead = False
         self.keeper: SpaceKeeper
         """Set by the service."""
         self._sequences: deque[tuple[MapId, int]] = deque(maxlen=_SEQUENCES)
@@ -154,6 +158,7 @@ class Driver:
                         await self._perform(step)
                 return self._leave_queue()
             except NoSpace as error:
+                self.keeper.hurry()
                 if trio.current_time() >= deadline or self._store.failure is not None:
                     self._tell_full(error)
                     raise
@@ -162,17 +167,25 @@ class Driver:
 
     async def grow_ahead(self, leases: list[MapId]) -> None:
         """Let images grow before these leases are used up; that none can, the writes that need it are told."""
+        if self._grows_ahead:
+            return
+        self._grows_ahead = True
+        try:
+            async with self.space_lock:
+                for lease in leases:
+                    await self._grow_if_short(lease)
+        finally:
+            self._grows_ahead = False
+
+    async def _grow_if_short(self, lease: MapId) -> None:
         space = self._store.space
-        async with self.space_lock:
-            for lease in leases:
-                is_needed = self._store.is_served(lease) and space.is_short(lease) and space.can_grow(lease)
-                growth = space.next_growth(lease) if is_needed else None
-                if growth is None:
-                    continue
-                try:
-                    await self._perform(growth)
-                except IncfsError as error:
-                    logger.warning("%s does not grow: %s", growth.storage.path, error)
+        is_needed = self._store.is_served(lease) and space.is_short(lease) and space.can_grow(lease)
+        growth = space.next_growth(lease) if is_needed else None
+        if growth is not None:
+            try:
+                await self._perform(growth)
+            except IncfsError as error:
+                logger.warning("%s does not grow: %s", growth.storage.path, error)
 
     async def _perform(self, step: Step | Growth | NewImage) -> None:
         if isinstance(step, Growth):

@@ -23,9 +23,11 @@ from incfs.units import format_size
 logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 5.0
-_PUNCH_RUNS = 500
-"""Pieces given back at once: about 50 ms of a worker thread."""
-_PUNCH_BATCHES = 10
+_GIVE_BACK_EVERY_S = 5.0
+_GIVE_BACK_AT_END_S = 10.0
+_PUNCH_RUNS = 16
+_PUNCH_BYTES = 16 << 20
+"""Given back at once, in so many pieces: 1 to 70 ms in which the image is not written and does not grow."""
 _SURVEY_PAUSE_S = 0.01
 """Between two groups of 128 MiB: 82 s for a TiB."""
 
@@ -42,6 +44,7 @@ class Keeper:
         self._space_lock = space_lock
         self._add_image = add_image
         self._wake = trio.Event()
+        self._hurried = trio.Event()
         self._refused: set[str] = set()
         """Directories in which no image could be made; told once."""
         self._healed: dict[StorageId, int] = {}
@@ -56,10 +59,8 @@ class Keeper:
         """Look now and then, and whenever asked; never returns."""
         while True:
             await self._look()
-            with trio.move_on_after(_LOOK_EVERY_S) as pause:
+            with trio.move_on_after(_LOOK_EVERY_S):
                 await self._wake.wait()
-            if pause.cancelled_caught:
-                self._store.pool.reuse.settle()
             self._wake = trio.Event()
 
     async def _look(self) -> None:
@@ -75,9 +76,36 @@ class Keeper:
         if store.failure is None and any(room.is_usable for room in rooms):
             await self._add_image_if_low()
             self._leave_low_columns()
-        if store.failure is None:
-            await self._give_back()
         await offload(store.events.flush)
+
+    def hurry(self) -> None:
+        """Blocks became free, or somebody needs space: give back what a host that is short of space lacks."""
+        if self._short_hosts():
+            self._hurried.set()
+
+    async def give_back(self) -> None:
+        """Give host space of blocks back that stay free; never returns.
+
+        What was freed waits until it has been free for one to two turns, however busy the pool is; whole chunks do
+        not wait where the host is short of space.
+        """
+        while True:
+            with trio.move_on_after(_GIVE_BACK_EVERY_S):
+                while True:
+                    await self._hurried.wait()
+                    self._hurried = trio.Event()
+                    await self._give_back()
+            await self._give_back()
+            self._store.pool.reuse.settle()
+
+    async def give_back_rest(self) -> None:
+        """Give back what waits, before the pool is closed; what takes too long, ``survey`` finds at the next open."""
+        reuse = self._store.pool.reuse
+        with trio.move_on_after(_GIVE_BACK_AT_END_S):
+            reuse.hurry(self._store.pool.volumes)
+            await self._give_back()
+            reuse.settle()
+            await self._give_back()
 
     async def survey(self) -> None:
         """Look through the images once for free blocks that the host still keeps, and give them back.
@@ -99,16 +127,22 @@ class Keeper:
                 await trio.sleep(_SURVEY_PAUSE_S)
 
     async def _give_back(self) -> None:
-        """Give the host space of blocks that were freed one by one back, some at a time."""
-        pool = self._store.pool
-        for _ in range(_PUNCH_BATCHES):
-            plan = pool.reuse.plan_leftovers(_PUNCH_RUNS)
-            if not plan.held:
-                return
-            with trio.CancelScope(shield=True):
-                await offload(lambda: pool.reuse.punch(plan))  # noqa: B023
-                pool.reuse.punched(plan)
-        self.look_soon()
+        """Give host space back, some at a time; who needs blocks waits for those that are held meanwhile."""
+        reuse = self._store.pool.reuse
+        reuse.hurry(self._short_hosts())
+        while self._store.failure is None:
+            async with self._space_lock:
+                plan = reuse.plan(_PUNCH_RUNS, max(1, _PUNCH_BYTES // self._store.block_bytes))
+                if not plan.held:
+                    return
+                with trio.CancelScope(shield=True):
+                    await offload(lambda: reuse.punch(plan))  # noqa: B023
+                    reuse.punched(plan)
+
+    def _short_hosts(self) -> list[StorageId]:
+        """List the storage volumes whose host filesystem is short of space."""
+        volumes = self._store.pool.volumes.items()
+        return [i for i, volume in volumes if volume.state == "online" and self._store.space.is_host_short(volume)]
 
     def _tell_healed(self) -> None:
         for storage_id, volume in self._store.pool.volumes.items():

@@ -1,10 +1,13 @@
-"""Freed blocks on their way to being free: held while somebody verifies, given back to the host first."""
+"""Freed blocks on their way back: held while somebody verifies, then free, later given back to the host.
+
+A block is free as soon as its checkpoint has ended.  Its host space stays until it has been free for a while:
+a busy volume that overwrites itself uses its blocks again, and the host need not allocate them anew each time.
+"""
 
 import logging
 from array import array
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from itertools import islice
 
 from incfs import groups
 from incfs.blocks import bit_mask, set_runs
@@ -15,19 +18,21 @@ from incfs.storage import StorageVolume
 
 logger = logging.getLogger(__name__)
 
-PUNCH_BYTES = 65536
-"""A checkpoint gives host space back in whole chunks of this size; what is freed in smaller pieces is
-punched in the background, for it costs about 0.1 ms a piece."""
+CHUNK_BYTES = 65536
+"""Free space of this size, and aligned to it, is worth giving back at once where the host is short of space; and
+of smaller blocks than the host's at all."""
 HOST_BLOCK_BYTES = 4096
 
 
 Held = tuple[StorageId, int, int]
 """(storage volume, group, blocks of it as a bit set)."""
+_Sets = dict[tuple[StorageId, int], int]
+"""(Storage volume, group) -> blocks of it as a bit set."""
 
 
 @dataclass(frozen=True, slots=True)
 class PunchPlan:
-    """Freed blocks whose host space is given back before they become free."""
+    """Free blocks that nobody gets until their host space is given back."""
 
     held: tuple[Held, ...]
 
@@ -56,38 +61,20 @@ class Reuse:
         """While positive, freed blocks stay unused: somebody verifies a checkpoint's data."""
         self.quarantine = array("Q")
         """Freed blocks that wait for that."""
-        self._leftovers: dict[tuple[StorageId, int], int] = {}
-        """Group -> freed blocks whose host space was not given back with a whole chunk, or before a crash."""
-        self._fresh_leftovers: dict[tuple[StorageId, int], int] = {}
-        """The same since ``settle``: most of what a busy volume frees is in use again before it would be punched."""
+        self._fresh: _Sets = {}
+        """Blocks that became free since ``settle``; most of a busy volume's are in use again soon."""
+        self._settled: _Sets = {}
+        """Those before, and what a crash left: given back if they still are."""
 
-    def plan(self, freed: "array[int]") -> PunchPlan:
-        """End a checkpoint: make its freed blocks free, but for whole chunks to punch first.
-
-        The chunks stay busy until ``punched``, so that nothing is written into them meanwhile.
-        """
+    def make_free(self, freed: "array[int]") -> None:
+        """End a checkpoint: its freed blocks are free, unless somebody verifies."""
         freed, self.quarantine = self.quarantine + freed, array("Q")
         if self.held:
             self.quarantine = freed
-            return PunchPlan(())
-        held: list[Held] = []
+            return
         for storage_id, group_index, bits in by_group(freed):
             self._volumes[storage_id].set_busy(group_index, bits, busy=False)
-            if self._block_bytes >= HOST_BLOCK_BYTES:  # smaller than the host's, nothing is won by single ones
-                fresh = self._fresh_leftovers.get((storage_id, group_index), 0)
-                self._fresh_leftovers[storage_id, group_index] = fresh | bits
-            if chunks := self._free_chunks(storage_id, group_index, bits):
-                held.append((storage_id, group_index, chunks))
-        return self._hold(held)
-
-    def _hold(self, held: list[Held]) -> PunchPlan:
-        """Let nothing be written to free blocks until they are punched."""
-        for storage_id, group_index, bits in held:
-            self._volumes[storage_id].set_busy(group_index, bits, busy=True)
-            for leftovers in (self._leftovers, self._fresh_leftovers):
-                if (storage_id, group_index) in leftovers:
-                    leftovers[storage_id, group_index] &= ~bits
-        return PunchPlan(tuple(held))
+            _add(self._fresh, (storage_id, group_index), bits)
 
     def note_written(self, storage_id: StorageId, group_index: int, bits: int) -> bool:
         """Remember free blocks that the host still keeps data of: whoever freed them was cut off; False for none.
@@ -99,34 +86,61 @@ class Reuse:
         """
         volume = self._volumes.get(storage_id)
         free = bits & ~volume.busy[group_index] if volume is not None and group_index < len(volume.busy) else 0
-        if free and self._block_bytes < HOST_BLOCK_BYTES:  # by less than a block of the host's nothing is won
-            free = self._free_chunks(storage_id, group_index, free)
         if free:
-            self._leftovers[storage_id, group_index] = self._leftovers.get((storage_id, group_index), 0) | free
+            _add(self._settled, (storage_id, group_index), free)
         return bool(free)
 
     def settle(self) -> None:
-        """Let what was freed one by one until now be punched, unless it is in use again; now and then."""
-        for key, bits in self._fresh_leftovers.items():
-            self._leftovers[key] = self._leftovers.get(key, 0) | bits
-        self._fresh_leftovers = {}
+        """Let what became free until now be given back, unless it is in use again by then; now and then."""
+        for key, bits in self._fresh.items():
+            _add(self._settled, key, bits)
+        self._fresh = {}
 
-    def plan_leftovers(self, limit: int) -> PunchPlan:
-        """Choose up to ``limit`` runs of blocks that were freed one by one before ``settle`` and are still free."""
+    def hurry(self, storage_ids: Collection[StorageId]) -> None:
+        """Let the whole chunks of some storage volumes be given back without waiting: the host is short of space."""
+        for (storage_id, group_index), bits in self._fresh.items():
+            if storage_id in storage_ids and (chunks := self._free_chunks(storage_id, group_index, bits)):
+                _add(self._settled, (storage_id, group_index), chunks)
+
+    def plan(self, most_runs: int, most_blocks: int) -> PunchPlan:
+        """Choose settled blocks to give back, and let nothing be written to them until they are ``punched``.
+
+        Args:
+            most_runs: In up to so many pieces.
+            most_blocks: Up to so many altogether.
+        """
         held: list[Held] = []
-        for (storage_id, group_index), bits in list(self._leftovers.items()):
-            volume = self._volumes.get(storage_id)
-            free = bits & ~volume.busy[group_index] if volume is not None else 0
-            self._leftovers[storage_id, group_index] = free
-            if not free:
-                del self._leftovers[storage_id, group_index]
-                continue
-            runs = list(islice(set_runs(free), limit))
-            held.append((storage_id, group_index, free & bit_mask(0, sum(runs[-1]))))
-            limit -= len(runs)
-            if not limit:
-                break
-        return self._hold(held)
+        while self._settled and most_runs and most_blocks:
+            (storage_id, group_index), bits = self._settled.popitem()
+            free = self._look_again(storage_id, group_index, bits)
+            end = 0
+            for first, count in set_runs(free):
+                end = first + min(count, most_blocks)
+                most_runs, most_blocks = most_runs - 1, most_blocks - (end - first)
+                if not (most_runs and most_blocks):
+                    break
+            if rest := free >> end << end:
+                self._settled[storage_id, group_index] = rest
+            if chosen := free & bit_mask(0, end):
+                self._hold(storage_id, group_index, chosen)
+                held.append((storage_id, group_index, chosen))
+        return PunchPlan(tuple(held))
+
+    def _look_again(self, storage_id: StorageId, group_index: int, bits: int) -> int:
+        """Leave out what is in use again, and what gives the host nothing back."""
+        volume = self._volumes.get(storage_id)
+        if volume is None:
+            return 0
+        if leased := bits & volume.busy[group_index] & ~volume.live[group_index]:  # may come back unused
+            _add(self._fresh, (storage_id, group_index), leased)
+        if self._block_bytes < HOST_BLOCK_BYTES:  # by less than a block of the host's nothing is won
+            return self._free_chunks(storage_id, group_index, bits)
+        return bits & ~volume.busy[group_index]
+
+    def _hold(self, storage_id: StorageId, group_index: int, bits: int) -> None:
+        self._volumes[storage_id].set_busy(group_index, bits, busy=True)
+        if (storage_id, group_index) in self._fresh:
+            self._fresh[storage_id, group_index] &= ~bits
 
     def _free_chunks(self, storage_id: StorageId, group_index: int, bits: int) -> int:
         """Find the chunks around blocks of a group that are free as a whole.
@@ -134,7 +148,7 @@ class Reuse:
         Cost: a few operations on the group's set, however many chunks there are.
         """
         volume = self._volumes[storage_id]
-        chunk, everything = max(1, PUNCH_BYTES // self._block_bytes), bit_mask(0, groups.GROUP_BLOCKS)
+        chunk, everything = max(1, CHUNK_BYTES // self._block_bytes), bit_mask(0, groups.GROUP_BLOCKS)
         free, near = everything & ~volume.busy[group_index], bits
         length = 1
         while length < chunk:  # a member stays where all, or comes where any, of those before its chunk's end are
@@ -156,3 +170,7 @@ class Reuse:
         """Make punched blocks free."""
         for storage_id, group_index, bits in plan.held:
             self._volumes[storage_id].set_busy(group_index, bits, busy=False)
+
+
+def _add(sets: _Sets, key: tuple[StorageId, int], bits: int) -> None:
+    sets[key] = sets.get(key, 0) | bits

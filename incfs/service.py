@@ -83,6 +83,7 @@ class Service:
         self.upkeep = Upkeep(store, self._committer, self._driver)
         """Storage volumes, and where data lies."""
         self._keeper = self._driver.keeper = Keeper(store, self._driver.space_lock, self.upkeep.add_image)
+        self._committer.freed = self._keeper.hurry
         self.inspection = Inspection(store, self._committer, self.handles)
         """What only looks."""
         self.transfers = Transfers(
@@ -246,7 +247,7 @@ class Service:
         await self._committer.commit()
 
     async def checkpoint(self) -> None:
-        """Fold the journal into the tables and give freed space back."""
+        """Fold the journal into the tables: freed blocks are free."""
         await self._committer.checkpoint()
 
     # Volumes
@@ -399,6 +400,7 @@ class Service:
             nursery.start_soon(self._trim_interrupted)
             nursery.start_soon(self._attend)
             nursery.start_soon(self._keeper.run)
+            nursery.start_soon(self._keeper.give_back)
             nursery.start_soon(self._keeper.survey)
 
     async def _attend(self) -> None:
@@ -408,7 +410,7 @@ class Service:
             while wanted is not None:
                 await trio.lowlevel.wait_readable(wanted)
                 short = self._store.attend()
-                if short and not self._driver.space_lock.locked():
+                if short:
                     nursery.start_soon(self._driver.grow_ahead, short)
                 self._commit_if_large()
 
@@ -435,6 +437,7 @@ class Service:
         if self._store.failure is not None:
             return
         self._committer.is_closing = True
+        self._store.reclaim_leases()
         try:
             await self.checkpoint()
         except NoSpace as error:
@@ -442,6 +445,7 @@ class Service:
                 raise
             await self.commit()  # the checkpoint that lacks room may be an earlier one
             logger.warning("pool %s is closed without a checkpoint: %s", self.directory, error)
+        await self._keeper.give_back_rest()
 
 
 @asynccontextmanager

@@ -150,6 +150,11 @@ class Space:
         reserve = self.settings.reserve
         return self._host_reserve_bytes if reserve is None else reserve.of(volume.host_total_bytes)
 
+    def is_host_short(self, volume: StorageVolume) -> bool:
+        """Tell whether others need what an image's host filesystem has left, by the last look at it."""
+        low_water = self.settings.low_water.of(volume.host_total_bytes)
+        return volume.host_free_bytes < max(low_water, self.reserve_bytes(volume) + self.extend_bytes)
+
     def room(self, volume: StorageVolume) -> Room:
         """Tell how full a storage volume is, by the last look at its host filesystem."""
         block = self._block_bytes

@@ -26,7 +26,6 @@ from incfs.journal import Journal
 from incfs.lock import PoolLock
 from incfs.memory import Memory
 from incfs.options import Options
-from incfs.reuse import PunchPlan
 from incfs.superblock import Superblock
 from incfs.tables import Tables
 
@@ -101,8 +100,7 @@ class Store(Memory):
         """Begin a commit and freeze what it leads to.
 
         The caller runs ``run_commit`` (any thread), ``end_checkpoint_commit`` (here; commits
-        may go on from then), ``run_fold`` (any thread), ``end_checkpoint`` (here), and
-        ``Reuse.punch`` (any thread) and ``Reuse.punched`` (here) with its result.
+        may go on from then), ``run_fold`` (any thread) and ``end_checkpoint`` (here).
         """
         commit = self.begin_commit()
         self._is_turning = True
@@ -146,7 +144,7 @@ class Store(Memory):
             logger.warning("pool %s is opened without folding its journal: %s", self.directory, error)
             return
         checkpoint.run_fold()
-        self._reuse(checkpoint)
+        self.end_checkpoint(checkpoint)
 
     def keep_recovered(self, sequence: int) -> None:
         """After replay into a pool that must not be written: everything stays in memory."""
@@ -160,14 +158,14 @@ class Store(Memory):
         if checkpoint.commit is not None:
             self.end_commit(checkpoint.commit)
 
-    def end_checkpoint(self, checkpoint: Checkpoint) -> PunchPlan:
-        """Note that the tables contain the checkpoint; its freed blocks may be used again."""
+    def end_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Note that the tables contain the checkpoint: its freed blocks are free."""
         assert checkpoint is self._checkpoint
         self._checkpoint = None
         self._folded_sequence = checkpoint.sequence
         self.plane.set_folded(checkpoint.sequence)
         self.log.thaw()
-        return self.pool.reuse.plan(checkpoint.freed)
+        self.pool.reuse.make_free(checkpoint.freed)
 
     @property
     def has_uncommitted(self) -> bool:
@@ -232,12 +230,7 @@ class Store(Memory):
         """Fold; when the host has no room for that, it may be tried again."""
         checkpoint.reserve()
         self._guard(checkpoint.run_fold)
-        self._reuse(checkpoint)
-
-    def _reuse(self, checkpoint: Checkpoint) -> None:
-        plan = self.end_checkpoint(checkpoint)
-        self.pool.reuse.punch(plan)
-        self.pool.reuse.punched(plan)
+        self.end_checkpoint(checkpoint)
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:

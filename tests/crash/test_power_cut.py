@@ -18,7 +18,7 @@ from incfs.baseline import BaselineFacts, content_digest
 from incfs.errors import Busy, NoSpace
 from incfs.model import Snapshot, StorageId, StoredPolicy, VolumeId
 from incfs.pool import Pool
-from incfs.reuse import PUNCH_BYTES
+from incfs.reuse import CHUNK_BYTES
 from incfs.store import Store
 from tests.support import pools, simulator
 from tests.support.figures import Figures
@@ -266,7 +266,7 @@ def test_every_cut_of_an_evacuation_gives_a_commit_point(pool_home: Path, small_
 def test_cuts_of_a_random_workload_give_commit_points(pool_home: Path, seed: int) -> None:
     random = Random(seed)
     options = pools.tiny_options(small_commit_bytes=random.choice([0, 500, 65536]), page_cache_pages=4)
-    capacity = random.choice([None, 2 * PUNCH_BYTES])
+    capacity = random.choice([None, 2 * CHUNK_BYTES])
     media = make_media(pool_home / "real", storages=1 + seed % 2, capacity_bytes=capacity)
     with Recorder(pool_home / "real", media, options) as recorder:
         for step in range(60):

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from incfs import bookmarks, extents, groups, holds, ranges, relocation, removal, stripes
+from incfs import bookmarks, extents, groups, holds, ranges, relocation, removal, reuse, stripes
 from incfs import clone as clones
 from incfs import memory as memory_module
 from incfs import snapshot as snapshots
@@ -144,8 +144,9 @@ class CoreMachine(RuleBasedStateMachine):
     def begin(self, setup: Setup) -> None:
         self.setup = setup
         self.home = Path(tempfile.mkdtemp(prefix="incfs-model-", dir=fast_directory()))
-        self.constants = memory_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS, groups.GROUP_BLOCKS
-        groups.GROUP_BLOCKS = setup.group_blocks
+        self.constants = memory_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS
+        self.sizes = groups.GROUP_BLOCKS, reuse.CHUNK_BYTES
+        groups.GROUP_BLOCKS, reuse.CHUNK_BYTES = setup.group_blocks, 256
         memory_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS = setup.seal_at, setup.lease_blocks
         self.pool = pools.make_pool(
             self.home,
@@ -199,7 +200,8 @@ class CoreMachine(RuleBasedStateMachine):
             self.compare()
             pools.check_clean(self.store)
         finally:
-            memory_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS, groups.GROUP_BLOCKS = self.constants
+            memory_module._SEAL_AT, space_module.MAX_LEASE_BLOCKS = self.constants
+            groups.GROUP_BLOCKS, reuse.CHUNK_BYTES = self.sizes
             self.store.abandon()
             shutil.rmtree(self.home)
 
@@ -710,7 +712,7 @@ class CoreMachine(RuleBasedStateMachine):
         report = pools.run_check(self.store)
         assert report.is_clean, report.problems
 
-    @precondition(lambda self: self.commit_begun is None and self.checkpoint_phase in ("", "folding", "punching"))
+    @precondition(lambda self: self.commit_begun is None and self.checkpoint_phase in ("", "folding"))
     @rule()
     def begin_commit(self) -> None:
         self.commit_begun = self.store.begin_commit()
@@ -741,16 +743,10 @@ class CoreMachine(RuleBasedStateMachine):
             checkpoint.run_commit()
             store.end_checkpoint_commit(checkpoint)
             self.checkpoint_phase = "folding"
-        elif self.checkpoint_phase == "folding":
+        else:
             checkpoint.reserve()
             checkpoint.run_fold()
-            self.punching = store.end_checkpoint(checkpoint)
-            self.checkpoint_phase = "punching"
-        else:
-            assert self.punching is not None
-            store.pool.reuse.punch(self.punching)
-            store.pool.reuse.punched(self.punching)
-            self.punching = None
+            store.end_checkpoint(checkpoint)
             self.checkpoint_phase = ""
 
     def finish_phases(self) -> None:
@@ -758,6 +754,29 @@ class CoreMachine(RuleBasedStateMachine):
             self.end_commit()
         while self.checkpoint_phase:
             self._next_phase()
+        if self.punching is not None:
+            self.end_giving_back()
+
+    # Free blocks go back to the host
+
+    @precondition(lambda self: self.punching is None)
+    @rule(is_settled=st.booleans(), runs=st.integers(1, 4), blocks=st.integers(4, 40))
+    def begin_giving_back(self, is_settled: bool, runs: int, blocks: int) -> None:
+        if is_settled:
+            self.store.pool.reuse.settle()
+        else:
+            self.store.pool.reuse.hurry(self.store.pool.volumes)
+        self.punching = self.store.pool.reuse.plan(runs, blocks)
+        assert len(self.punching.runs) <= runs
+        assert sum(count for _, _, count in self.punching.runs) <= blocks
+
+    @precondition(lambda self: self.punching is not None)
+    @rule()
+    def end_giving_back(self) -> None:
+        assert self.punching is not None
+        self.store.pool.reuse.punch(self.punching)
+        self.store.pool.reuse.punched(self.punching)
+        self.punching = None
 
     # Crashes
 

@@ -19,7 +19,6 @@ from incfs.log import IncrementalLog
 from incfs.model import PAGE_BLOCKS, Volume, VolumeId
 from incfs.overlay import Chain
 from incfs.reclaimer import Reclaimer
-from incfs.reuse import PunchPlan, Reuse
 from incfs.service import Service, open_service
 from incfs.store import Store
 from tests.support import pools
@@ -178,29 +177,28 @@ async def test_a_checkpoint_waits_for_room_and_harms_nothing(pool_home: Path, mo
 async def test_who_waits_for_a_checkpoint_is_told_although_the_next_has_begun(
     pool_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next one may begin while host space is given back; whoever waited then waited for ever."""
-    punch, plans, go_on = Reuse.punch, [], threading.Event()
+    """The next one may begin while the metadata is copied; whoever waited then waited for ever."""
+    copied, go_on = [], threading.Event()
 
-    def slow_punch(reuse: Reuse, plan: PunchPlan) -> None:
-        plans.append(plan)
-        if len(plans) == 1:
-            go_on.wait()
-        punch(reuse, plan)
+    def slow_copies(store: Store) -> None:
+        copied.append(store)
+        go_on.wait()
 
     async with (
         open_service(pools.make_pool(pool_home), pools.tiny_options()) as service,
         trio.open_nursery() as nursery,
     ):
         volume = await service.create_volume("a", 640)
-        monkeypatch.setattr(Reuse, "punch", slow_punch)
+        monkeypatch.setattr("incfs.dump.copies_are_due", lambda *_: True)
+        monkeypatch.setattr("incfs.dump.write_copies", slow_copies)
         with trio.fail_after(60):
             try:
                 nursery.start_soon(service.checkpoint)
-                while not plans:
+                while not copied:
                     await trio.sleep(0.001)
                 await service.write(volume.map_id, 0, b"x" * 64)
                 service._committer.checkpoint_soon()
-                while len(plans) < 2:
+                while service._store.has_unfolded:
                     await trio.sleep(0.001)
             finally:
                 go_on.set()

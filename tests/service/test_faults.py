@@ -16,14 +16,14 @@ from incfs.model import Volume
 from incfs.options import Options
 from incfs.planes import HAS_NATIVE, PlaneKind
 from incfs.recovery import create_pool
-from incfs.reuse import PUNCH_BYTES
+from incfs.reuse import CHUNK_BYTES
 from incfs.service import Service, open_service
 from incfs.store import TABLES_NAME
 from incfs.tables import Tables
 
 PLANES: list[PlaneKind] = [kind for kind in get_args(PlaneKind) if kind != "auto" and (HAS_NATIVE or kind != "native")]
 PATIENCE_S = 60
-DATA = Random(1).randbytes(3 * PUNCH_BYTES)
+DATA = Random(1).randbytes(3 * CHUNK_BYTES)
 SMALL = Random(2).randbytes(40_000)
 """A record has it, with what it is part of."""
 JOURNAL_BYTES = 1 << 20
@@ -85,6 +85,11 @@ async def two_volumes(
         yield service, first, second
 
 
+async def give_back(service: Service) -> None:
+    await service.checkpoint()
+    await service._keeper.give_back_rest()
+
+
 async def rewrite(service: Service, volume: Volume) -> None:
     await service.write(volume.map_id, 0, DATA[::-1])
 
@@ -95,7 +100,7 @@ HANGS: dict[str, tuple[type, str, str, Callable[[Service, Volume], Any]]] = {
     "segment": (File, "pwrite", "journal.1", lambda s, v: s.checkpoint()),
     "reserve": (File, "allocate", TABLES_NAME, lambda s, v: s.checkpoint()),
     "fold": (Tables, "write", TABLES_NAME, lambda s, v: s.checkpoint()),
-    "punch": (File, "punch", ".img", lambda s, v: s.checkpoint()),
+    "punch": (File, "punch", ".img", lambda s, v: give_back(s)),
     "growth": (File, "allocate", ".img", lambda s, v: s.write(v.map_id, len(DATA), 8 * DATA)),
 }
 

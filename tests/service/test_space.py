@@ -1,6 +1,7 @@
 """Space as tasks see it: growth before a write fails, full pools, queues, quotas, reservations."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from fractions import Fraction
@@ -10,12 +11,14 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from incfs import removal
 from incfs.errors import NoSpace, QuotaExceeded
 from incfs.model import StorageId, Volume
 from incfs.service import Service, open_service
 from incfs.settings import Amount, Directory, PoolSettings, VolumeSettings
+from incfs.storage import StorageVolume
 from tests.support import pools
 
 BLOCK = pools.BLOCK
@@ -233,3 +236,112 @@ async def test_what_a_crash_kept_from_being_punched_goes_back_to_the_host(pool_h
         assert (await service.inspection.check(data=True)).is_clean
         await service.write(volume.map_id, 0, bytes(content))  # what was punched can be used
         assert await service.read(volume.map_id, 0, len(content)) == bytes(content)
+
+
+# Free blocks go back to the host
+
+
+def occupied(service: Service) -> int:
+    found: int = service.storages()[0]["allocated_bytes"]
+    return found
+
+
+@asynccontextmanager
+async def half_discarded(home: Path) -> AsyncIterator[Service]:
+    """A pool with 512 blocks of 4 KiB, of which every second 64 KiB were discarded, and no checkpoint since."""
+    pool = pools.make_pool(home, block_bytes=4096)
+    async with open_service(pool, pools.tiny_options(extend_bytes=1 << 20)) as service:
+        volume = await service.create_volume("db")
+        await service.write(volume.map_id, 0, Random(1).randbytes(512 * 4096))
+        await service.checkpoint()
+        for first in range(0, 512, 32):
+            await service.discard(volume.map_id, first * 4096, 16 * 4096)
+        yield service
+
+
+async def test_a_pool_that_is_never_quiet_gives_space_back(pool_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was given back only when five seconds had gone by without a reason to look at the pool's space."""
+    monkeypatch.setattr("incfs.keeper._GIVE_BACK_EVERY_S", 0.05)
+    async with half_discarded(pool_home) as service:
+        before = occupied(service)
+        await service.checkpoint()
+        with trio.fail_after(60):
+            while before - occupied(service) < 250 * 4096:
+                service._keeper.look_soon()
+                await trio.sleep(0.001)
+
+
+@pytest.mark.parametrize("is_short", [False, True])
+async def test_only_a_host_that_is_short_of_space_gets_it_at_once(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch, is_short: bool
+) -> None:
+    monkeypatch.setattr("incfs.keeper._GIVE_BACK_EVERY_S", 3600)
+    async with half_discarded(pool_home) as service:
+        service.apply_settings(PoolSettings(low_water=Amount(percent=Fraction(100 if is_short else 0))))
+        before = occupied(service)
+        await service.checkpoint()
+        if is_short:
+            await until(lambda: before - occupied(service) >= 250 * 4096)
+        await trio.testing.wait_all_tasks_blocked()
+        assert (before > occupied(service)) == is_short
+
+
+async def test_what_became_free_goes_back_before_the_pool_is_closed(pool_home: Path) -> None:
+    async with half_discarded(pool_home) as service:
+        before, path = occupied(service), Path(service.storages()[0]["path"])
+        await service.discard(service.volume("db").map_id, 17 * 4096, 4096)  # not a chunk
+    assert before - path.stat().st_blocks * 512 >= 257 * 4096
+
+
+@pytest.fixture
+def slow_punch(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """(Set when something is being given back, lets it go on)."""
+    begun, go_on = threading.Event(), threading.Event()
+    punch = StorageVolume.punch
+
+    def slowly(volume: StorageVolume, block_index: int, count: int) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        punch(volume, block_index, count)
+
+    monkeypatch.setattr(StorageVolume, "punch", slowly)
+    yield begun, go_on
+    go_on.set()
+
+
+async def test_a_write_that_needs_what_is_being_given_back_waits_for_it(
+    pool_home: Path, slow_punch: tuple[threading.Event, threading.Event]
+) -> None:
+    """Nobody may be told of a full pool because free blocks are held for a moment."""
+    begun, go_on = slow_punch
+    pool = pools.make_pool(pool_home, block_bytes=4096, capacity_bytes=1 << 20)
+    async with open_service(pool, pools.tiny_options(extend_bytes=1 << 20)) as service, trio.open_nursery() as nursery:
+        volume = await service.create_volume("db")
+        await service.write(volume.map_id, 0, Random(1).randbytes(250 * 4096))
+        await service.discard(volume.map_id, 0, 250 * 4096)
+        await service.checkpoint()
+        nursery.start_soon(service._keeper.give_back_rest)
+        await until(begun.is_set)
+        nursery.start_soon(service.write, volume.map_id, 0, Random(2).randbytes(250 * 4096))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        go_on.set()
+    assert "full" not in kinds(service)
+
+
+async def test_a_storage_volume_is_removed_while_space_is_given_back(
+    pool_home: Path, slow_punch: tuple[threading.Event, threading.Event]
+) -> None:
+    """Blocks held for that counted as in use: it could not be removed, as if it held data."""
+    begun, go_on = slow_punch
+    pool = pools.make_pool(pool_home, block_bytes=4096, storages=2)
+    async with open_service(pool, pools.tiny_options(extend_bytes=1 << 20)) as service, trio.open_nursery() as nursery:
+        volume = await service.create_volume("db")
+        await service.write(volume.map_id, 0, Random(1).randbytes(100 * 4096))
+        await service.discard(volume.map_id, 0, 100 * 4096)
+        await service.checkpoint()
+        nursery.start_soon(service._keeper.give_back_rest)
+        await until(begun.is_set)
+        nursery.start_soon(service.upkeep.remove_storage, StorageId(1))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        go_on.set()
+    assert "image-removed" in kinds(service)

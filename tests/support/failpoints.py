@@ -83,7 +83,8 @@ _ALL = (
     Point("fold.durable", _TABLES, "after", _FOLD, most=3),
     Point("fold.ended", "store:Store.end_checkpoint", most=3),
     # Freed blocks and their host space.
-    Point("punch.planned", "reuse:Reuse.plan", most=3),
+    Point("free.ended", "reuse:Reuse.make_free", most=3),
+    Point("punch.planned", "reuse:Reuse.plan"),
     Point("punch.begun", _PUNCH, "before", most=3),
     Point("punch.one", _PUNCH, most=3),
     Point("punch.ended", "reuse:Reuse.punched", most=3),
@@ -151,6 +152,7 @@ class _Inside(threading.local):
 
 def arm(name: str, passes: int, seed: int) -> None:
     """Have this process kill itself at the ``passes``-th pass of a point."""
+    wrap("keeper:_GIVE_BACK_EVERY_S", lambda _: 0.1)  # so that those of giving back are passed
     point, inside = POINTS[name], _Inside()
     trigger = _Trigger(name, point.moment, passes, seed)
     wrap(point.function, lambda function: _failing(function, trigger, inside, is_limited=bool(point.inside)))

@@ -213,6 +213,25 @@ def run_check(store: Store, *, data: bool = True) -> CheckReport:
         return Checker(reader, store.pool.volumes, store.block_bytes, data=data).run()
 
 
+def give_back(store: Store, between: Callable[[], None] = lambda: None) -> None:
+    """Give host space of everything that is free back, as the service does in turns.
+
+    Args:
+        store: The pool.
+        between: What happens while the first pieces are held.
+    """
+    reuse = store.pool.reuse
+    reuse.settle()
+    for number in itertools.count():
+        plan = reuse.plan(16, 4096)
+        if not plan.held:
+            break
+        if not number:
+            between()
+        reuse.punch(plan)
+        reuse.punched(plan)
+
+
 def check_clean(store: Store) -> None:
     """Checkpoint, then prove that the tables and the memory are consistent."""
     store.checkpoint()
@@ -229,7 +248,7 @@ def check_memory(store: Store, punching: PunchPlan | None = None) -> None:
 
     Args:
         store: The pool, between two steps.
-        punching: The plan of a checkpoint whose punching has not ended.
+        punching: What is being given back to the host.
     """
     store.catch_up()  # what the data plane's own threads committed is in the log only from then on
     owned = list(_owned_addresses(store))

@@ -17,7 +17,7 @@ from tests.support import pools
 from tests.support.media import Event, Media, MemoryBacking, seeded_randomness
 from tests.support.power import Machine
 
-PUNCH_BYTES = 512
+CHUNK_BYTES = 512
 """Stretches that are punched in tiny pools."""
 
 
@@ -83,8 +83,8 @@ class Recorder:
         self._stack.close()
 
     def _watch_commits(self, store: Store) -> None:
-        """Commits happen inside other operations too, to make space."""
-        begin_commit, end_commit = store.begin_commit, store.end_commit
+        """Commits and checkpoints happen inside other operations too, to make space."""
+        begin_commit, end_commit, checkpoint = store.begin_commit, store.end_commit, store.checkpoint
 
         def begin() -> Commit | None:
             commit = begin_commit()
@@ -98,8 +98,13 @@ class Recorder:
             end_commit(commit)
             self.backing.mark(("durable", len(self.points) - 1))
 
+        def fold() -> None:
+            checkpoint()
+            pools.give_back(store)
+
         store.begin_commit = begin  # type: ignore[method-assign]
         store.end_commit = end  # type: ignore[method-assign]
+        store.checkpoint = fold  # type: ignore[method-assign]
 
     def checkpoint(self, between: Callable[[], None]) -> None:
         """A checkpoint, with work and commits between its parts."""
@@ -108,10 +113,8 @@ class Recorder:
         self.store.end_checkpoint_commit(checkpoint)
         between()
         checkpoint.run_fold()
-        plan = self.store.end_checkpoint(checkpoint)
-        between()
-        self.store.pool.reuse.punch(plan)
-        self.store.pool.reuse.punched(plan)
+        self.store.end_checkpoint(checkpoint)
+        pools.give_back(self.store, between)
 
     def cuts(self) -> Iterator[Cut]:
         """Yield the moments before each sync and around each commit.
@@ -138,12 +141,12 @@ class Recorder:
 @contextmanager
 def tiny_punches() -> Iterator[None]:
     """Let tiny pools punch holes, too."""
-    original = reuse.PUNCH_BYTES
-    reuse.PUNCH_BYTES = PUNCH_BYTES
+    original = reuse.CHUNK_BYTES
+    reuse.CHUNK_BYTES = CHUNK_BYTES
     try:
         yield
     finally:
-        reuse.PUNCH_BYTES = original
+        reuse.CHUNK_BYTES = original
 
 
 def make_media(root: Path, fill: Callable[[Store], None] | None = None, **options: Any) -> Media:

@@ -119,6 +119,7 @@ def workload(watched: Watched) -> None:
     watched.run(Store.commit)
     watched.write("a", 0, Random(8).randbytes(1700))
     watched.run(Store.checkpoint)
+    watched.run(pools.give_back)
     watched.write("b", 500, Random(9).randbytes(200))
     watched.run(lambda s: volumes.rename(s, s.catalog.volume_named("b").id, "b"))
     watched.run(Store.commit)

@@ -89,12 +89,12 @@ def test_filesystem_keeps_files_and_gives_space_back(
             run("fstrim", root)
             note("half deleted and trimmed")
         run(*kind.verify, device)
-    # Freed blocks go back to the host with the next checkpoint.
+    # Freed blocks go back to the host when they have been free for a while after the next checkpoint.
     wait_for(lambda: allocated_bytes(images) < before[1] - 20 * MIB, timeout_s=2 * START_TIMEOUT_S)
     note("given back")
     after = allocated_bytes(volume), allocated_bytes(images)
     assert after[0] < before[0] * 0.75  # half of the files hold about half of the bytes
-    # The images keep what they grew by in advance, and chunks of 64 KiB that are not wholly free.
+    # The images keep what they grew by in advance.
     assert after[1] < before[1] - 20 * MIB
 
 

@@ -324,7 +324,7 @@ def test_a_leg_that_fails_in_the_middle_of_a_write_is_left_behind_and_brought_ba
 
 
 DIES_BEFORE_PUNCHING = (
-    "from tests.support.failpoints import arm; arm('punch.planned', 1, 0); from incfs.cli import main; main()"
+    "from tests.support.failpoints import arm; arm('free.ended', 1, 0); from incfs.cli import main; main()"
 )
 
 

@@ -13,7 +13,7 @@ from incfs.errors import BackingError, ImageMismatch, NoSpace, PoolLocked
 from incfs.groups import GROUP_BLOCKS
 from incfs.model import StorageId
 from incfs.recovery import make_storage
-from incfs.reuse import PUNCH_BYTES
+from incfs.reuse import CHUNK_BYTES
 from incfs.store import Store
 from tests.support import pools
 from tests.support.media import MemoryBacking
@@ -75,20 +75,22 @@ def test_a_freed_block_waits_for_the_checkpoint(store: Store) -> None:
     assert store.pool.allocate(1, 1) == []
     _, freed = store.pool.freeze()
     assert store.pool.allocate(1, 1) == []
-    store.pool.reuse.punched(store.pool.reuse.plan(freed))
+    store.pool.reuse.make_free(freed)
     assert store.pool.allocate(1, 1) == [(address, 1)]
 
 
 def test_whole_chunks_go_back_to_the_host(store: Store) -> None:
-    chunk = PUNCH_BYTES // pools.BLOCK
+    chunk = CHUNK_BYTES // pools.BLOCK
     volume = pools.new_volume(store, "a")
-    pools.write(store, volume.map_id, 0, b"x" * 4 * PUNCH_BYTES)
+    pools.write(store, volume.map_id, 0, b"x" * 4 * CHUNK_BYTES)
     store.checkpoint()
     file = store.pool.volumes[ONE].file
     before = file.allocated_bytes()
-    pools.discard(store, volume.map_id, 0, 3 * PUNCH_BYTES)
+    pools.discard(store, volume.map_id, 0, 3 * CHUNK_BYTES)
     store.checkpoint()
-    assert before - file.allocated_bytes() >= 2 * PUNCH_BYTES
+    assert before == file.allocated_bytes()
+    pools.give_back(store)
+    assert before - file.allocated_bytes() >= 2 * CHUNK_BYTES
     assert store.pool.volumes[ONE].live_blocks == chunk
     pools.check_clean(store)
 
@@ -218,16 +220,70 @@ def test_what_is_freed_block_by_block_goes_back_to_the_host_too(pool_home: Path)
     assert store.pool.volumes[ONE].file.allocated_bytes() == before
     pools.write(store, volume.map_id, 0, b"y" * 4096 * 3)
     store.reclaim_leases()
-    assert not store.pool.reuse.plan_leftovers(1000).runs, "what was freed a moment ago may be in use again soon"
-    store.pool.reuse.settle()
-    plan = store.pool.reuse.plan_leftovers(1000)
-    store.pool.reuse.punch(plan)
-    store.pool.reuse.punched(plan)
+    assert not store.pool.reuse.plan(1000, 1000).runs, "what was freed a moment ago may be in use again soon"
+    pools.give_back(store)
     assert before - store.pool.volumes[ONE].file.allocated_bytes() >= 120 * 4096
-    assert not store.pool.reuse.plan_leftovers(1000).runs
+    assert not store.pool.reuse.plan(1000, 1000).runs
     pools.check_clean(store)
     assert pools.read(store, volume.map_id, 4096 * 3, 4096) == b"x" * 4096
     store.abandon()
+
+
+def freed_chunks(pool_home: Path) -> Store:
+    """A pool in which four chunks of a volume, and every second block of four others, became free just now."""
+    store = pools.open_tiny(pools.make_pool(pool_home, block_bytes=4096))
+    volume = pools.new_volume(store, "db")
+    pools.write(store, volume.map_id, 0, b"x" * 9 * CHUNK_BYTES)
+    store.checkpoint()
+    pools.discard(store, volume.map_id, 0, 4 * CHUNK_BYTES)
+    for block in range(64, 128, 2):
+        pools.discard(store, volume.map_id, block * 4096, (block + 1) * 4096)
+    store.checkpoint()
+    return store
+
+
+def test_what_is_given_back_at_once_is_bounded(pool_home: Path) -> None:
+    with freed_chunks(pool_home) as store:
+        reuse = store.pool.reuse
+        reuse.settle()
+        seen: list[tuple[StorageId, int, int]] = []
+        while (plan := reuse.plan(3, 24)).held:
+            assert len(plan.runs) <= 3
+            assert sum(count for _, _, count in plan.runs) <= 24
+            assert all(store.pool.volumes[ONE].is_busy(first, count) for _, first, count in plan.runs)
+            seen += plan.runs
+            reuse.punch(plan)
+            reuse.punched(plan)
+        blocks = [first + i for _, first, count in seen for i in range(count)]
+        assert len(set(blocks)) == len(blocks) == 64 + 32
+        pools.check_clean(store)
+
+
+def test_a_host_that_is_short_of_space_gets_whole_chunks_without_waiting(pool_home: Path) -> None:
+    with freed_chunks(pool_home) as store:
+        reuse = store.pool.reuse
+        reuse.hurry([StorageId(7)])
+        assert not reuse.plan(1000, 1000).held
+        reuse.hurry([ONE])
+        plan = reuse.plan(1000, 1000)
+        assert plan.runs == [(ONE, 0, 64)]
+        reuse.punch(plan)
+        reuse.punched(plan)
+        reuse.settle()
+        assert sum(count for _, _, count in reuse.plan(1000, 1000).runs) == 32
+
+
+def test_what_was_leased_and_comes_back_unused_goes_back_to_the_host(pool_home: Path) -> None:
+    """Blocks that became free are leased at once; the table does not use them."""
+    with freed_chunks(pool_home) as store:
+        leased = [address + i for address, count in store.pool.allocate(1, 64) for i in range(count)]
+        before = store.pool.volumes[ONE].file.allocated_bytes()
+        pools.give_back(store)
+        store.pool.release(leased)
+        after = store.pool.volumes[ONE].file.allocated_bytes()
+        pools.give_back(store)
+        given_back = after - store.pool.volumes[ONE].file.allocated_bytes()
+        assert (before - after, given_back) == ((96 - len(leased)) * 4096, len(leased) * 4096)
 
 
 @pytest.mark.parametrize("kind", ["stripes", "mirror"])
