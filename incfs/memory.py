@@ -54,7 +54,7 @@ from incfs.trails import Trails
 
 logger = logging.getLogger(__name__)
 
-_SEAL_AT = 1024
+_SEAL_AT = 2048
 """Unsealed mappings that trigger a seal: bounds how long one keeps the owner thread."""
 _PAGE_WEIGHT = 64
 """What a folded or emptied page counts as among the pending mappings."""
