@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from tests.mount.conftest import START_TIMEOUT_S
+from tests.support.loop import filesystem
 
 pytestmark = pytest.mark.mount
 
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 0x10
 MIB = 1 << 20
-CONNECTIONS = Path("/sys/fs/fuse/connections")
 libc = ctypes.CDLL(None, use_errno=True)
 libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
@@ -219,18 +219,12 @@ def test_the_end_of_the_session_answers_what_is_pending(child: Child, name: str,
     assert child.process.wait(START_TIMEOUT_S) == 0, child.stderr.read_text()
 
 
-def test_the_limits_reach_the_kernel(child: Child) -> None:
-    mounted_here = not any(CONNECTIONS.iterdir())
-    if mounted_here:
-        subprocess.run(["mount", "-t", "fusectl", "fusectl", CONNECTIONS], check=True)
-    try:
-        device = os.stat(child.mountpoint).st_dev
-        connection = CONNECTIONS / str(os.minor(device))
+def test_the_limits_reach_the_kernel(child: Child, tmp_path: Path) -> None:
+    device = os.stat(child.mountpoint).st_dev
+    with filesystem(Path("fusectl"), tmp_path / "connections", "-t", "fusectl") as connections:
+        connection = connections / str(os.minor(device))
         assert (connection / "max_background").read_text() == "77\n"
         assert (connection / "congestion_threshold").read_text() == "55\n"
-    finally:
-        if mounted_here:
-            subprocess.run(["umount", CONNECTIONS], check=True)
     readahead = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
     assert readahead.read_text() == "64\n"
     child.finish()

@@ -13,6 +13,7 @@ import pytest
 from incfs.mount_table import FILESYSTEM_TYPE, find_mount
 from tests.mount.conftest import END_TIMEOUT_S, INCFS, START_TIMEOUT_S, incfs, mounted_pool, require_fuse, wait_for
 from tests.mount.test_names import errno_of
+from tests.support.loop import filesystem
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
 
@@ -214,17 +215,11 @@ def test_a_killed_daemon_leaves_an_error_not_an_empty_directory(mounted):
     assert (mounted / "db").read_bytes() == b"x" * 100_000
 
 
-def test_an_aborted_connection_ends_the_daemon_in_order(mounted):
-    connections = Path("/sys/fs/fuse/connections")
+def test_an_aborted_connection_ends_the_daemon_in_order(mounted, tmp_path):
     (mounted / "db").write_bytes(b"x" * 100_000)
-    mounted_here = not any(connections.iterdir())
-    if mounted_here:
-        subprocess.run(["mount", "-t", "fusectl", "fusectl", connections], check=True)
-    try:
-        (connections / str(os.minor(os.stat(mounted.path).st_dev)) / "abort").write_text("1")
-    finally:
-        if mounted_here:
-            subprocess.run(["umount", connections], check=True)
+    number = os.minor(os.stat(mounted.path).st_dev)
+    with filesystem(Path("fusectl"), tmp_path / "connections", "-t", "fusectl") as connections:
+        (connections / str(number) / "abort").write_text("1")
     assert mounted.process.wait(END_TIMEOUT_S) == 1
     assert "aborted" in mounted.log()
     assert "Traceback" not in mounted.log()

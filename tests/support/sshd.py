@@ -1,8 +1,10 @@
 """An ssh server of a test's own, on a loopback port of its own, with keys of its own."""
 
+import contextlib
 import shlex
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +35,17 @@ def ssh_server(directory: Path) -> Iterator[tuple[int, str]]:
     with open(directory / "log", "wb") as log:
         server = subprocess.Popen([SSHD, "-D", "-e", "-f", str(directory / "sshd_config")], stderr=log)
     try:
+        _await(server, port)
         yield port, shlex.join(command)
     finally:
         server.terminate()
         server.wait()
+
+
+def _await(server: subprocess.Popen[bytes], port: int) -> None:
+    """Wait until it listens."""
+    while True:
+        assert server.poll() is None, "the ssh server has ended"
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            return
+        time.sleep(0.01)
