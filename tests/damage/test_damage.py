@@ -424,7 +424,7 @@ def test_what_was_removed_and_is_damaged_does_not_stop_the_pool(pool_home: Path)
     async def work() -> None:
         async with open_service(pool, damage.options()) as service:
             await service.remove_volume(removed.id)
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 await service.wait_reclaimed()
             await service.write(other.map_id, 0, b"goes on")
             await service.commit()

@@ -43,7 +43,7 @@ def test_a_filesystem_is_frozen_around_its_snapshot(tmp_path):
         with loop_device(file, "--read-only") as device, filesystem(device, tmp_path / "old", "-o", "ro") as old:
             assert (old / "news").read_text() == "not synced by its writer"
             assert not (old / "later").exists()
-        assert "policy-snapshot" in pool.command("events").stdout
+        wait_for(lambda: "policy-snapshot" in pool.command("events").stdout)
 
 
 def test_policy_and_last_runs_outlive_a_killed_daemon(tmp_path):
