@@ -34,7 +34,7 @@ LOAD_S = 3
 
 @pytest.mark.mount
 @pytest.mark.slow
-@pytest.mark.timeout(180 + STATES)
+@pytest.mark.timeout(600 + STATES)
 @pytest.mark.parametrize("plane", ["native", "python"])
 def test_power_cut_below_the_daemon_leaves_a_commit_point(
     plane: str, spawner: Spawner, pool_home: Path, tmp_path: Path

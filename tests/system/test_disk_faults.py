@@ -370,7 +370,7 @@ def going_on(target: Target, switch: Switch, fault: Fault | None) -> Iterator[No
 
 @pytest.mark.mount
 @pytest.mark.slow
-@pytest.mark.timeout(180 + 3 * ROUNDS)
+@pytest.mark.timeout(600 + 3 * ROUNDS)
 @pytest.mark.parametrize("cache", ["none", "writeback"])
 def test_each_operation_of_the_disk_below_the_daemon_fails(
     cache: str, spawner: Spawner, pool_home: Path, tmp_path: Path
@@ -390,7 +390,7 @@ def test_each_operation_of_the_disk_below_the_daemon_fails(
 
 @pytest.mark.mount
 @pytest.mark.slow
-@pytest.mark.timeout(120 + 3 * ROUNDS)
+@pytest.mark.timeout(600 + 3 * ROUNDS)
 def test_each_operation_of_one_leg_fails_and_nobody_is_told(spawner: Spawner, pool_home: Path, tmp_path: Path) -> None:
     """The other leg has everything: nothing is refused, whichever of the two fails."""
     (pool_home / "disk").mkdir()

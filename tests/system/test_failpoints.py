@@ -160,7 +160,7 @@ def die(point: Point, target: Target, model: Model, rng: random.Random) -> Churn
 
 
 @pytest.mark.mount
-@pytest.mark.timeout(180 + 5 * ROUNDS_OF_A_CASE)
+@pytest.mark.timeout(600 + 5 * ROUNDS_OF_A_CASE)
 @pytest.mark.parametrize(("point", "plane"), CASES, ids=str)
 def test_daemon_that_dies_at_a_named_point_leaves_a_commit_point(
     point: Point, plane: str, spawner: Spawner, pool_home: Path, tmp_path: Path

@@ -107,7 +107,7 @@ def test_mounted_again_at_once(spawner: Spawner, pool_home: Path, tmp_path: Path
 
 @pytest.mark.mount
 @pytest.mark.slow
-@pytest.mark.timeout(120 + 3 * ROUNDS)
+@pytest.mark.timeout(600 + 3 * ROUNDS)
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_killed_daemon_leaves_exactly_a_commit_point(
     setting: Setting, spawner: Spawner, pool_home: Path, tmp_path: Path

@@ -39,7 +39,7 @@ def make_target(home: Path, mountpoint: Path, plane: str, spawner: Spawner) -> T
 
 @pytest.mark.mount
 @pytest.mark.slow
-@pytest.mark.timeout(180 + 10 * ROUNDS)
+@pytest.mark.timeout(600 + 10 * ROUNDS)
 @pytest.mark.parametrize("plane", PLANES)
 def test_daemon_that_the_kernel_kills_for_its_memory_leaves_a_commit_point(
     plane: str, spawner: Spawner, pool_home: Path, tmp_path: Path
@@ -91,7 +91,7 @@ def squeeze_group(target: Target, group: Group, stop: threading.Event) -> None:
 
 @pytest.mark.mount
 @pytest.mark.slow
-@pytest.mark.timeout(180 + 10 * ROUNDS)
+@pytest.mark.timeout(600 + 10 * ROUNDS)
 @pytest.mark.parametrize("plane", PLANES)
 def test_refused_memory_never_gives_wrong_data(plane: str, spawner: Spawner, pool_home: Path, tmp_path: Path) -> None:
     target, model = make_target(pool_home, tmp_path / "mnt", plane, spawner), Model(SECTOR_COUNTS)

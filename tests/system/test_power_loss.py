@@ -60,7 +60,7 @@ class Cloner:
 @pytest.mark.mount
 @pytest.mark.loop
 @pytest.mark.slow
-@pytest.mark.timeout(240 + 5 * CLONES)
+@pytest.mark.timeout(600 + 5 * CLONES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_power_loss_under_a_filesystem_leaves_a_commit_point(
     kind: str, spawner: Spawner, pool_home: Path, tmp_path: Path

@@ -44,7 +44,7 @@ def _spent_s(pid: int) -> float:
 
 @pytest.mark.mount
 @pytest.mark.slow
-@pytest.mark.timeout(180 + 5 * ROUNDS)
+@pytest.mark.timeout(600 + 5 * ROUNDS)
 def test_restart_after_a_kill_needs_nobody(pool_home: Path, tmp_path: Path) -> None:
     pool, mountpoint = pool_home / "pool", tmp_path / "mnt"
     mountpoint.mkdir()

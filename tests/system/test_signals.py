@@ -104,7 +104,7 @@ def end_under_load(target: Target, model: Model, rng: random.Random, numbers: li
 
 @pytest.mark.mount
 @pytest.mark.slow
-@pytest.mark.timeout(180 + 5 * ROUNDS)
+@pytest.mark.timeout(600 + 5 * ROUNDS)
 @pytest.mark.parametrize("plane", ["python", "native"])
 def test_signal_under_load_loses_nothing_that_was_answered(
     plane: str, spawner: Spawner, pool_home: Path, tmp_path: Path

@@ -205,7 +205,7 @@ def spawner() -> Iterator[Spawner]:
 
 @pytest.mark.mount
 @pytest.mark.slow
-@pytest.mark.timeout(180 + 90 * MINUTES)
+@pytest.mark.timeout(600 + 90 * MINUTES)
 def test_soak(spawner: Spawner, pool_home: Path, tmp_path: Path) -> None:
     daemon = Daemon(pool_home, tmp_path / "mnt", Setting(4096, "none", 0), spawner)
     soak = Soak(daemon, random.Random(SEED))
