@@ -25,6 +25,9 @@ from incfs.image import DATA_OFFSET_BYTES
 from incfs.mirror import MirroredFile
 from incfs.model import Storage
 
+_ALLOCATE_BYTES = 4 << 20
+"""Reserved on the host at once: nobody writes to the image meanwhile, which a filesystem in memory fills with zeros."""
+
 
 class StorageVolume:
     """One image file and its bitmaps.
@@ -237,8 +240,11 @@ class StorageVolume:
         if block_count <= 0:
             limit = "its capacity limit" if room <= 0 else "the reserve of its host filesystem"
             raise NoSpace(f"storage volume {self.record.id} ({self.file.path}) is at {limit}", storage=self.record.id)
-        self.file.allocate(self._offset(self.grown_blocks), block_count * self._block_bytes)
-        self.grown_blocks += block_count
+        end = self.grown_blocks + block_count
+        while self.grown_blocks < end:
+            step = min(end - self.grown_blocks, max(1, _ALLOCATE_BYTES // self._block_bytes))
+            self.file.allocate(self._offset(self.grown_blocks), step * self._block_bytes)
+            self.grown_blocks += step
         self.measure_host()
 
     @property

@@ -1,5 +1,7 @@
 """Progress of long work: a bar on a terminal's stderr, and a line whenever SIGUSR1 asks."""
 
+import contextlib
+import os
 import signal
 import sys
 import time
@@ -52,8 +54,9 @@ class ProgressDisplay:
         if self._newest is not None:
             done, total, unit = self._newest
             text = f"{done} of {total} {unit} done"
-        sys.stderr.write(f"incfs: {text}\n")
-        sys.stderr.flush()
+        # Past sys.stderr: another signal may come while this one is answered, and its buffer cannot be entered twice.
+        with contextlib.suppress(OSError):
+            os.write(2, f"incfs: {text}\n".encode())
 
 
 def _start_bar(unit: str) -> "tuple[Progress, TaskID]":

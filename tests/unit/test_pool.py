@@ -32,6 +32,24 @@ def grow(store: Store, blocks: int) -> None:
     store.pool.volumes[ONE].grow(blocks, reserve_bytes=0)
 
 
+def test_an_image_whose_growth_fails_half_way_has_what_it_got(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are short, since nobody can write to the image meanwhile."""
+    volume, allocate, steps = store.pool.volumes[ONE], File.allocate, list[int]()
+
+    def fail_third(file: File, offset_bytes: int, length_bytes: int, *, keep_size: bool = False) -> None:
+        steps.append(length_bytes)
+        if len(steps) == 3:
+            raise NoSpace("the host is full")
+        allocate(file, offset_bytes, length_bytes, keep_size=keep_size)
+
+    monkeypatch.setattr(type(volume.file), "allocate", fail_third)
+    with pytest.raises(NoSpace):
+        grow(store, 10 * (1 << 20) // pools.BLOCK)
+    assert steps == [4 << 20, 4 << 20, 2 << 20]
+    assert volume.grown_blocks == (8 << 20) // pools.BLOCK
+    assert store.pool.allocate(1, 10) == [(1 << 48, 10)]
+
+
 def test_one_writer_gets_consecutive_blocks_beside_another(store: Store) -> None:
     grow(store, 100)
     first = [store.pool.allocate(1, 10), store.pool.allocate(1, 10)]
