@@ -63,17 +63,6 @@ def address_runs(addresses: Iterable[int]) -> Iterator[tuple[int, int]]:
         yield first, count
 
 
-def bit_set(members: Iterable[int], limit: int) -> int:
-    """Make a bit set of members below ``limit``.
-
-    Cost: one step for each member, however large the set.
-    """
-    content = bytearray(-(-limit // 8))
-    for member in members:
-        content[member >> 3] |= 1 << (member & 7)
-    return int.from_bytes(content, "little")
-
-
 def bit_mask(start: int, count: int) -> int:
     """Members ``start`` to ``start + count - 1``."""
     return ((1 << count) - 1) << start

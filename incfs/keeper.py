@@ -97,7 +97,7 @@ class Keeper:
                     await self._hurried.wait()
                     self._hurried = trio.Event()
                     await self._give_back()
-            await self._give_back(_PIECE_PAUSE_S)
+            await self._give_back()
             self._store.pool.reuse.settle()
 
     async def give_back_rest(self) -> None:
@@ -105,9 +105,9 @@ class Keeper:
         reuse = self._store.pool.reuse
         with trio.move_on_after(_GIVE_BACK_AT_END_S):
             reuse.hurry(self._store.pool.volumes)
-            await self._give_back()
+            await self._give_back(pause_s=0.0)
             reuse.settle()
-            await self._give_back()
+            await self._give_back(pause_s=0.0)
 
     async def survey(self) -> None:
         """Look through the images once for free blocks that the host still keeps, and give them back.
@@ -128,7 +128,7 @@ class Keeper:
                     await self._give_back()
                 await trio.sleep(_SURVEY_PAUSE_S)
 
-    async def _give_back(self, pause_s: float = 0.0) -> None:
+    async def _give_back(self, pause_s: float = _PIECE_PAUSE_S) -> None:
         """Give host space back, some at a time; who needs blocks waits for those that are held meanwhile.
 
         Args:
