@@ -18,13 +18,6 @@ static int decoded(const char *data, Py_ssize_t length, struct mappings *page)
     return wrong ? -1 : 0;
 }
 
-static PyObject *function_encode(PyObject *module, PyObject *entries)
-{
-    (void)module;
-    struct mappings page;
-    return read_entries(entries, &page) < 0 ? NULL : encoded(&page);
-}
-
 static PyObject *function_decode(PyObject *module, PyObject *data)
 {
     (void)module;
@@ -54,8 +47,7 @@ static PyObject *function_fold(PyObject *module, PyObject *args)
 }
 
 static PyMethodDef module_methods[] = {
-    {"encode", function_encode, METH_O, "Encode the mappings of one page, as docs/FORMAT.md says."},
-    {"decode", function_decode, METH_O, "Undo encode; ValueError says what is wrong."},
+    {"decode", function_decode, METH_O, "Give the mappings of a page, encoded as docs/FORMAT.md says; ValueError says what is wrong."},
     {"fold", function_fold, METH_VARARGS, "Encode a page as it is with changes above what is stored; None: it is empty."},
     {"displace", function_displace, METH_VARARGS, "Part replaced mappings into those that an increment lacks, and the others."},
     {"stored", function_stored, METH_O, "Give the addresses that are those of stored blocks."},

@@ -18,9 +18,6 @@ typedef struct {
 extern PyType_Spec page_spec;
 extern PyTypeObject *page_type;
 
-/* Copies what a Page or a dict has; -1 with an error set. */
-int read_entries(PyObject *entries, struct mappings *into);
-
 /* A new dict. */
 PyObject *make_entries(const struct mappings *page);
 

@@ -72,7 +72,8 @@ static int read_dict(PyObject *entries, struct mappings *into)
     return 0;
 }
 
-int read_entries(PyObject *entries, struct mappings *into)
+/* Copies what a Page or a dict has; -1 with an error set. */
+static int read_entries(PyObject *entries, struct mappings *into)
 {
     if (Py_IS_TYPE(entries, page_type)) {
         into->count = ((Page *)entries)->count;

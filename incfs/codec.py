@@ -18,7 +18,7 @@ from incfs import _mappings
 from incfs.errors import FormatError
 from incfs.model import HOLE, PAGE_BLOCKS
 
-__all__ = ["checksum", "decode_entries", "encode_entries", "entry_runs", "open_value", "pack", "seal_value", "unpack"]
+__all__ = ["checksum", "decode_entries", "entry_runs", "fold_entries", "open_value", "pack", "seal_value", "unpack"]
 
 Entries = dict[int, tuple[int, int]]
 """Mappings of one page: index -> (address, crc32c)."""
@@ -84,13 +84,8 @@ def entry_runs(entries: Entries) -> Iterator[tuple[int, int, int]]:
         yield first, count, first_address
 
 
-def encode_entries(entries: Entries) -> bytes:
-    """Encode the mappings of one page: runs in msgpack when few, raw arrays when many."""
-    return _mappings.encode(entries)
-
-
 def decode_entries(data: bytes) -> Entries:
-    """Undo ``encode_entries``.
+    """Decode a page as ``fold_entries`` makes it.
 
     Raises:
         FormatError: Wrong kind, length or index.
@@ -102,7 +97,9 @@ def decode_entries(data: bytes) -> Entries:
 
 
 def fold_entries(stored: bytes | None, above: _mappings.Page, *, keep_inherited: bool) -> bytes | None:
-    """Encode a stored page with changes above it; None when nothing is left.
+    """Encode a stored page with changes above it: runs in msgpack when few, raw arrays when many.
+
+    None when nothing is left.
 
     Args:
         stored: The page, encoded; None: without mappings.
