@@ -309,22 +309,30 @@ def slow_punch(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Even
     go_on.set()
 
 
+async def beside_giving_back(
+    service: Service, slow_punch: tuple[threading.Event, threading.Event], work: Callable[..., Any], *arguments: object
+) -> None:
+    """Begin some work while space is being given back, and let both end."""
+    begun, go_on = slow_punch
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(service._keeper.give_back_rest)
+        await until(begun.is_set)
+        nursery.start_soon(work, *arguments)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        go_on.set()
+
+
 async def test_a_write_that_needs_what_is_being_given_back_waits_for_it(
     pool_home: Path, slow_punch: tuple[threading.Event, threading.Event]
 ) -> None:
     """Nobody may be told of a full pool because free blocks are held for a moment."""
-    begun, go_on = slow_punch
     pool = pools.make_pool(pool_home, block_bytes=4096, capacity_bytes=1 << 20)
-    async with open_service(pool, pools.tiny_options(extend_bytes=1 << 20)) as service, trio.open_nursery() as nursery:
+    async with open_service(pool, pools.tiny_options(extend_bytes=1 << 20)) as service:
         volume = await service.create_volume("db")
         await service.write(volume.map_id, 0, Random(1).randbytes(250 * 4096))
         await service.discard(volume.map_id, 0, 250 * 4096)
         await service.checkpoint()
-        nursery.start_soon(service._keeper.give_back_rest)
-        await until(begun.is_set)
-        nursery.start_soon(service.write, volume.map_id, 0, Random(2).randbytes(250 * 4096))
-        await trio.testing.wait_all_tasks_blocked(0.05)
-        go_on.set()
+        await beside_giving_back(service, slow_punch, service.write, volume.map_id, 0, Random(2).randbytes(250 * 4096))
     assert "full" not in kinds(service)
 
 
@@ -332,16 +340,11 @@ async def test_a_storage_volume_is_removed_while_space_is_given_back(
     pool_home: Path, slow_punch: tuple[threading.Event, threading.Event]
 ) -> None:
     """Blocks held for that counted as in use: it could not be removed, as if it held data."""
-    begun, go_on = slow_punch
     pool = pools.make_pool(pool_home, block_bytes=4096, storages=2)
-    async with open_service(pool, pools.tiny_options(extend_bytes=1 << 20)) as service, trio.open_nursery() as nursery:
+    async with open_service(pool, pools.tiny_options(extend_bytes=1 << 20)) as service:
         volume = await service.create_volume("db")
         await service.write(volume.map_id, 0, Random(1).randbytes(100 * 4096))
         await service.discard(volume.map_id, 0, 100 * 4096)
         await service.checkpoint()
-        nursery.start_soon(service._keeper.give_back_rest)
-        await until(begun.is_set)
-        nursery.start_soon(service.upkeep.remove_storage, StorageId(1))
-        await trio.testing.wait_all_tasks_blocked(0.05)
-        go_on.set()
+        await beside_giving_back(service, slow_punch, service.upkeep.remove_storage, StorageId(1))
     assert "image-removed" in kinds(service)
