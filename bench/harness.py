@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.access import FILE, POOL, Target, open_target
 from bench.fio import FioJob, fill, run_fio
-from bench.host import BenchError, Cleanup, drop_caches
+from bench.host import BenchError, Cleanup, drop_caches, forget_pages
 from bench.jobs import Job, Stage
 from bench.scenarios import Measure, postgres_programs, run_pgbench, settle
 from bench.subjects import SUBJECTS, Subject
@@ -195,6 +195,7 @@ def _on_own_volume(job: Job, work: FioJob, session: Session) -> list[Measure]:
             return _measure(work, volume.path, volume.size_bytes, session.seconds)
         fill(volume.path, volume.size_bytes)
         session.subject.take_snapshot(volume, "before")
+        forget_pages(volume.path)  # fio does it too, but while its clock runs
         try:
             return _measure(work, volume.path, volume.size_bytes, session.seconds)
         finally:

@@ -216,6 +216,15 @@ def sync_file(path: Path) -> None:
         os.close(fd)
 
 
+def forget_pages(path: Path) -> None:
+    """Take a flushed file out of the page cache; of what lies below it, nothing."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
 def drop_caches() -> None:
     """Empty the machine's page cache."""
     os.sync()
