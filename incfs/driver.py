@@ -4,9 +4,7 @@ The asynchronous twin of ``ranges.drive``: pages are fetched, the disk is read a
 grow in worker threads.
 """
 
-import contextlib
 import logging
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Protocol, TypeVar
@@ -14,13 +12,11 @@ from typing import Protocol, TypeVar
 import trio
 
 from incfs import legs, ranges
-from incfs.codec import Entries
 from incfs.committer import Committer, offload
 from incfs.dataplane import LeaseExhausted, LegFailed, NotResident, ReadWouldWait
-from incfs.errors import BackingError, ChecksumMismatch, FormatError, IncfsError, NoSpace, QuotaExceeded
-from incfs.log import IncrementalLog
-from incfs.model import PAGE_BLOCKS, MapId, VolumeId, split_map_id
-from incfs.overlay import Chain
+from incfs.errors import BackingError, ChecksumMismatch, IncfsError, NoSpace, QuotaExceeded
+from incfs.model import MapId, VolumeId
+from incfs.pageloader import PageLoader
 from incfs.placement import Rule
 from incfs.ranges import StepsPending, TrimPending
 from incfs.space import Growth, NewImage, Step
@@ -34,9 +30,6 @@ _LOOK_EVERY_S = 0.1
 """How often a write that waits for space looks for it; the host does not say when it has some."""
 _CACHED_READ_TRIES = 3
 """Times a read is asked for from the page cache before it may wait for the disk in place."""
-_AHEAD_PAGES = 4
-"""Pages that are loaded with one, in a sequence: 8 MiB at 4 KiB a block, and 0.5 ms of the owner thread."""
-_SEQUENCES = 16
 
 
 class Idle(Protocol):
@@ -64,6 +57,7 @@ class Driver:
 
     def __init__(self, store: Store, committer: Committer, reclaimer: Idle) -> None:
         self._store = store
+        self.pages = PageLoader(store)
         self._committer = committer
         self._reclaimer = reclaimer
         self.space_lock = trio.Lock()
@@ -71,8 +65,6 @@ class Driver:
         self._grows_ahead = False
         self.keeper: SpaceKeeper
         """Set by the service."""
-        self._sequences: deque[tuple[MapId, int]] = deque(maxlen=_SEQUENCES)
-        """Tables whose pages were loaded lately, and the page that would be next."""
         self._fullness = ""
         """What was told last of a full pool: queue, full, or nothing."""
 
@@ -98,7 +90,7 @@ class Driver:
                     self._store.checksum_errors += isinstance(error, ChecksumMismatch)
                     raise
             except NotResident as refusal:
-                await self._load(refusal.map_id, refusal.page_index)
+                await self.pages.load(refusal.map_id, refusal.page_index)
             except LeaseExhausted as refusal:
                 needs[refusal.map_id] = refusal.block_count  # of a striped volume each column has a lease
                 await self.make_space(needs, urgent=refusal.is_urgent)
@@ -120,31 +112,6 @@ class Driver:
         """Drop what lies behind the end of a shrunk volume."""
         while not await self.drive(lambda wait: ranges.trim(self._store, volume_id, wait=wait)):
             await trio.lowlevel.checkpoint()
-
-    async def _load(self, table: MapId, page_index: int) -> None:
-        """Load a page, unless a checkpoint or a snapshot came between: then the caller asks again.
-
-        Where pages are asked for in sequence, some that follow are loaded too.
-        """
-        log, catalog = self._store.log, self._store.catalog
-        chain, epoch = catalog.chain(table), log.epoch
-        wanted = range(page_index, page_index + 1 + self._count_ahead(table, page_index))
-        self._sequences.append((table, wanted.stop))
-        stored = await offload(lambda: _fetch(log, chain, wanted))
-        for found, pages in zip(wanted, stored, strict=False):
-            if self._store.plane.is_resident(table, found):
-                continue
-            if epoch == log.epoch and chain == catalog.chain(table):
-                self._store.install(table, found, self._store.resolve(chain, found, pages))
-
-    def _count_ahead(self, table: MapId, page_index: int) -> int:
-        """Count the pages to load with one: none unless the one before was the last that was loaded of the table."""
-        volume = self._store.catalog.volume(split_map_id(table)[0])
-        if (table, page_index) not in self._sequences or volume.rollback_to:  # a rollback is done as pages are loaded
-            return 0
-        page_bytes = PAGE_BLOCKS * self._store.block_bytes
-        behind = (self._store.catalog.size_bytes(table) - 1) // page_bytes - page_index
-        return max(0, min(behind, _AHEAD_PAGES, self._store.options.page_cache_pages // 8))
 
     async def make_space(self, needs: Mapping[MapId, int], *, urgent: bool = False) -> None:
         """Get the blocks that a request needs (lease -> how many); in a full pool wait as long as the settings say."""
@@ -232,11 +199,3 @@ class Driver:
         if kind and kind != self._fullness:
             self._store.events.record(kind, "pool", reason)
         self._fullness = kind
-
-
-def _fetch(log: IncrementalLog, chain: Chain, page_indexes: Sequence[int]) -> list[list[list[Entries]]]:
-    """Read the stored form of pages, as far as they are sound; the first must be.  Any thread."""
-    stored = [log.fetch(chain, page_indexes[0])]
-    with contextlib.suppress(FormatError):  # whoever asks for that page is told
-        stored.extend(log.fetch(chain, page_index) for page_index in page_indexes[1:])
-    return stored

@@ -15,7 +15,7 @@ Invariants:
 import logging
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from typing import NamedTuple, Protocol
 
 from incfs._mappings import displace
@@ -133,6 +133,18 @@ class IncrementalLog:
         if table.volume_id:
             return reader.page(table, page_index)
         return self.baselines[StorageId(table.generation)].page(page_index)
+
+    def stored_pages(self, chain: Chain, start: int, end: int) -> set[int]:
+        """List the pages from ``start`` on and before ``end`` that are stored in one of several tables.  Any thread."""
+        found: set[int] = set()
+        with self._tables.reading() as reader:
+            for table in (table for link in chain for table in link):
+                if table.volume_id:
+                    pages: Iterable[int] = reader.page_indexes(table, start)
+                else:
+                    pages = self.baselines[StorageId(table.generation)].page_indexes(start, end - start)
+                found.update(takewhile(lambda index: index < end, pages))
+        return found
 
     def resolve(self, chain: Chain, page_index: int, stored: Sequence[Sequence[Entries]]) -> Entries:
         """Give a page as a snapshot (or the live volume) sees it.

@@ -28,6 +28,7 @@ import trio
 
 from incfs import fusext, metrics
 from incfs.backing import Backing
+from incfs.backing_device import widen_page_cache
 from incfs.control import serve_control
 from incfs.daemon import Parent, fork_daemon, log_to_stderr, notify_systemd
 from incfs.enforcer import enforce
@@ -252,6 +253,7 @@ async def _tell_ready(mountpoint: Path, session: _Session, parent: Parent, outsi
     """Wait until the mount answers like any other, then say so."""
     await outside.run(os.stat, mountpoint)
     session.has_answered = True
+    await trio.to_thread.run_sync(widen_page_cache, mountpoint)
     logger.info("%s: mounted", mountpoint)
     parent.tell_ready()
 

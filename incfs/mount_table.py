@@ -26,6 +26,8 @@ class Mounted:
     mountpoint: Path
     filesystem_type: str
     source: str
+    device: str
+    """MAJOR:MINOR."""
 
 
 def read_mounts() -> list[Mounted]:
@@ -38,7 +40,8 @@ def parse_mount(line: bytes) -> Mounted:
     """Take one line of ``/proc/PID/mountinfo`` apart."""
     before, _, after = line.partition(b" - ")
     filesystem_type, source = after.split(b" ")[:2]
-    return Mounted(Path(_unescape(before.split(b" ")[4])), os.fsdecode(filesystem_type), _unescape(source))
+    _, _, device, _, place = before.split(b" ")[:5]
+    return Mounted(Path(_unescape(place)), os.fsdecode(filesystem_type), _unescape(source), os.fsdecode(device))
 
 
 def _unescape(field: bytes) -> str:

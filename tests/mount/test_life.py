@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from incfs.backing_device import MAX_RATIO_PERCENT, READ_AHEAD_KIB, widen_page_cache
 from incfs.mount_table import FILESYSTEM_TYPE, find_mount
 from tests.mount.conftest import END_TIMEOUT_S, INCFS, START_TIMEOUT_S, incfs, mounted_pool, require_fuse, wait_for
 from tests.mount.test_names import errno_of
@@ -47,6 +48,23 @@ def test_the_mount_table_names_type_and_pool(mounted):
     found = find_mount(mounted.path)
     assert found is not None
     assert (found.filesystem_type, found.source) == (FILESYSTEM_TYPE, str(mounted.pool))
+    device = os.stat(mounted.path).st_dev
+    assert found.device == f"{os.major(device)}:{os.minor(device)}"
+
+
+def test_the_kernel_caches_as_much_of_a_mount_as_of_a_disk(mounted):
+    device = os.stat(mounted.path).st_dev
+    limits = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}")
+    assert (limits / "max_ratio").read_text() == f"{MAX_RATIO_PERCENT}\n"
+    assert (limits / "read_ahead_kb").read_text() == f"{READ_AHEAD_KIB}\n"
+
+
+def test_who_may_not_change_the_kernels_limits_is_told_and_mounted(mounted, tmp_path, caplog):
+    with caplog.at_level("INFO", "incfs.backing_device"):
+        widen_page_cache(mounted.path, devices=tmp_path)
+        widen_page_cache(tmp_path, devices=tmp_path)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert f"{mounted.path}: the kernel's limits for buffered reads and writes stay" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["with space", "with,comma", "with\\backslash", "größe"])

@@ -1,7 +1,7 @@
 """What tasks wait for: pages fetched in worker threads, commits that several share, commits that fail."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -46,27 +46,66 @@ async def test_a_page_fetched_while_a_checkpoint_ended_is_fetched_again(
                 await service.checkpoint()
             return result
 
-        monkeypatch.setattr("incfs.driver.offload", fetch)
+        monkeypatch.setattr("incfs.pageloader.offload", fetch)
         assert await service.read(volume.map_id, 0, 640) == b"x" * 640
     assert fetched == 2
+
+
+PAGE_BYTES = PAGE_BLOCKS * pools.BLOCK
+
+
+async def _make_volume(service: Service, page_count: int, written: Iterable[int]) -> Volume:
+    """Make a volume with a block in some of its pages, in the tables."""
+    volume = await service.create_volume("a", page_count * PAGE_BYTES)
+    for page in written:
+        await service.write(volume.map_id, page * PAGE_BYTES, b"x")
+    await service.checkpoint()
+    return volume
 
 
 async def _resident_after(service: Service, volume: Volume, pages: list[int]) -> set[int]:
     """Read a block of each page, one after the other, with none resident before."""
     service._store.evict(volume.map_id)
-    service._driver._sequences.clear()
+    service._driver.pages._sequences.clear()
     for page in pages:
-        await service.read(volume.map_id, page * PAGE_BLOCKS * pools.BLOCK, 1)
+        await service.read(volume.map_id, page * PAGE_BYTES, 1)
     return {page for page in range(20) if service._store.plane.is_resident(volume.map_id, page)}
 
 
 async def test_pages_that_are_read_in_sequence_are_loaded_ahead(pool_home: Path) -> None:
     async with open_service(pools.make_pool(pool_home), pools.tiny_options()) as service:
-        volume = await service.create_volume("a", 10 * PAGE_BLOCKS * pools.BLOCK)
+        volume = await _make_volume(service, 10, range(10))
         assert await _resident_after(service, volume, [0]) == {0}
         assert await _resident_after(service, volume, [3, 1]) == {1, 3}
         assert await _resident_after(service, volume, [0, 1]) == {0, 1, 2, 3, 4, 5}
         assert await _resident_after(service, volume, [0, 1, 6]) == {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}
+
+
+async def test_empty_neighbours_of_an_empty_page_are_loaded_with_it(pool_home: Path) -> None:
+    options = pools.tiny_options(page_cache_pages=64)  # so the neighbours of a page are 8
+    async with open_service(pools.make_pool(pool_home), options) as service:
+        volume = await _make_volume(service, 15, [2, 9])
+        assert await _resident_after(service, volume, [4]) == {0, 1, 3, 4, 5, 6, 7}
+        assert await _resident_after(service, volume, [14]) == {8, 10, 11, 12, 13, 14}
+        assert await _resident_after(service, volume, [2]) == {2}
+        assert await service.read(volume.map_id, 9 * PAGE_BYTES, 1) == b"x"
+
+
+async def test_empty_neighbours_send_no_other_page_away(pool_home: Path) -> None:
+    options = pools.tiny_options(page_cache_pages=16)  # so the neighbours of a page are 2
+    async with open_service(pools.make_pool(pool_home), options) as service:
+        volume = await _make_volume(service, 20, range(15))
+        assert await _resident_after(service, volume, [*range(0, 15, 2), 16]) == {*range(0, 15, 2), 16, 17}
+        assert await _resident_after(service, volume, [*range(14, -1, -1), 16]) == {*range(15), 16}
+
+
+async def test_neighbours_that_are_written_in_memory_only_are_loaded_as_they_are(pool_home: Path) -> None:
+    options = pools.tiny_options(page_cache_pages=64)
+    async with open_service(pools.make_pool(pool_home), options) as service:
+        volume = await _make_volume(service, 8, [])
+        await service.write(volume.map_id, PAGE_BYTES, b"y")
+        assert await _resident_after(service, volume, [0]) == set(range(8))
+        assert await service.read(volume.map_id, PAGE_BYTES, 1) == b"y"
 
 
 async def test_a_damaged_page_ahead_fails_only_who_asks_for_it(
@@ -79,12 +118,12 @@ async def test_a_damaged_page_ahead_fails_only_who_asks_for_it(
             raise FormatError("damaged")
         return fetch(log, chain, page_index)
 
-    monkeypatch.setattr(IncrementalLog, "fetch", fail_at_third)
     async with open_service(pools.make_pool(pool_home), pools.tiny_options()) as service:
-        volume = await service.create_volume("a", 10 * PAGE_BLOCKS * pools.BLOCK)
+        volume = await _make_volume(service, 10, range(10))
+        monkeypatch.setattr(IncrementalLog, "fetch", fail_at_third)
         assert await _resident_after(service, volume, [0, 1]) == {0, 1, 2}
         with pytest.raises(FormatError):
-            await service.read(volume.map_id, 3 * PAGE_BLOCKS * pools.BLOCK, 1)
+            await service.read(volume.map_id, 3 * PAGE_BYTES, 1)
         assert await _resident_after(service, volume, [4, 5]) == {4, 5, 6, 7, 8, 9}
 
 

@@ -71,3 +71,4 @@ def test_a_line_of_the_mount_table():
     mounted = parse_mount(line)
     assert mounted.mountpoint == Path("/mnt/a b")
     assert (mounted.filesystem_type, mounted.source) == ("fuse.incfs", "/pools/x\\y")
+    assert mounted.device == "0:52"
