@@ -17,6 +17,7 @@ def configure(
     max_background: int,
     congestion_threshold: int,
     max_readahead: int,
+    max_request: int,
     hot_threads: int,
 ) -> None: ...
 def start(dispatch: Callable[..., Any], /) -> None: ...

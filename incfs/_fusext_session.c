@@ -8,9 +8,10 @@
 #include <string.h>
 
 static struct {
-    unsigned int max_background; /* 0 leaves libfuse's and the kernel's choice, as for the next two */
+    unsigned int max_background; /* 0 leaves libfuse's and the kernel's choice, as for the next three */
     unsigned int congestion_threshold;
     unsigned int max_readahead;
+    unsigned int max_request; /* of a read or write */
     unsigned int hot_threads; /* 0: every request goes to Python */
 } limits;
 
@@ -29,6 +30,8 @@ static void op_init(void *userdata, struct fuse_conn_info *connection)
         connection->congestion_threshold = limits.congestion_threshold;
     if (limits.max_readahead && limits.max_readahead < connection->max_readahead)
         connection->max_readahead = limits.max_readahead;
+    if (limits.max_request)
+        connection->max_read = connection->max_write = limits.max_request;
     /* A spliced request is in a pipe: hot threads and init_note want it in memory. */
     connection->want &= ~(FUSE_CAP_SPLICE_READ | FUSE_CAP_SPLICE_WRITE | FUSE_CAP_SPLICE_MOVE);
     negotiated = *connection;
@@ -160,13 +163,15 @@ int fuse_session_receive_buf(struct fuse_session *asked, struct fuse_buf *buffer
 PyObject *module_configure(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     (void)module;
-    static char *names[] = {"max_background", "congestion_threshold", "max_readahead", "hot_threads", NULL};
-    unsigned int background, congestion, readahead, hot;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$IIII", names, &background, &congestion, &readahead, &hot))
+    static char *names[] = {"max_background", "congestion_threshold", "max_readahead", "max_request", "hot_threads", NULL};
+    unsigned int background, congestion, readahead, request, hot;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$IIIII", names, &background, &congestion, &readahead, &request,
+                                     &hot))
         return NULL;
     limits.max_background = background;
     limits.congestion_threshold = congestion;
     limits.max_readahead = readahead;
+    limits.max_request = request;
     limits.hot_threads = hot;
     Py_RETURN_NONE;
 }

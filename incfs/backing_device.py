@@ -16,7 +16,7 @@ MAX_RATIO_PERCENT: Final = 50
 """Of the changed pages that the machine may have.  The other half is the images': a block that the kernel writes back
 becomes a changed page of an image, and both count."""
 READ_AHEAD_KIB: Final = 1024
-"""As much as one request carries."""
+"""As much as one request carries, or one for each of two hot threads."""
 
 _DEVICES: Final = Path("/sys/class/bdi")
 

@@ -57,8 +57,15 @@ class Limits:
     """Requests in flight at which the kernel holds back read-ahead."""
     max_readahead_bytes: int = 1 << 20
     """Only lowers what the kernel offers; raise that in ``/sys/class/bdi/MAJOR:MINOR/read_ahead_kb``."""
+    max_request_bytes: int = 0
+    """What one read or write carries at most; the kernel sends the parts of a larger one all at once."""
     hot_threads: int = 0
     """Threads that answer what a data plane can serve, past Python."""
+
+    @property
+    def mount_options(self) -> set[str]:
+        """What libfuse wants to be told of it as text, too."""
+        return {f"max_read={self.max_request_bytes}"} if self.max_request_bytes else set()
 
 
 _UNHEARD: Final = ("fuse_release(): fuse_reply_* failed", "fuse_releasedir(): fuse_reply_* failed")
@@ -84,6 +91,7 @@ def install(limits: Limits = DEFAULT_LIMITS) -> bool:
         max_background=limits.max_background,
         congestion_threshold=limits.congestion_threshold,
         max_readahead=limits.max_readahead_bytes,
+        max_request=limits.max_request_bytes,
         hot_threads=limits.hot_threads,
     )
     return True

@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SHARED_REQUEST_BYTES: Final = 512 << 10
+"""So that two hot threads share in a read or write of 1 MiB; cold reads of less than that are slower on disks."""
 MIN_TASKS: Final = 8
 MAX_TASKS: Final = 1024
 """A request that waits for others (a snapshot for the write-back of its volume) holds its task, so tasks must not
@@ -209,11 +211,14 @@ class _Session:
 @contextlib.contextmanager
 def _fuse_session(operations: Operations, pool: Path, mountpoint: Path, options: MountOptions) -> Iterator[_Session]:
     """Mount; at the end close the connection, and unmount only what never answered."""
-    has_server = operations.service.server is not None
-    fusext.install(fusext.Limits(hot_threads=options.threads if has_server else 0))
+    threads = options.threads if operations.service.server is not None else 0
+    limits = fusext.Limits(hot_threads=threads, max_request_bytes=_SHARED_REQUEST_BYTES if threads > 1 else 0)
+    told = fuse_options(pool, options)
+    if fusext.install(limits):
+        told |= limits.mount_options
     session = _Session()
     try:
-        pyfuse3.init(operations, str(mountpoint), fuse_options(pool, options))
+        pyfuse3.init(operations, str(mountpoint), told)
     except RuntimeError as error:
         raise IncfsError(f"cannot mount at {mountpoint}: libfuse refused ({error}); is /dev/fuse there?") from error
     try:

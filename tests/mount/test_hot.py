@@ -241,6 +241,24 @@ def test_truncation_under_load(hot):
     assert path.read_bytes()[half:] == bytes(half)
 
 
+@pytest.mark.parametrize(("threads", "parts"), [(2, 2), (1, 1)])
+def test_a_large_request_is_shared_between_the_hot_threads(tmp_path, threads, parts):
+    with mounted_pool(tmp_path, f"data_plane=native,threads={threads}") as pool:
+        content = aligned(os.urandom(1 << 20))
+        fd = os.open(pool / "v", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+        try:
+            os.write(fd, content)  # loads the pages
+            before = counts(pool)
+            os.pwrite(fd, content, 0)
+            found = aligned(bytes(1 << 20))
+            os.preadv(fd, [found], 0)
+            after = counts(pool)
+        finally:
+            os.close(fd)
+        assert bytes(found) == bytes(content)
+        assert sum(after[kind] - before[kind] for kind in ("writes", "handed_writes")) == parts
+
+
 def test_no_threads_at_all(tmp_path):
     with mounted_pool(tmp_path, "data_plane=native,threads=0") as pool:
         (pool / "vol").write_bytes(b"x" * 10000)
