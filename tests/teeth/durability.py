@@ -263,9 +263,25 @@ DURABILITY: Final = (
     Breakage(
         "stale-page-served",
         "I5",
-        "incfs/driver.py",
-        "        if epoch == log.epoch and chain",
-        "        if epoch and chain",
+        "incfs/pageloader.py",
+        "            if epoch == log.epoch and tables",
+        "            if epoch and tables",
         "tests/service/test_driver.py::test_a_page_fetched_while_a_checkpoint_ended_is_fetched_again",
+    ),
+    Breakage(
+        "stored-neighbour-taken-for-empty",
+        "I5",
+        "incfs/pageloader.py",
+        " if index not in occupied and index not in stored}",
+        " if index not in stored}",
+        "tests/service/test_driver.py::test_empty_neighbours_of_an_empty_page_are_loaded_with_it",
+    ),
+    Breakage(
+        "changed-neighbour-taken-for-empty",
+        "I5",
+        "incfs/pageloader.py",
+        "self._store.install(table, index, self._store.resolve(tables, index, pages))",
+        "self._store.install(table, index, self._store.resolve(tables, index, pages) if index == page_index else {})",
+        "tests/service/test_driver.py::test_neighbours_that_are_written_in_memory_only_are_loaded_as_they_are",
     ),
 )
