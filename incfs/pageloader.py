@@ -44,10 +44,10 @@ class PageLoader:
         self._sequences.append((table, wanted.stop))
         neighbours = self._neighbours(table, page_index, tables)
         stored = await offload(lambda: _fetch(log, tables, wanted, neighbours))
+        if epoch != log.epoch or tables != catalog.chain(table):
+            return
         for index, pages in stored.items():
-            if self._store.plane.is_resident(table, index):
-                continue
-            if epoch == log.epoch and tables == catalog.chain(table):
+            if not self._store.plane.is_resident(table, index):
                 self._store.install(table, index, self._store.resolve(tables, index, pages))
 
     def _count_ahead(self, table: MapId, page_index: int) -> int:

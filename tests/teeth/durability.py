@@ -264,8 +264,8 @@ DURABILITY: Final = (
         "stale-page-served",
         "I5",
         "incfs/pageloader.py",
-        "            if epoch == log.epoch and tables",
-        "            if epoch and tables",
+        "        if epoch != log.epoch or tables",
+        "        if tables",
         "tests/service/test_driver.py::test_a_page_fetched_while_a_checkpoint_ended_is_fetched_again",
     ),
     Breakage(
