@@ -1,7 +1,7 @@
 """What the kernel's page cache may hold of a mount: the limits of its backing device (``/sys/class/bdi``).
 
 A FUSE filesystem begins with limits that are made for programs nobody trusts: 1 % of the changed pages that the machine
-may have, and 128 KiB read ahead.  A pool is mounted like a disk, so it gets what a disk gets.
+may have, and 128 KiB read ahead.  A pool is mounted like a disk, and gets more.
 """
 
 import logging
@@ -12,9 +12,9 @@ from incfs.mount_table import FILESYSTEM_TYPE, find_mount
 
 logger = logging.getLogger(__name__)
 
-MAX_RATIO_PERCENT: Final = 50
-"""Of the changed pages that the machine may have.  The other half is the images': a block that the kernel writes back
-becomes a changed page of an image, and both count."""
+MAX_RATIO_PERCENT: Final = 10
+"""Of the changed pages that the machine may have.  With more, a database that syncs through a buffered loop device was
+slower, not faster; and a block that the kernel writes back becomes a changed page of an image, which counts, too."""
 READ_AHEAD_KIB: Final = 1024
 """As much as one request carries, or one for each of two hot threads."""
 

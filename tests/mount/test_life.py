@@ -52,7 +52,7 @@ def test_the_mount_table_names_type_and_pool(mounted):
     assert found.device == f"{os.major(device)}:{os.minor(device)}"
 
 
-def test_the_kernel_caches_as_much_of_a_mount_as_of_a_disk(mounted):
+def test_the_kernel_caches_more_of_a_mount_than_it_would_by_itself(mounted):
     device = os.stat(mounted.path).st_dev
     limits = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}")
     assert (limits / "max_ratio").read_text() == f"{MAX_RATIO_PERCENT}\n"
