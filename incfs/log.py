@@ -139,12 +139,16 @@ class IncrementalLog:
         found: set[int] = set()
         with self._tables.reading() as reader:
             for table in (table for link in chain for table in link):
-                if table.volume_id:
-                    pages: Iterable[int] = reader.page_indexes(table, start)
-                else:
-                    pages = self.baselines[StorageId(table.generation)].page_indexes(start, end - start)
-                found.update(takewhile(lambda index: index < end, pages))
+                found.update(
+                    takewhile(lambda index: index < end, self._stored_indexes(reader, table, start, end - start))
+                )
         return found
+
+    def _stored_indexes(self, reader: Reader, table: TableKey, start: int, limit: int | None) -> Iterable[int]:
+        """Give the pages that are stored, or made, ascending from ``start``, at most ``limit`` of them."""
+        if table.volume_id:
+            return islice(reader.page_indexes(table, start), limit)
+        return self.baselines[StorageId(table.generation)].page_indexes(start, limit)
 
     def resolve(self, chain: Chain, page_index: int, stored: Sequence[Sequence[Entries]]) -> Entries:
         """Give a page as a snapshot (or the live volume) sees it.
@@ -166,16 +170,10 @@ class IncrementalLog:
 
     def page_indexes(self, table: TableKey, start: int = 0, limit: int | None = None) -> list[int]:
         """List pages that may hold mappings, ascending from ``start``, at most ``limit`` of them."""
-        if not table.volume_id:
-            return self.baselines[StorageId(table.generation)].page_indexes(start, limit)
-        changed: list[int] = sorted({index for index in self._overlay.pages(table) if index >= start})[:limit]
+        changed = {index for index in self._overlay.pages(table) if index >= start}
         with self._tables.reading() as reader:
-            stored: list[int] = []
-            for index in reader.page_indexes(table, start):
-                if limit is not None and len(stored) >= limit:
-                    break
-                stored.append(index)
-        return sorted({*changed, *stored})[:limit]
+            stored = self._stored_indexes(reader, table, start, limit)
+            return sorted(changed.union(stored))[:limit]
 
     def next_page(self, chain: Chain, start: int) -> int | None:
         """Find the first page at or after ``start`` that may hold mappings in one of several tables.
@@ -185,11 +183,8 @@ class IncrementalLog:
         found: set[int] = set()
         with self._tables.reading() as reader:
             for table in (table for link in chain for table in link):
-                if not table.volume_id:
-                    found.update(self.page_indexes(table, start, 1))
-                    continue
                 found.update(index for index in self._overlay.pages(table) if index >= start)
-                found.update(islice(reader.page_indexes(table, start), 1))
+                found.update(self._stored_indexes(reader, table, start, 1))
         return min(found, default=None)
 
     def occupied_pages(self, table: TableKey, limit: int) -> list[int]:
