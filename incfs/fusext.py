@@ -56,7 +56,7 @@ class Limits:
     congestion_threshold: int = 48
     """Requests in flight at which the kernel holds back read-ahead."""
     max_readahead_bytes: int = 1 << 20
-    """Only lowers what the kernel offers; raise that in ``/sys/class/bdi/MAJOR:MINOR/read_ahead_kb``."""
+    """Only lowers what the kernel offers; ``backing_device`` raises what it does once it is mounted."""
     max_request_bytes: int = 0
     """What one read or write carries at most; the kernel sends the parts of a larger one all at once."""
     hot_threads: int = 0
