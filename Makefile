@@ -21,7 +21,7 @@ C_SOURCES := $(wildcard incfs/*.c incfs/*.h)
 export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 .PHONY: help man setup system system-demo system-test system-bench test lint sweep demo bench bench-quick wheel clean sanitize damage-long \
-	crash-long kill-long teeth soak
+	crash-long kill-long teeth teeth-some soak
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ damage-long: setup ## damage 20,000 tiny pools and judge what is made of each
 
 teeth: setup system-test ## break a copy of the product in each way known; every time a named test must turn red (TEETH=part-of-a-name)
 	$(BIN)/python -m tests.teeth $(TEETH)
+
+teeth-some: setup system-test ## the same for a dozen of them, another dozen for each commit; about a minute
+	$(BIN)/python -m tests.teeth --some
 
 SOAK_MINUTES ?= 10
 soak: setup system-test sweep ## a day's work in SOAK_MINUTES=10: memory, descriptors, threads and space must not grow

@@ -10,4 +10,5 @@ from tests.teeth.native import NATIVE
 from tests.teeth.policy import POLICY
 from tests.teeth.shell import SHELL
 
-BREAKAGES: Sequence[Breakage] = (*DURABILITY, *CORE, *DOMAIN, *NATIVE, *SHELL, *POLICY)
+ROOMS: Sequence[Sequence[Breakage]] = (DURABILITY, CORE, DOMAIN, NATIVE, SHELL, POLICY)
+BREAKAGES: Sequence[Breakage] = [breakage for room in ROOMS for breakage in room]

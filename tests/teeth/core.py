@@ -12,7 +12,8 @@ CORE: Final = (
         "I3",
         "incfs/pool.py",
         "        freed, self._freed, self._dirty_groups, self._dirty_stale = self._freed,",
-        "        self.release(self._freed)\n        freed, self._freed, self._dirty_groups, self._dirty_stale = [],",
+        "        self.release(self._freed)\n"
+        "        freed, self._freed, self._dirty_groups, self._dirty_stale = self._freed[:0],",
         "tests/unit/test_pool.py::test_a_freed_block_waits_for_the_checkpoint",
     ),
     Breakage(

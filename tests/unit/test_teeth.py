@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.teeth.breakage import Breakage, Misfit
-from tests.teeth.breakages import BREAKAGES
+from tests.teeth.breakages import BREAKAGES, ROOMS
 from tests.teeth.runner import ROOT, _run, bite, run_unchanged
+from tests.teeth.sample import DOZEN, sample
 
 SAMPLE = ("checksum-not-compared", "lease-granted-twice", "journal-sequence-not-checked")
 
@@ -25,6 +26,15 @@ def test_each_rule_is_broken() -> None:
     assert max(Counter(breakage.name for breakage in BREAKAGES).values()) == 1
     assert {breakage.rule for breakage in BREAKAGES} - {"policy"} == {f"I{number}" for number in range(1, 12)}
     assert sum(breakage.file.endswith(".c") for breakage in BREAKAGES) >= 8
+
+
+def test_every_commit_has_a_dozen_of_its_own() -> None:
+    first, again, other = (sample(ROOMS, DOZEN, seed) for seed in ("a", "a", "b"))
+    assert first == again != other
+    assert len(set(first)) == DOZEN
+    assert all(len(set(first) & set(room)) == DOZEN // len(ROOMS) for room in ROOMS)
+    seen = {breakage for seed in range(200) for breakage in sample(ROOMS, DOZEN, str(seed))}
+    assert seen == set(BREAKAGES)
 
 
 def named(name: str) -> Breakage:
