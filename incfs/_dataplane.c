@@ -174,6 +174,7 @@ static PyMethodDef plane_methods[] = {
     {"close_journal", (PyCFunction)method_close_journal, METH_NOARGS, "Let no further commit begin in the lent journal."},
     {"set_folded", (PyCFunction)method_set_folded, METH_O, "Say which commit the tables contain."},
     {"_sync", (PyCFunction)method_sync, METH_O, "What a hot thread does at an fsync; whether it could."},
+    {"_divert", (PyCFunction)method_divert, METH_VARARGS, "Let commits write and flush by functions at these addresses."},
     {"_inspect", (PyCFunction)method_inspect, METH_NOARGS, "Everything inside: pages, leases, dropped."},
     {NULL, NULL, 0, NULL},
 };

@@ -75,6 +75,7 @@ PyObject *method_reopen(DataPlane *self, PyObject *unused);
 PyObject *method_reclaim(DataPlane *self, PyObject *unused);
 PyObject *method_close_journal(DataPlane *self, PyObject *unused);
 PyObject *method_sync(DataPlane *self, PyObject *arg);
+PyObject *method_divert(DataPlane *self, PyObject *args);
 PyObject *method_set_folded(DataPlane *self, PyObject *arg);
 PyObject *get_lent_end_bytes(DataPlane *self, void *closure);
 

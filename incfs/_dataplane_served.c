@@ -235,6 +235,17 @@ PyObject *method_sync(DataPlane *self, PyObject *arg)
     return PyBool_FromLong(is_taken && !asked.is_refused);
 }
 
+/* The functions are those of struct lane_disk. */
+PyObject *method_divert(DataPlane *self, PyObject *args)
+{
+    unsigned long long write, flush;
+    if (!PyArg_ParseTuple(args, "KK", &write, &flush))
+        return NULL;
+    lane_divert(self->lane, &(struct lane_disk){(int (*)(int, const void *, size_t, uint64_t))(uintptr_t)write,
+                                                (int (*)(int))(uintptr_t)flush});
+    Py_RETURN_NONE;
+}
+
 PyObject *method_set_folded(DataPlane *self, PyObject *arg)
 {
     unsigned long long folded = PyLong_AsUnsignedLongLong(arg);

@@ -15,6 +15,7 @@ enum { SECTOR_BYTES = 512, HEAD_BYTES = 32, CALL_AT_MAPPINGS = 1024 };
 
 struct lane {
     struct plane *plane;
+    struct lane_disk disk;
     pthread_mutex_t lock; /* guards all below */
     pthread_cond_t ended; /* a commit */
     struct lane_journal journal;
@@ -25,12 +26,18 @@ struct lane {
     size_t queued_mappings;
 };
 
+static int flush(int fd)
+{
+    return fdatasync(fd) ? errno : 0;
+}
+
 struct lane *lane_new(struct plane *plane)
 {
     struct lane *lane = calloc(1, sizeof *lane);
     if (!lane)
         return NULL;
     lane->plane = plane;
+    lane->disk = (struct lane_disk){write_fully, flush};
     pthread_mutex_init(&lane->lock, NULL);
     pthread_cond_init(&lane->ended, NULL);
     return lane;
@@ -51,6 +58,11 @@ void lane_free(struct lane *lane)
     pthread_cond_destroy(&lane->ended);
     pthread_mutex_destroy(&lane->lock);
     free(lane);
+}
+
+void lane_divert(struct lane *lane, const struct lane_disk *disk)
+{
+    lane->disk = *disk;
 }
 
 /* ---- For the control plane ------------------------------------------------------------------------------ */
@@ -321,7 +333,8 @@ static void make_head(unsigned char *head, const char *magic, uint32_t length, u
 }
 
 /* Writes the record and flushes it; *end_bytes moves behind it.  Returns an errno. */
-static int write_record(const struct lane_journal *journal, struct record *record, uint64_t *end_bytes)
+static int write_record(const struct lane_disk *disk, const struct lane_journal *journal, struct record *record,
+                        uint64_t *end_bytes)
 {
     struct bytes *bytes = &record->bytes;
     size_t body = bytes->length - HEAD_BYTES, padding = -bytes->length % SECTOR_BYTES;
@@ -330,16 +343,16 @@ static int write_record(const struct lane_journal *journal, struct record *recor
         return ENOMEM;
     memset(rest, 0, padding);
     make_head(bytes->start, "JREC", body, record->sequence, journal->nonce, crc32c(bytes->start + HEAD_BYTES, body));
-    int error = write_fully(journal->fd, bytes->start, bytes->length, *end_bytes);
-    if (!error && fdatasync(journal->fd))
-        error = errno;
+    int error = disk->write(journal->fd, bytes->start, bytes->length, *end_bytes);
+    if (!error)
+        error = disk->flush(journal->fd);
     if (error)
         return error;
     *end_bytes += bytes->length;
     /* Nobody waits for it: see encode_ack in journal.py. */
     unsigned char ack[SECTOR_BYTES] = {0};
     make_head(ack, "JACK", 0, record->sequence, journal->nonce, 0);
-    return write_fully(journal->fd, ack, sizeof ack, *end_bytes);
+    return disk->write(journal->fd, ack, sizeof ack, *end_bytes);
 }
 
 /* ---- Commits ------------------------------------------------------------------------------------------------ */
@@ -425,7 +438,7 @@ static bool begin(struct lane *lane, struct hot_waiter *waiters, struct record *
 static int finish(struct lane *lane, const struct lane_journal *journal, struct record *record, uint64_t *end_bytes)
 {
     int error = put_data(record, lane->plane, journal->block_bytes);
-    return error ? error : write_record(journal, record, end_bytes);
+    return error ? error : write_record(&lane->disk, journal, record, end_bytes);
 }
 
 /* Under the lock, which it lets go of while the disk is waited for.  False when the control plane must act. */

@@ -34,6 +34,12 @@ struct lane_journal {
     uint32_t block_bytes;
 };
 
+/* How a record reaches the disk; both return an errno. */
+struct lane_disk {
+    int (*write)(int fd, const void *bytes, size_t length, uint64_t offset);
+    int (*flush)(int fd);
+};
+
 /* A committed batch, in the order of commits. */
 struct lane_batch {
     struct lane_batch *next;
@@ -43,6 +49,8 @@ struct lane_batch {
 
 struct lane *lane_new(struct plane *plane);
 void lane_free(struct lane *lane);
+/* For tests, before anything is lent: lets commits be stopped halfway, or fail. */
+void lane_divert(struct lane *lane, const struct lane_disk *disk);
 
 void lane_lend(struct lane *lane, const struct lane_journal *journal);
 /* Goes on where it was closed; nobody else has appended since. */

@@ -1,6 +1,7 @@
 """Asks the native data plane as hot threads do, without a mount: one request after the other."""
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 from incfs.model import MapId
@@ -16,8 +17,37 @@ _WRITE = ctypes.CFUNCTYPE(
 _ROOM = 1 << 20
 
 
+class _Waiter(ctypes.Structure):
+    _fields_ = (("next", ctypes.c_void_p), ("inode", ctypes.c_uint64), ("gained_blocks", ctypes.c_bool))
+
+
+_DONE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)
+_REFUSED = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class _Answers(ctypes.Structure):
+    _fields_ = (("done", _DONE), ("refused", _REFUSED))
+
+
+_SYNC = ctypes.CFUNCTYPE(
+    ctypes.c_bool, ctypes.c_void_p, ctypes.POINTER(_Waiter), ctypes.c_bool, ctypes.POINTER(_Answers)
+)
+
+
 class _HotServer(ctypes.Structure):
-    _fields_ = (("plane", ctypes.c_void_p), ("read", _READ), ("write", _WRITE))
+    _fields_ = (
+        ("plane", ctypes.c_void_p), ("read", _READ), ("write", _WRITE), ("stat", ctypes.c_void_p),
+        ("set_modified", ctypes.c_void_p), ("sync", _SYNC),
+    )  # fmt: skip
+
+
+class Sync:
+    """An fsync that waits for its answer."""
+
+    def __init__(self, table: MapId, answered: Callable[["Sync", int | None], None]) -> None:
+        self.table = table
+        self.waiter = _Waiter(inode=table)
+        self.answers = _Answers(_DONE(lambda _, error: answered(self, error)), _REFUSED(lambda _: answered(self, None)))
 
 
 class Served:
@@ -41,3 +71,10 @@ class Served:
     def write(self, table: MapId, offset_bytes: int, data: bytes) -> bool:
         """Write a range; False when it is not served."""
         return bool(self._server.write(self._server.plane, table, offset_bytes, data, len(data)))
+
+    def sync(self, sync: Sync) -> bool:
+        """Make durable what was written; whether it is, ``sync`` hears: an errno, 0 for done, None for refused.
+
+        It may hear that later, from another thread, and must live until then.  False: it hears nothing.
+        """
+        return bool(self._server.sync(self._server.plane, sync.waiter, True, sync.answers))

@@ -1,5 +1,7 @@
 """The journal's fast lane: what fsync commits past Python is what Python would have committed."""
 
+import ctypes
+import errno
 import os
 
 import pytest
@@ -264,4 +266,31 @@ def test_a_failed_flush_is_told_and_the_pool_becomes_read_only(pool, device):
         os.close(full)
     store = crash(store)
     assert pools.read(store, table, 0, BLOCK) == b"1" * BLOCK
+    store.abandon()
+
+
+def test_tests_may_stand_between_a_record_and_its_disk(pool):
+    """What the gremlin hangs on: each write and flush of a commit goes through what was put in their place."""
+    store = opened(pool)
+    (table,) = new_volumes(store, "v")
+    seen = []
+
+    def write(fd, data, length, offset):
+        seen.append(ctypes.string_at(data, 4))
+        return 0 if os.pwrite(fd, ctypes.string_at(data, length), offset) == length else errno.EIO
+
+    def flush(fd):
+        os.fdatasync(fd)
+        seen.append(b"flush")
+        return errno.EIO if len(seen) > 3 else 0
+
+    write = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64)(write)
+    flush = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(flush)
+    store.plane._divert(*(ctypes.cast(call, ctypes.c_void_p).value for call in (write, flush)))
+    fill(store, table, 0, b"1" * BLOCK)
+    assert store.plane._sync(table)
+    assert seen == [b"JREC", b"flush", b"JACK"]
+    fill(store, table, 0, b"2" * BLOCK)
+    with pytest.raises(BackingError, match="journal"):
+        store.plane._sync(table)
     store.abandon()
