@@ -170,6 +170,7 @@ static PyMethodDef plane_methods[] = {
      "Take what was committed without the control plane: (sequence, batch), in order."},
     {"lend", KEYWORDS(method_lend), "Let small commits go through without the control plane: this is the journal's end."},
     {"reopen", (PyCFunction)method_reopen, METH_NOARGS, "Let commits go on after close_journal."},
+    {"settle", (PyCFunction)method_settle, METH_NOARGS, "Let no commit begin in the lent journal; wait for the one under way."},
     {"reclaim", (PyCFunction)method_reclaim, METH_NOARGS, "Take the journal's end back once it is at rest."},
     {"close_journal", (PyCFunction)method_close_journal, METH_NOARGS, "Let no further commit begin in the lent journal."},
     {"set_folded", (PyCFunction)method_set_folded, METH_O, "Say which commit the tables contain."},
@@ -181,6 +182,8 @@ static PyMethodDef plane_methods[] = {
 
 static PyGetSetDef plane_properties[] = {
     {"fresh_count", (getter)get_fresh_count, NULL, "Mappings appended since the last seal.", NULL},
+    {"seal_count", (getter)get_seal_count, NULL, "Seals so far.", NULL},
+    {"durable_sequence", (getter)get_durable_sequence, NULL, "The last commit in the lent journal whose flush has ended.", NULL},
     {"lent_end_bytes", (getter)get_lent_end_bytes, NULL, "Where the journal that was lent ends.", NULL},
     {"page_count", (getter)get_page_count, NULL, "Resident pages.", NULL},
     {NULL, NULL, NULL, NULL, NULL},

@@ -85,6 +85,9 @@ PyObject *method_take_committed(DataPlane *self, PyObject *unused);
 PyObject *method_seal(DataPlane *self, PyObject *unused);
 PyObject *method_mapped_delta(DataPlane *self, PyObject *arg);
 PyObject *get_fresh_count(DataPlane *self, void *closure);
+PyObject *get_seal_count(DataPlane *self, void *closure);
+PyObject *get_durable_sequence(DataPlane *self, void *closure);
+PyObject *method_settle(DataPlane *self, PyObject *unused);
 PyObject *method_inspect(DataPlane *self, PyObject *unused);
 
 #endif

@@ -187,6 +187,12 @@ PyObject *method_mapped_delta(DataPlane *self, PyObject *arg)
     return PyLong_FromLongLong(plane_mapped_delta(self->plane, map_id));
 }
 
+PyObject *get_seal_count(DataPlane *self, void *closure)
+{
+    (void)closure;
+    return PyLong_FromUnsignedLongLong(plane_seal_count(self->plane));
+}
+
 PyObject *get_fresh_count(DataPlane *self, void *closure)
 {
     (void)closure;

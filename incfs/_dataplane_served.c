@@ -199,6 +199,24 @@ PyObject *method_reclaim(DataPlane *self, PyObject *unused)
     return PyLong_FromUnsignedLongLong(end_bytes);
 }
 
+PyObject *method_settle(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    int error;
+    Py_BEGIN_ALLOW_THREADS
+    error = lane_settle(self->lane);
+    Py_END_ALLOW_THREADS
+    if (error)
+        return raise_made(self, "_host_error", Py_BuildValue("(sKi)", "write", 0ull, error));
+    Py_RETURN_NONE;
+}
+
+PyObject *get_durable_sequence(DataPlane *self, void *closure)
+{
+    (void)closure;
+    return PyLong_FromUnsignedLongLong(lane_durable_sequence(self->lane));
+}
+
 PyObject *method_close_journal(DataPlane *self, PyObject *unused)
 {
     (void)unused;
@@ -229,7 +247,10 @@ PyObject *method_sync(DataPlane *self, PyObject *arg)
     struct asked asked = {.waiter.inode = PyLong_AsUnsignedLongLong(arg)};
     if (PyErr_Occurred())
         return NULL;
-    bool is_taken = server_sync(self, &asked.waiter, true, &answers);
+    bool is_taken;
+    Py_BEGIN_ALLOW_THREADS
+    is_taken = server_sync(self, &asked.waiter, true, &answers);
+    Py_END_ALLOW_THREADS
     if (asked.error)
         return raise_made(self, "_host_error", Py_BuildValue("(sKi)", "write", 0ull, asked.error));
     return PyBool_FromLong(is_taken && !asked.is_refused);

@@ -4,9 +4,8 @@ One is made from a snapshot and holds no data, so it is in nobody's way: its sna
 of that are free.  ``trails`` keeps what was written since.  Several names of one snapshot share a record.
 """
 
-from dataclasses import replace
-
 from incfs.errors import AlreadyExists, BookmarkNotFound, LimitExceeded
+from incfs.memory import one_step
 from incfs.model import Bookmark, Snapshot, Volume, VolumeId, validate_name
 from incfs.overlay import TableKey
 from incfs.store import Store
@@ -15,6 +14,7 @@ MAX_NAMES = 256
 """Bookmarks of one snapshot: their record stays small."""
 
 
+@one_step
 def create(store: Store, snapshot: Snapshot, name: str) -> Bookmark:
     """Give a snapshot's point a name that outlives it.
 
@@ -24,25 +24,27 @@ def create(store: Store, snapshot: Snapshot, name: str) -> Bookmark:
         InvalidName, AlreadyExists: Of the name.
         LimitExceeded: The snapshot has too many bookmarks.
     """
-    store.begin_change()
     validate_name(name, what="bookmark")
     volume = store.catalog.volume(snapshot.volume_id)
     if store.catalog.has_bookmark_name(volume.id, name):
         raise AlreadyExists(f"volume {volume.name} has a bookmark {name!r} already", volume=volume.name, bookmark=name)
-    made = _with_name(store, snapshot, name)
-    store.change(made)
-    return made
+    return _give_name(store, snapshot, name)
 
 
-def _with_name(store: Store, snapshot: Snapshot, name: str) -> Bookmark:
+def _give_name(store: Store, snapshot: Snapshot, name: str) -> Bookmark:
     known = store.catalog.get(("bookmark", (snapshot.volume_id, snapshot.generation)))
     names = {**known.names, name: store.clock()} if isinstance(known, Bookmark) else {name: store.clock()}
     if len(names) > MAX_NAMES:
         raise LimitExceeded(f"snapshot {snapshot.name} has {MAX_NAMES} bookmarks already; remove one first")
+    if isinstance(known, Bookmark):
+        return store.amend(known, names=names)
     facts = snapshot.uuid, snapshot.size_bytes, snapshot.created_ns
-    return Bookmark(snapshot.volume_id, snapshot.generation, *facts, names)
+    made = Bookmark(snapshot.volume_id, snapshot.generation, *facts, names)
+    store.add(made)
+    return made
 
 
+@one_step
 def move(store: Store, snapshot: Snapshot, name: str) -> Bookmark:
     """Let a bookmark be of another snapshot of its volume; it is made if there is none.
 
@@ -51,15 +53,13 @@ def move(store: Store, snapshot: Snapshot, name: str) -> Bookmark:
     Raises:
         InvalidName, LimitExceeded: As ``create``.
     """
-    store.begin_change()
     known = find(store, snapshot.volume_id, name)
     if known is None:
         return create(store, snapshot, name)
     if known.generation == snapshot.generation:
         return known
-    made = _with_name(store, snapshot, name)
-    store.change(_without_name(known, name), made)
-    return made
+    _take_name(store, known, name)
+    return _give_name(store, snapshot, name)
 
 
 def find(store: Store, volume_id: VolumeId, name: str) -> Bookmark | None:
@@ -68,10 +68,11 @@ def find(store: Store, volume_id: VolumeId, name: str) -> Bookmark | None:
     return store.catalog.bookmark(volume_id, name) if is_there else None
 
 
-def _without_name(bookmark: Bookmark, name: str) -> Bookmark:
-    return replace(bookmark, names={known: when for known, when in bookmark.names.items() if known != name})
+def _take_name(store: Store, bookmark: Bookmark, name: str) -> Bookmark:
+    return store.amend(bookmark, names={known: when for known, when in bookmark.names.items() if known != name})
 
 
+@one_step
 def remove(store: Store, volume_id: VolumeId, name: str) -> Bookmark:
     """Forget a bookmark; with the last name of its point ``forget_some`` empties the trail, later.
 
@@ -81,10 +82,7 @@ def remove(store: Store, volume_id: VolumeId, name: str) -> Bookmark:
     Raises:
         BookmarkNotFound: No such bookmark.
     """
-    store.begin_change()
-    left = _without_name(named(store, volume_id, name), name)
-    store.change(left)
-    return left
+    return _take_name(store, named(store, volume_id, name), name)
 
 
 def named(store: Store, volume_id: VolumeId, name: str) -> Bookmark:

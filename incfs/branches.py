@@ -104,8 +104,8 @@ class Branches:
 
     async def _put_baseline(self, volume_id: VolumeId, facts: baseline.BaselineFacts) -> None:
         if self._baseline_of(volume_id) != facts:
-            self._store.begin_change()
-            self._store.change(replace(self._store.catalog.volume(volume_id), baseline=facts.encode()))
+            with self._store.step():
+                self._store.amend(self._store.catalog.volume(volume_id), baseline=facts.encode())
             await self._committer.commit()
 
     async def flatten(self, volume_id: VolumeId, progress: Callable[[int, int], None]) -> Volume:

@@ -6,10 +6,10 @@ no harm (recovery is idempotent, I5).  Knows which records the tables do not hav
 
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from incfs.codec import decode_record, encode_record, pack, unpack
-from incfs.errors import BookmarkNotFound, FormatError, SnapshotNotFound, StorageNotFound, VolumeNotFound
+from incfs.errors import BookmarkNotFound, FormatError, NotFound, SnapshotNotFound, StorageNotFound, VolumeNotFound
 from incfs.generations import Generations
 from incfs.model import (
     NO_ORIGIN,
@@ -32,6 +32,7 @@ from incfs.model import (
 from incfs.overlay import Chain, TableKey
 
 Record = Volume | Snapshot | Bookmark | Storage | StoredPolicy
+RecordT = TypeVar("RecordT", Volume, Snapshot, Bookmark, Storage, StoredPolicy)
 RecordId = tuple[str, tuple[int, ...]]
 """(kind, numbers): names one record."""
 
@@ -183,6 +184,19 @@ class Catalog:
         if kind == "storage":
             return self.storages.get(StorageId(numbers[0]))
         return self.policy
+
+    def current(self, record: RecordT) -> RecordT:
+        """Give what a record is now.
+
+        Raises:
+            NotFound: It was removed meanwhile.
+        """
+        found = self.get(record_id(record))
+        if found is None:
+            kind, numbers = record_id(record)
+            raise NotFound(f"{kind} {'@'.join(map(str, numbers))} is gone: it was removed meanwhile")
+        assert isinstance(found, type(record))
+        return found
 
     def __contains__(self, identity: RecordId) -> bool:
         return self.get(identity) is not None

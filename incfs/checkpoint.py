@@ -44,6 +44,7 @@ class Commit:
 
     sequence: int
     changes: list[Change]
+    """Empty when all is in records that the data plane's own threads have begun: these are waited for (I13)."""
     pool: Pool
     journal: Journal
     block_bytes: int
@@ -53,7 +54,7 @@ class Commit:
     """The last commit that the tables contain."""
 
     def run(self) -> None:
-        """Make the changes durable: data first or inside the record, then the record (I2).
+        """Make everything up to the commit durable: data first or inside the record, then the record (I2).
 
         Durability: durable on return.
 
@@ -61,6 +62,12 @@ class Commit:
             BackingError: A write or sync failed; the pool must become read-only.
             ChecksumMismatch: The host returned other data than was just written.
         """
+        if self.changes:
+            self._append_record()
+        else:
+            self.journal.settle()
+
+    def _append_record(self) -> None:
         data = b""
         moves = any(change[0] == "move" for change in self.changes)  # their data is only in the images
         if not moves and stored_blocks(self.changes) * self.block_bytes <= self.small_bytes:

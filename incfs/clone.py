@@ -8,10 +8,9 @@ Invariants:
        a clone that grows shows zeros there.
 """
 
-from dataclasses import replace
-
 from incfs import volume
 from incfs.extents import page_entries
+from incfs.memory import one_step
 from incfs.model import HOLE, INHERIT, PAGE_BLOCKS, Snapshot, Volume, VolumeId
 from incfs.overlay import TableKey
 from incfs.ranges import StepsPending
@@ -96,6 +95,7 @@ def _consecutive(slots: list[int]) -> int:
     return count
 
 
+@one_step
 def cut_origin(store: Store, volume_id: VolumeId) -> bool:
     """Forget the origin of a clone whose current contents inherit nothing any more.
 
@@ -104,9 +104,9 @@ def cut_origin(store: Store, volume_id: VolumeId) -> bool:
     Returns:
         Whether the origin is cut.
     """
-    store.begin_change()
     clone = store.catalog.volume(volume_id)
     if not clone.origin:
         return True
-    store.change(volume.without_origin(store, replace(clone, flat_generation=clone.last_generation)))
+    store.amend(clone, flat_generation=clone.last_generation)
+    volume.cut_flat_origin(store, volume_id)
     return not store.catalog.volume(volume_id).origin

@@ -144,6 +144,10 @@ class DataPlane:
         self._mapped_delta: dict[MapId, int] = {}
         self.fresh_count = 0
         """Mappings appended since the last seal."""
+        self.seal_count = 0
+        """Seals so far."""
+        self.durable_sequence = 0
+        """The last commit that others than the owner thread made durable: there are none."""
 
     # Resident pages
 
@@ -499,6 +503,7 @@ class DataPlane:
         self._dirty = {}
         self._mapped_delta = {}
         self.fresh_count = 0
+        self.seal_count += 1
         return Batch([table._replace(runs=runs_of(table)) for table in sealed], dropped)
 
     def inspect(self) -> PlaneState:

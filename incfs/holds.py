@@ -4,10 +4,8 @@ A hold with a time is a lease: when the time is past it counts for nothing, and 
 holds change the next time.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
-
 from incfs.errors import Busy, HoldNotFound, LimitExceeded
+from incfs.memory import one_step
 from incfs.model import Snapshot, VolumeId, validate_name
 from incfs.store import Store
 
@@ -15,6 +13,7 @@ MAX_HOLDS = 256
 """Of one snapshot: its record stays small."""
 
 
+@one_step
 def hold(store: Store, volume_id: VolumeId, name: str, tag: str, *, expires_ns: int | None = None) -> Snapshot:
     """Keep a snapshot from being removed; a hold of the same tag is renewed.
 
@@ -23,35 +22,28 @@ def hold(store: Store, volume_id: VolumeId, name: str, tag: str, *, expires_ns: 
         SnapshotNotFound: No such snapshot.
         LimitExceeded: It has too many holds.
     """
-    store.begin_change()
     validate_name(tag, what="hold")
     snapshot = store.catalog.snapshot(volume_id, name)
     holds = {**snapshot.holds_at(store.clock()), tag: expires_ns}
     if len(holds) > MAX_HOLDS:
         raise LimitExceeded(f"snapshot {name} has {MAX_HOLDS} holds already; release one first")
-    return _put(store, snapshot, holds)
+    return store.amend(snapshot, holds=holds)
 
 
+@one_step
 def release(store: Store, volume_id: VolumeId, name: str, tag: str) -> Snapshot:
     """End a hold.
 
     Raises:
         SnapshotNotFound, HoldNotFound: No such snapshot, or it is not held by that tag.
     """
-    store.begin_change()
     snapshot = store.catalog.snapshot(volume_id, name)
     holds = snapshot.holds_at(store.clock())
     if tag not in holds:
         known = ", ".join(sorted(holds)) or "none"
         raise HoldNotFound(f"snapshot {name} has no hold {tag!r}; it has: {known}", snapshot=name, tag=tag)
     del holds[tag]
-    return _put(store, snapshot, holds)
-
-
-def _put(store: Store, snapshot: Snapshot, holds: Mapping[str, int | None]) -> Snapshot:
-    held = replace(snapshot, holds=holds)
-    store.change(held)
-    return held
+    return store.amend(snapshot, holds=holds)
 
 
 def require_not_held(store: Store, snapshot: Snapshot) -> None:

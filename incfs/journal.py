@@ -58,6 +58,13 @@ class Borrower(Protocol):
     def reopen(self) -> None:
         """Go on appending after ``close_journal``."""
 
+    def settle(self) -> None:
+        """Stop, and wait for the record under way.
+
+        Raises:
+            BackingError: A record could not be written or flushed.
+        """
+
     def reclaim(self) -> int:
         """Stop, wait for the record under way, and give ``lent_end_bytes``.
 
@@ -371,6 +378,15 @@ class Journal:
         )
         self._borrower = borrower
         return None
+
+    def settle(self) -> None:
+        """Wait until every record that the borrower has begun is durable.
+
+        Raises:
+            BackingError: One could not be written or flushed.
+        """
+        if self._borrower is not None:
+            self._borrower.settle()
 
     def _reclaim(self) -> None:
         """Wait until the borrower has stopped."""

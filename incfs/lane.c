@@ -19,6 +19,7 @@ struct lane {
     pthread_mutex_t lock; /* guards all below */
     pthread_cond_t ended; /* a commit */
     struct lane_journal journal;
+    uint64_t durable_sequence;
     bool is_open, is_committing;
     int failed_errno;
     struct hot_waiter *first_waiter, *last_waiter;
@@ -71,6 +72,7 @@ void lane_lend(struct lane *lane, const struct lane_journal *journal)
 {
     pthread_mutex_lock(&lane->lock);
     lane->journal = *journal;
+    lane->durable_sequence = journal->sequence;
     lane->is_open = !lane->failed_errno;
     pthread_mutex_unlock(&lane->lock);
 }
@@ -89,15 +91,21 @@ void lane_close(struct lane *lane)
     pthread_mutex_unlock(&lane->lock);
 }
 
-int lane_reclaim(struct lane *lane, uint64_t *end_bytes)
+int lane_settle(struct lane *lane)
 {
     pthread_mutex_lock(&lane->lock);
     lane->is_open = false;
     while (lane->is_committing)
         pthread_cond_wait(&lane->ended, &lane->lock);
-    *end_bytes = lane->journal.end_bytes;
     int error = lane->failed_errno;
     pthread_mutex_unlock(&lane->lock);
+    return error;
+}
+
+int lane_reclaim(struct lane *lane, uint64_t *end_bytes)
+{
+    int error = lane_settle(lane);
+    *end_bytes = lane_end_bytes(lane);
     return error;
 }
 
@@ -107,6 +115,14 @@ uint64_t lane_end_bytes(struct lane *lane)
     uint64_t end_bytes = lane->journal.end_bytes;
     pthread_mutex_unlock(&lane->lock);
     return end_bytes;
+}
+
+uint64_t lane_durable_sequence(struct lane *lane)
+{
+    pthread_mutex_lock(&lane->lock);
+    uint64_t sequence = lane->durable_sequence;
+    pthread_mutex_unlock(&lane->lock);
+    return sequence;
 }
 
 void lane_set_folded(struct lane *lane, uint64_t folded)
@@ -461,6 +477,8 @@ static bool commit(struct lane *lane, struct hot_waiter *waiters, int *error)
     if (*error) {
         lane->failed_errno = *error;
         lane->is_open = false;
+    } else {
+        lane->durable_sequence = lane->journal.sequence;
     }
     if (lane->queued_mappings >= CALL_AT_MAPPINGS || lane->journal.end_bytes >= lane->journal.limit_bytes)
         plane_call(lane->plane);

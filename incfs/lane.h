@@ -8,7 +8,8 @@
  * Invariants:
  *   1. Batches are sealed and queued, or handed to the control plane, under the lane's lock: their order is
  *      that of the seals.
- *   2. Record n+1 is begun after record n is durable; waiters are answered only then (I5).
+ *   2. Record n+1 is begun after record n is durable; waiters are answered only then (I5).  A batch may be
+ *      taken while its record is being flushed: whoever answers for it waits with lane_settle (I13).
  *   3. After a failed write or flush the plane is frozen before anybody is answered, and the lane never
  *      opens again (I10).
  *
@@ -57,9 +58,13 @@ void lane_lend(struct lane *lane, const struct lane_journal *journal);
 void lane_reopen(struct lane *lane);
 /* From now on no commit begins; one may still be under way. */
 void lane_close(struct lane *lane);
-/* Closes, waits for what is under way, and gives the journal's end back.  Returns an errno if a commit failed. */
+/* Closes and waits for the commit under way.  Returns an errno if one failed: what it sealed is not durable. */
+int lane_settle(struct lane *lane);
+/* The same, and gives the journal's end back. */
 int lane_reclaim(struct lane *lane, uint64_t *end_bytes);
 uint64_t lane_end_bytes(struct lane *lane);
+/* The last commit whose flush has ended; those of batches that lane_take gave may be later. */
+uint64_t lane_durable_sequence(struct lane *lane);
 /* Another checkpoint has ended; said before any block that it freed is used again. */
 void lane_set_folded(struct lane *lane, uint64_t folded);
 

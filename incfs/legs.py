@@ -6,7 +6,7 @@ verified on its way: a leg is never made from data that is not right.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from incfs import groups
 from incfs.backing import File
@@ -15,6 +15,7 @@ from incfs.codec import checksum
 from incfs.dataplane import LegFailed
 from incfs.errors import BackingError, ChecksumMismatch, IncfsError, NotFound, UsageError
 from incfs.image import DATA_OFFSET_BYTES
+from incfs.memory import one_step
 from incfs.mirror import MirroredFile
 from incfs.model import HOLE, StorageId
 from incfs.overlay import TableKey
@@ -141,13 +142,13 @@ def _runs(blocks: Lacking) -> Iterator[list[tuple[int, int]]]:
         yield run
 
 
+@one_step
 def finish_resilver(store: Store, storage_id: StorageId, number: int) -> None:
     """Let a leg that was brought up to date, and synced, be read again; the caller commits."""
-    store.begin_change()
     mirror, record = mirror_of(store, storage_id), store.pool.volume(storage_id).record
     mirror.rebuilding.discard(number)
     mirror.stale.discard(number)
-    store.change(replace(record, stale_legs=tuple(leg for leg in record.stale_legs if leg != number)))
+    store.amend(record, stale_legs=tuple(leg for leg in record.stale_legs if leg != number))
     store.plane.attach(storage_id)
 
 
@@ -161,12 +162,12 @@ def require_other_leg(store: Store, storage_id: StorageId, number: int) -> None:
         raise UsageError(f"leg {number} of storage volume {storage_id} is the only sound one", storage=storage_id)
 
 
+@one_step
 def replace_leg(store: Store, storage_id: StorageId, number: int, path: str) -> None:
     """Let another, empty file be a leg from now on; it lacks everything.
 
     The caller has made the file, and commits.
     """
-    store.begin_change()
     mirror, volume = mirror_of(store, storage_id), store.pool.volume(storage_id)
     record = volume.record
     paths = list(record.leg_paths)
@@ -175,7 +176,7 @@ def replace_leg(store: Store, storage_id: StorageId, number: int, path: str) -> 
     mirror.failed.pop(number, None)
     mirror.legs[number] = None
     stale = tuple(sorted({*record.stale_legs, number}))
-    store.change(replace(record, path=paths[0], mirrors=tuple(paths[1:]), stale_legs=stale))
+    store.amend(record, path=paths[0], mirrors=tuple(paths[1:]), stale_legs=stale)
     store.pool.lack_everything(storage_id)
     store.plane.attach(storage_id)
 

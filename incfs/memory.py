@@ -6,6 +6,8 @@ Invariants:
     1. Changes reach memory (log, pool, catalog) and the pending list in one step of the
        owner thread, so memory is always the last commit plus the pending list.
     2. After a failure (``fail``) nothing is changed any more (I10).
+    3. Records change within a ``step``, which seals when it begins; nothing is sealed in it (I12).
+    4. A record is changed by fields, from what it is at that moment: nobody puts back what he read before.
 """
 
 import logging
@@ -13,15 +15,16 @@ import time
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from uuid import UUID
 
 from incfs.backing import Backing
 from incfs.baseline import Baselines
 from incfs.blocks import stored_addresses
-from incfs.catalog import Catalog, Record, RecordId, record_id
+from incfs.catalog import Catalog, Record, RecordId, RecordT, record_id
 from incfs.changes import Change, map_change
 from incfs.codec import Entries, encode_record
 from incfs.dataplane import Batch, DataPlane
@@ -53,6 +56,9 @@ from incfs.tables import Tables
 from incfs.trails import Trails
 
 logger = logging.getLogger(__name__)
+StoreT = TypeVar("StoreT", bound="Memory")
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
 
 _SEAL_AT = 2048
 """Unsealed mappings that trigger a seal: bounds how long one keeps the owner thread."""
@@ -83,6 +89,7 @@ class Memory:
         self.sequence = 0
         """Of the last commit begun."""
         self.durable_sequence = 0
+        """Of the last commit whose flush is known to have ended (I13)."""
         self.backing = backing
         self.tables = tables
         self.log = IncrementalLog(tables)
@@ -118,6 +125,8 @@ class Memory:
         """Tables that the data plane's own threads must not write."""
         self._is_watched = False
         """Whether somebody attends to the data plane's own threads."""
+        self._step: _Step | None = None
+        """The step under way."""
 
     @property
     def block_bytes(self) -> int:
@@ -149,28 +158,69 @@ class Memory:
 
     # Changes: memory and pending list in one step
 
-    def begin_change(self) -> None:
-        """Start an operation on records: everything written so far comes before it.
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Change records, in one step of the owner thread: no await, no yield in it.
+
+        All that was written before the step comes before its changes; what the data plane's own threads write
+        meanwhile comes behind them (I12).  A step within a step is part of it.
+
+        Atomicity: its changes are in one commit.  When it ends with an error after it changed something, the pool
+        is read-only: memory is no state that anybody committed.
 
         Raises:
             PoolReadOnly: As ``require_writable``.
         """
+        if self._step is not None:
+            yield
+            return
         self.require_writable()
         self.absorb()
+        self._step = step = _Step(self.plane.seal_count)
+        try:
+            yield
+            if self.plane.seal_count != step.seal_count:
+                raise IncfsError("unexpected: something was sealed within a step")
+        except BaseException as error:
+            if step.has_changed:
+                self.fail(IncfsError(f"a change was begun and not ended: {error!r}"))
+            raise
+        finally:
+            self._step = None
 
-    def change(self, *records: Record) -> None:
-        """Put records, in order: one atomic change, after ``begin_change`` in the same step."""
-        assert not isinstance(self.plane, DataPlane) or not self.plane.fresh_count, "begin_change comes first"
+    def add(self, *records: Record) -> None:
+        """Add new records, in order; within a step."""
         for record in records:
-            self._put(record)
-            self._touched.pop(record_id(record), None)
-            self._pend(["put", record_id(record)[0], encode_record(record)])
+            assert record_id(record) not in self.catalog, "amend changes those that are there"
+            self._change(record)
 
-    def touch(self, record: Record) -> None:
-        """Put a record whose latest state goes into the next commit."""
-        self._put(record)
-        self._touched[record_id(record)] = None
+    def amend(self, record: RecordT, **fields: Any) -> RecordT:
+        """Change fields of a record, within a step; the others stay as they are now, whatever the caller looked at.
+
+        Returns:
+            The record as it is then.
+        """
+        changed = replace(self.catalog.current(record), **fields)
+        self._change(changed)
+        return changed
+
+    def touch(self, record: RecordT, **fields: Any) -> RecordT:
+        """As ``amend``, also outside of a step: the latest state of the record goes into the next commit."""
+        changed = replace(self.catalog.current(record), **fields)
+        self._put(changed)
+        self._touched[record_id(changed)] = None
         self.plane.close_journal()
+        return changed
+
+    def _change(self, record: Record) -> None:
+        self._note_change()
+        self._put(record)
+        self._touched.pop(record_id(record), None)
+        self._pend(["put", record_id(record)[0], encode_record(record)])
+
+    def _note_change(self) -> None:
+        assert self._step is not None, "records change within a step"
+        self._step.has_changed = True
 
     def _put(self, record: Record) -> None:
         before = self.catalog.volumes.get(record.id) if isinstance(record, Volume) else None
@@ -201,7 +251,8 @@ class Memory:
                 self._stripe(volume)
 
     def drop(self, identity: RecordId) -> None:
-        """Remove a record."""
+        """Remove a record, within a step."""
+        self._note_change()
         self.catalog.drop(identity)
         self._touched.pop(identity, None)
         self._pend(["drop", identity[0], list(identity[1])])
@@ -228,7 +279,7 @@ class Memory:
             if volume.mirror is None or not volume.mirror.failed:
                 continue
             failed, volume.mirror.failed = volume.mirror.failed, {}
-            self.touch(replace(volume.record, stale_legs=tuple(sorted({*volume.record.stale_legs, *failed}))))
+            self.touch(volume.record, stale_legs=tuple(sorted({*volume.record.stale_legs, *failed})))
             self.plane.attach(storage_id)
             for number, reason in failed.items():
                 self.events.record("leg-failed", f"storage {storage_id}", f"leg {number}: {reason}", leg=number)
@@ -236,10 +287,12 @@ class Memory:
     # What the data plane wrote
 
     def absorb(self) -> None:
-        """Seal the data plane and append what it wrote to the log.
+        """Seal the data plane and append what it wrote to the log; within a step nothing: that was done when it began.
 
         Cost: 1 to 1.5 us for each mapping since the last seal.
         """
+        if self._step is not None:
+            return
         batch = self.plane.seal()
         self._take_committed(batch.committed)
         self._take(batch)
@@ -260,7 +313,8 @@ class Memory:
             self._take(batch)
             for table, written_ns in batch.written:
                 self.apply_written(split_map_id(table)[0], written_ns)
-            self.sequence = self.durable_sequence = sequence
+            self.sequence = sequence
+        self.durable_sequence = max(self.durable_sequence, self.plane.durable_sequence)
 
     def _take(self, batch: Batch) -> None:
         """Append a sealed batch to the log."""
@@ -271,12 +325,12 @@ class Memory:
 
     def apply_written(self, volume_id: VolumeId, written_ns: int) -> None:
         """Set a volume's time of modification, as a journal record says it."""
-        self._note_written(volume_id, written_ns, self._put)
+        self._note_written(volume_id, written_ns, lambda volume, **times: self._put(replace(volume, **times)))
 
-    def _note_written(self, volume_id: VolumeId, written_ns: int, put: Callable[[Record], None]) -> None:
+    def _note_written(self, volume_id: VolumeId, written_ns: int, amend: Callable[..., object]) -> None:
         volume = self.catalog.volume(volume_id)
         if written_ns > volume.modified_ns:
-            put(replace(volume, modified_ns=written_ns, changed_ns=written_ns))
+            amend(volume, modified_ns=written_ns, changed_ns=written_ns)
 
     def _owned(self, volume_id: VolumeId, sealed: Sealed) -> Sealed:
         """Say what a clone's own table had: the data plane does not tell its blocks from those of the origin."""
@@ -405,12 +459,16 @@ class Memory:
         volume_id, generation = split_map_id(table)
         volume = self.catalog.volume(volume_id)
         if volume.rollback_to and not generation and self.failure is None:
-            # Without begin_change: what is not sealed is of other pages, since those stay resident.
+            # Without a step: what is not sealed is of other pages, since those stay resident.
             self.moves.unroll(volume_id, [page_index])
         self.plane.load(table, page_index, entries, hole=HOLE if volume.origin else INHERIT)
 
     def evict(self, table: MapId) -> None:
-        """Forget the resident pages and the lease of a table that is going away."""
+        """Forget the resident pages and the lease of a table that is going away.
+
+        Whoever can write it by himself has been stopped before the last seal (``quiet``): pages with unsealed
+        mappings would stay.
+        """
         self.absorb()
         self.plane.evict(table)
         self.space.revoke(table)
@@ -426,6 +484,24 @@ class Memory:
     def freed_bytes(self) -> int:
         """Space that the next checkpoint makes free."""
         return self.pool.freed_blocks * self.block_bytes
+
+
+@dataclass(slots=True)
+class _Step:
+    seal_count: int
+    """Of the data plane, when the step began."""
+    has_changed: bool = False
+
+
+def one_step(function: Callable[Concatenate[StoreT, Args], Result]) -> Callable[Concatenate[StoreT, Args], Result]:
+    """Make a whole function, whose first argument is the store, one ``Memory.step``."""
+
+    @wraps(function)
+    def within(store: StoreT, /, *args: Args.args, **named: Args.kwargs) -> Result:
+        with store.step():
+            return function(store, *args, **named)
+
+    return within
 
 
 def _reads_otherwise(record: Volume, before: Volume) -> bool:

@@ -64,7 +64,8 @@ class Mover:
         report = MoveReport()
         async with self.lock:
             store = self._store
-            store.begin_change()
+            store.require_writable()
+            store.absorb()
             total = sum(store.space.used_blocks(v) for v in store.catalog.volumes.values() if v.id in volumes)
 
             def tell() -> None:

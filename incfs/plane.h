@@ -177,6 +177,7 @@ enum plane_status plane_written(struct plane *plane, uint64_t **writes, size_t *
 
 int64_t plane_mapped_delta(struct plane *plane, uint64_t map_id);
 size_t plane_fresh_count(struct plane *plane);
+uint64_t plane_seal_count(struct plane *plane);
 /* PLANE_NOT_SERVED, with nothing changed, when more than `most` mappings are fresh. */
 enum plane_status plane_seal(struct plane *plane, size_t most, struct plane_batch *batch);
 /* Takes the time of a table's last served write; 0 when nobody needs to be told. */

@@ -172,13 +172,19 @@ enum plane_status plane_seal(struct plane *plane, size_t most, struct plane_batc
     memset(batch, 0, sizeof *batch);
     pthread_rwlock_wrlock(&plane->gate);
     enum plane_status status = plane_fresh_count(plane) > most ? PLANE_NOT_SERVED : gather(plane, batch);
-    atomic_fetch_add(&plane->seal_count, 1);
+    if (status == PLANE_OK)
+        atomic_fetch_add(&plane->seal_count, 1);
     pthread_rwlock_unlock(&plane->gate);
     if (status != PLANE_OK)
         plane_batch_free(batch);
     else
         qsort(batch->pages, batch->page_count, sizeof *batch->pages, by_table_and_index);
     return status;
+}
+
+uint64_t plane_seal_count(struct plane *plane)
+{
+    return atomic_load(&plane->seal_count);
 }
 
 void plane_batch_free(struct plane_batch *batch)

@@ -7,7 +7,6 @@ at all, and moves with the pool.
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import trio
 
@@ -100,14 +99,20 @@ class Policies:
             PoolReadOnly: The pool has failed.
         """
         document = parse_policy(text)
-        self._store.begin_change()
-        stored = StoredPolicy(text, self._store.clock(), self.stored.runs)
-        self._store.change(stored)
+        with self._store.step():
+            stored = self._put(text)
         self._document, self.failure = document, None
         self._apply(settings_of(document))
         self.changed.set()
         self.changed = trio.Event()
         await self._committer.commit()
+        return stored
+
+    def _put(self, text: str) -> StoredPolicy:
+        stored = StoredPolicy(text, self._store.clock(), self.stored.runs)
+        if self._store.catalog.policy is not None:
+            return self._store.amend(self.stored, text=text, set_ns=stored.set_ns)
+        self._store.add(stored)
         return stored
 
     async def note_runs(self, runs: Mapping[str, int]) -> None:
@@ -117,8 +122,8 @@ class Policies:
         """
         if self._store.catalog.policy is None or self.stored.runs == runs:
             return
-        self._store.begin_change()
-        self._store.change(replace(self.stored, runs=dict(runs)))
+        with self._store.step():
+            self._store.amend(self.stored, runs=dict(runs))
         await self._committer.commit()
 
     def now_ns(self) -> int:

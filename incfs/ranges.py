@@ -5,7 +5,6 @@ happened when a page, a lease or the disk is missing (``drive`` sees to it).
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import TypeVar
 
 from incfs import legs
@@ -115,8 +114,8 @@ def trim(store: Store, volume_id: VolumeId, *, wait: bool = False) -> bool:
         reached = discard(store, volume.map_id, start, MAX_VOLUME_BYTES, wait=wait, to_end=True)
     elif volume.size_bytes < whole_end:
         _zero_part(store, volume.map_id, volume.size_bytes, whole_end, wait=wait)
-    store.begin_change()
-    store.change(replace(store.catalog.volume(volume_id), trim_from_bytes=reached))
+    with store.step():
+        store.amend(volume, trim_from_bytes=reached)
     return reached is None
 
 
@@ -231,7 +230,7 @@ def _note_write(store: Store, volume_id: VolumeId, end_bytes: int) -> None:
     volume, now = store.catalog.volume(volume_id), store.clock()
     if end_bytes > volume.size_bytes or now - volume.modified_ns >= _CLOCK_TICK_NS:
         size = max(volume.size_bytes, end_bytes)
-        store.touch(replace(volume, size_bytes=size, modified_ns=now, changed_ns=now))
+        store.touch(volume, size_bytes=size, modified_ns=now, changed_ns=now)
 
 
 def discard(

@@ -19,6 +19,7 @@ from typing import Any
 
 from incfs import ranges, snapshot, volume
 from incfs.errors import BaseMismatch, StreamCorrupt, TokenStale, UsageError, VolumeNotFound
+from incfs.memory import one_step
 from incfs.model import PAGE_BLOCKS, MapId, Snapshot, Volume, VolumeId
 from incfs.overlay import TableKey
 from incfs.ranges import StepsPending
@@ -106,8 +107,11 @@ class Receiver:
     # The start of a stream
 
     def _begin(self, begin: StreamBegin) -> None:
+        with self._store.step():
+            self._find_targets(begin)
+
+    def _find_targets(self, begin: StreamBegin) -> None:
         store = self._store
-        store.begin_change()
         names = self._names or tuple(member.name for member in begin.members)
         if len(names) != len(begin.members) or len(set(names)) != len(names):
             raise UsageError(f"the stream is of {len(begin.members)} volumes; name each target once, in their order")
@@ -185,7 +189,7 @@ class Receiver:
         for target in state.targets:
             known = self._store.catalog.volume(target)
             is_replica = known.is_replica or self._is_replica
-            self._store.touch(replace(known, receive_lead=lead, is_replica=is_replica))
+            self._store.touch(known, receive_lead=lead, is_replica=is_replica)
         put_state(self._store, state)
 
     # One snapshot
@@ -264,16 +268,16 @@ class Receiver:
             self._state, position=self._state.position.after_snapshot(), waiting=(*self._state.waiting, snap)
         )
         self._snap = None
-        self._store.begin_change()
-        if not state.position.begin.done_count:
-            self.published += _publish(self._store, state)
-            state = replace(state, waiting=())
-        if state.position.link is None:
-            _forget(self._store, state.targets)
-            self._state = None
-        else:
-            self._state = state
-            put_state(self._store, state)
+        with self._store.step():
+            if not state.position.begin.done_count:
+                self.published += _publish(self._store, state)
+                state = replace(state, waiting=())
+            if state.position.link is None:
+                _forget(self._store, state.targets)
+                self._state = None
+            else:
+                self._state = state
+                put_state(self._store, state)
         yield None
 
 
@@ -359,9 +363,10 @@ def _publish(store: Store, state: Receiving) -> list[Snapshot]:
 
 def _forget(store: Store, targets: Sequence[VolumeId]) -> None:
     for target in targets:
-        store.touch(replace(store.catalog.volume(target), receive_lead=VolumeId(0), receive_state=""))
+        store.touch(store.catalog.volume(target), receive_lead=VolumeId(0), receive_state="")
 
 
+@one_step
 def abort(store: Store, name: str) -> list[VolumeId]:
     """End an unfinished receive: new volumes go, others are as their newest snapshot again.
 
@@ -372,7 +377,6 @@ def abort(store: Store, name: str) -> list[VolumeId]:
         UsageError: The volume receives nothing.
         StepsPending: An earlier rollback must be carried out first.
     """
-    store.begin_change()
     state = receiving(store, store.catalog.volume_named(name))
     if state is None:
         raise UsageError(f"volume {name} has no unfinished receive", volume=name)
@@ -381,11 +385,10 @@ def abort(store: Store, name: str) -> list[VolumeId]:
         if target.rollback_to:
             raise StepsPending(lambda _, which=target.id: unroll(store, which, _UNROLL_PAGES))  # type: ignore[misc]
     for target in targets:
-        idle = replace(target, receive_lead=VolumeId(0), receive_state="")
+        idle = store.amend(target, receive_lead=VolumeId(0), receive_state="")
         newest = _newest(store, target)
         if newest is None:
-            store.change(replace(idle, name=""))
+            store.amend(idle, name="")
             continue
-        store.change(idle)
         roll_back(store, target.id, newest.name, force=True)  # as above
     return list(state.targets)

@@ -14,6 +14,7 @@ from itertools import pairwise
 from incfs.blocks import split_address
 from incfs.codec import checksum
 from incfs.errors import IncfsError
+from incfs.memory import one_step
 from incfs.model import HOLE, PAGE_BLOCKS, MapId, StorageId, Volume, VolumeId, map_id
 from incfs.overlay import TableKey
 from incfs.space import MOVER
@@ -128,12 +129,12 @@ def take_targets(store: Store, relocation: Relocation, lease: MapId) -> None:
     store.pool.release(addresses[len(slots) :])
 
 
+@one_step
 def finish(store: Store, relocation: Relocation) -> int:
     """Let mappings that are still as planned name the copies; give how many.
 
     Atomicity: one change; durable with the next commit.
     """
-    store.begin_change()
     table = relocation.table
     copied = {slot: new for slot, new in relocation.targets.items() if slot not in relocation.unreadable}
     now = store.log.entries(table, relocation.page_index)

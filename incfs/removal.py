@@ -1,15 +1,17 @@
 """Removal of a set of snapshots of a volume: at once, and what it frees, told before."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from incfs.codec import Entries
+from incfs.memory import one_step
 from incfs.model import HOLE, Generation, Snapshot, VolumeId
 from incfs.overlay import TableKey
 from incfs.snapshot import require_removable
 from incfs.store import Store
 
 
+@one_step
 def remove(store: Store, snapshots: Sequence[Snapshot]) -> None:
     """Take snapshots, of any volumes, out of the namespace; ``volume.reclaim`` frees their blocks later.
 
@@ -19,11 +21,11 @@ def remove(store: Store, snapshots: Sequence[Snapshot]) -> None:
         Busy: One has clones, or is held.
         SnapshotNotFound: One has gone meanwhile.
     """
-    store.begin_change()
-    # As they are now: the caller may have looked before somebody held them, or before what begin_change sealed.
+    # As they are now: the caller may have looked before somebody held them.
     snapshots = [store.catalog.snapshot_by_generation(taken.volume_id, taken.generation) for taken in snapshots]
     require_removable(store, snapshots)
-    store.change(*(replace(snapshot, name="") for snapshot in snapshots))
+    for snapshot in snapshots:
+        store.amend(snapshot, name="")
 
 
 @dataclass(slots=True)

@@ -158,7 +158,8 @@ def repair(
             with open_store(target) as new:
                 copier = _Copier(old, new, report, progress or (lambda done, total: None))
                 if old.catalog.policy is not None:
-                    new.change(old.catalog.policy)
+                    with new.step():
+                        new.add(old.catalog.policy)
                 for found in sorted(old.catalog.volumes.values(), key=lambda v: v.name):
                     if found.name:
                         copier.copy(found)
@@ -418,7 +419,8 @@ class _Copier:
             self._note_lost(name, state.size_bytes, lost)
             if isinstance(state, Snapshot):
                 (taken,) = snapshot.create(new, [(made.id, state.name)])
-                new.change(replace(taken, created_ns=state.created_ns, tag=state.tag))
+                with new.step():
+                    new.amend(taken, created_ns=state.created_ns, tag=state.tag)
             self._report.saved.append(
                 {"name": name, "size_bytes": state.size_bytes, "is_whole": losses == len(self._report.losses)}
             )

@@ -18,7 +18,8 @@ from dataclasses import replace
 
 from incfs import bookmarks
 from incfs.errors import Busy, LimitExceeded
-from incfs.model import MAX_GENERATION, Generation, Snapshot, Volume, VolumeId
+from incfs.memory import one_step
+from incfs.model import MAX_GENERATION, Generation, Snapshot, VolumeId, map_id
 from incfs.overlay import TableKey
 from incfs.ranges import StepsPending
 from incfs.snapshot import require_removable
@@ -43,26 +44,30 @@ def roll_back(store: Store, volume_id: VolumeId, name: str, *, force: bool = Fal
         Busy: There are newer snapshots or bookmarks, and ``force`` is false or one is held or has clones.
         StepsPending: An older rollback, to before this snapshot, is not unrolled.
     """
-    store.begin_change()
-    volume, target = store.catalog.volume(volume_id), store.catalog.snapshot(volume_id, name)
-    doomed = require_newest(store, target, force=force)
-    if volume.rollback_to and target.generation > volume.rollback_to:
-        raise StepsPending(lambda _: unroll(store, volume_id, _STEP_PAGES))
-    with store.quiet(volume.map_id):
+    # Hot writes are stopped first: what they wrote is sealed when the step begins, and no page stays behind.
+    with store.quiet(map_id(volume_id)), store.step():
+        volume, target = store.catalog.volume(volume_id), store.catalog.snapshot(volume_id, name)
+        doomed = require_newest(store, target, force=force)
+        if volume.rollback_to and target.generation > volume.rollback_to:
+            raise StepsPending(lambda _: unroll(store, volume_id, _STEP_PAGES))
         store.evict(volume.map_id)
-        forgotten = [replace(bookmark, names={}) for bookmark in bookmarks.newer_than(store, target)]
-        store.change(*(replace(snapshot, name="") for snapshot in doomed), *forgotten, *_records(store, target))
+        for snapshot in doomed:
+            store.amend(snapshot, name="")
+        for bookmark in bookmarks.newer_than(store, target):
+            store.amend(bookmark, names={})
+        _become(store, target)
     return doomed
 
 
-def _records(store: Store, target: Snapshot) -> tuple[Snapshot, Volume]:
+def _become(store: Store, target: Snapshot) -> None:
     volume, now = store.catalog.volume(target.volume_id), store.clock()
     if volume.last_generation >= MAX_GENERATION:
         raise LimitExceeded(f"volume {volume.name} has had all of its 2^32 - 2 snapshots")
     generation = Generation(volume.last_generation + 1)
     inherits = volume.flat_generation is not None and target.generation <= volume.flat_generation
     mark = replace(target, generation=generation, uuid=str(uuids.uuid4()), name="", held_blocks=0, tag="", holds={})
-    return mark, replace(
+    store.add(mark)
+    store.amend(
         volume,
         size_bytes=target.size_bytes,
         mapped_blocks=target.mapped_blocks,
@@ -102,13 +107,13 @@ def require_newest(store: Store, target: Snapshot, *, force: bool) -> list[Snaps
     return doomed
 
 
+@one_step
 def unroll(store: Store, volume_id: VolumeId, page_count: int) -> bool:
     """Carry out a rollback for pages that nobody has asked for; one bounded step.
 
     Returns:
         Whether nothing is left to do.
     """
-    store.begin_change()
     for generation in store.catalog.undone(volume_id):
         pages = store.log.occupied_pages(TableKey(volume_id, generation), page_count)
         if pages:
@@ -116,7 +121,7 @@ def unroll(store: Store, volume_id: VolumeId, page_count: int) -> bool:
             return False
     volume = store.catalog.volume(volume_id)
     if volume.rollback_to:
-        store.change(replace(volume, rollback_to=Generation(0), rollback_mark=Generation(0)))
+        store.amend(volume, rollback_to=Generation(0), rollback_mark=Generation(0))
     return True
 
 

@@ -2,11 +2,11 @@
 
 import uuid as uuids
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
 from incfs.errors import AlreadyExists, Busy, LimitExceeded, UsageError
 from incfs.extents import Extent, join_extents, page_entries
 from incfs.holds import require_not_held
+from incfs.memory import one_step
 from incfs.model import (
     HOLE,
     INHERIT,
@@ -28,6 +28,7 @@ _LISTED_PAGES = 512
 """Pages of each table that one step of a diff lists."""
 
 
+@one_step
 def create(store: Store, wanted: Sequence[tuple[VolumeId, str]], *, tag: str = "") -> list[Snapshot]:
     """Take snapshots of several volumes: one point in time, one commit (I6).
 
@@ -39,7 +40,6 @@ def create(store: Store, wanted: Sequence[tuple[VolumeId, str]], *, tag: str = "
         Busy, ReplicaReadOnly: A volume changes by streams only.
         TrimPending: A shrink is not finished: what lies behind the end would come to light in a clone that grows.
     """
-    store.begin_change()
     if not wanted or len({volume_id for volume_id, _ in wanted}) != len(wanted):
         raise UsageError("name each volume once, and at least one")
     for volume_id, name in wanted:
@@ -65,12 +65,11 @@ def next_generation(volume: Volume) -> Generation:
 
 
 def adopt(store: Store, taken: list[Snapshot]) -> list[Snapshot]:
-    """Let snapshots be those of their volumes as they are now: one change, after ``begin_change`` in the same step."""
-    volumes = [
-        replace(store.catalog.volume(s.volume_id), newest_generation=s.generation, last_generation=s.generation)
-        for s in taken
-    ]
-    store.change(*taken, *volumes)
+    """Let snapshots be those of their volumes as they are now: within a step."""
+    store.add(*taken)
+    for made in taken:
+        volume = store.catalog.volume(made.volume_id)
+        store.amend(volume, newest_generation=made.generation, last_generation=made.generation)
     return taken
 
 
@@ -87,18 +86,18 @@ def _require_free_name(store: Store, volume_id: VolumeId, name: str) -> None:
         raise AlreadyExists(f"volume {volume} has a snapshot {name!r} already", volume=volume, snapshot=name)
 
 
+@one_step
 def rename(store: Store, volume_id: VolumeId, name: str, new_name: str) -> Snapshot:
     """Give a snapshot another name.
 
     Raises:
         SnapshotNotFound, InvalidName, AlreadyExists: Of the names.
     """
-    store.begin_change()
     snapshot = store.catalog.snapshot(volume_id, name)
     validate_name(new_name, what="snapshot")
     if new_name != snapshot.name:
         _require_free_name(store, volume_id, new_name)
-        store.change(replace(snapshot, name=new_name))
+        store.amend(snapshot, name=new_name)
     return store.catalog.snapshot(volume_id, new_name)
 
 

@@ -62,12 +62,14 @@ class Store(Memory):
     # Commit and checkpoint
 
     def begin_commit(self) -> Commit | None:
-        """Gather everything since the last commit; None when there is nothing.
+        """Gather everything since the last commit; None when everything is durable.
 
+        What the data plane's own threads have put into a record that is still being flushed is waited for, too (I13).
         The caller runs ``Commit.run`` in any thread, then ``end_commit`` here.
         """
         self.require_writable()  # first: a commit that failed stays
         assert self._commit is None, "one commit at a time"
+        assert self._step is None, "a step is in one commit"
         self.absorb()
         self.note_failed_legs()
         for identity in self._touched:
@@ -75,9 +77,9 @@ class Store(Memory):
             assert record is not None
             self._pending.append(["put", identity[0], encode_record(record)])
         self._touched.clear()
-        if not self._pending:
+        if not self._pending and self.durable_sequence == self.sequence:
             return None
-        self.sequence += 1
+        self.sequence += bool(self._pending)
         changes, self._pending, self.pending_mappings = self._pending, [], 0
         self._commit = Commit(
             self.sequence,
@@ -175,7 +177,7 @@ class Store(Memory):
     @property
     def has_unfolded(self) -> bool:
         """Whether a checkpoint would write anything."""
-        return self.has_uncommitted or self.durable_sequence > self._folded_sequence
+        return self.has_uncommitted or self.sequence > self._folded_sequence
 
     @property
     def wants_checkpoint(self) -> bool:

@@ -5,15 +5,16 @@ Each function is one step of the owner thread.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from incfs.errors import StorageNotFound, UsageError
+from incfs.memory import one_step
 from incfs.model import MAX_STRIPE_COLUMNS, MAX_STRIPE_ROWS, StorageId, Volume, VolumeId
 from incfs.placement import choose_columns, replace_low
 from incfs.settings import VolumeSettings
 from incfs.store import Store
 
 
+@one_step
 def set_columns(store: Store, volume_id: VolumeId, columns: Sequence[StorageId], *, unit_bytes: int) -> Volume:
     """Let new stripes of a volume rotate over these storage volumes, one a column.
 
@@ -21,7 +22,6 @@ def set_columns(store: Store, volume_id: VolumeId, columns: Sequence[StorageId],
         UsageError: No columns, too many, one twice, or a unit that is not whole blocks.
         StorageNotFound: One does not exist.
     """
-    store.begin_change()
     volume = store.catalog.volume(volume_id)
     if not 1 <= len(columns) <= MAX_STRIPE_COLUMNS or len(set(columns)) != len(columns):
         raise UsageError(f"a stripe map has 1 to {MAX_STRIPE_COLUMNS} different columns, not {list(columns)}")
@@ -30,9 +30,7 @@ def set_columns(store: Store, volume_id: VolumeId, columns: Sequence[StorageId],
         if column not in store.catalog.storages:
             raise StorageNotFound(f"there is no storage volume {column}", storage=column)
     row = (store.clock(), unit_bytes // store.block_bytes, *columns)
-    changed = replace(volume, stripes=(*volume.stripes, row)[-MAX_STRIPE_ROWS:])
-    store.change(changed)
-    return changed
+    return store.amend(volume, stripes=(*volume.stripes, row)[-MAX_STRIPE_ROWS:])
 
 
 def require_unit(store: Store, unit_bytes: int) -> None:

@@ -6,7 +6,7 @@ So it is in the same commit as the data that it speaks of.
 
 import base64
 import binascii
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from incfs.codec import pack
 from incfs.errors import Busy, FormatError, ReplicaReadOnly, StreamCorrupt
@@ -61,7 +61,7 @@ def receiving(store: Store, volume: Volume) -> Receiving | None:
 def put_state(store: Store, state: Receiving) -> None:
     """Note how far a receive came; durable with the next commit, as is the data written before."""
     lead = store.catalog.volume(state.targets[0])
-    store.touch(replace(lead, receive_state=encode_receiving(state)))
+    store.touch(lead, receive_state=encode_receiving(state))
 
 
 def require_not_receiving(volume: Volume, action: str) -> None:

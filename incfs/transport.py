@@ -7,7 +7,7 @@ the one before has gone.
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import trio
 
@@ -299,15 +299,15 @@ class Transfers:
         holders = self._handles.of_table(volume.map_id)
         if is_replica and holders:
             raise Busy(f"volume {name} is open by {', '.join(holders)}; close it first", holders=holders)
-        self._store.begin_change()
-        self._store.change(replace(self._store.catalog.volume(volume.id), is_replica=is_replica))
+        with self._store.step():
+            self._store.amend(volume, is_replica=is_replica)
         await self._committer.commit()
         return self._store.catalog.volume(volume.id)
 
     async def put_replicas(self, volume_id: VolumeId, replicas: Mapping[str, str]) -> None:
         """Keep where a volume is replicated to."""
-        self._store.begin_change()
-        self._store.change(replace(self._store.catalog.volume(volume_id), replicas=dict(replicas)))
+        with self._store.step():
+            self._store.amend(self._store.catalog.volume(volume_id), replicas=dict(replicas))
         await self._committer.commit()
 
     def any_volume(self, name: str) -> Volume:

@@ -4,7 +4,6 @@ Owns nothing but references to the parts of an open pool; the trio thread.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +70,9 @@ class Upkeep:
 
     async def _add_made(self, make: Callable[[], Storage]) -> dict[str, Any]:
         record = await offload(make)
-        self._store.begin_change()
-        self._store.pool.attach(record)
-        self._store.change(record)
+        with self._store.step():
+            self._store.pool.attach(record)
+            self._store.add(record)
         await self._committer.commit()
         return status.storage_facts(self._store, record)
 
@@ -128,9 +127,9 @@ class Upkeep:
         record = store.catalog.storage(storage_id)
         if len(store.catalog.storages) == 1:
             raise UsageError(f"storage volume {storage_id} is the only one; add another first", storage=storage_id)
-        store.begin_change()
-        store.change(replace(record, is_evacuating=True))
-        store.reclaim_leases()
+        with store.step():
+            store.amend(record, is_evacuating=True)
+            store.reclaim_leases()
         await self._committer.commit()
         total, report = store.pool.volume(storage_id).live_blocks, MoveReport()
         self._tell("evacuation-begun", storage_id, f"{total * store.block_bytes} bytes move to other storage volumes")
@@ -151,8 +150,8 @@ class Upkeep:
 
     async def cancel_evacuation(self, storage_id: StorageId) -> None:
         """Let a storage volume get new blocks again."""
-        self._store.begin_change()
-        self._store.change(replace(self._store.catalog.storage(storage_id), is_evacuating=False))
+        with self._store.step():
+            self._store.amend(self._store.catalog.storage(storage_id), is_evacuating=False)
         await self._committer.commit()
 
     async def balance(self, *, rate_bytes: int | None, progress: Progress) -> MoveReport:
@@ -206,22 +205,23 @@ class Upkeep:
             raise UsageError(f"storage volume {storage_id} is the only one; add another first", storage=storage_id)
         async with self._driver.space_lock:
             was_evacuating = record.is_evacuating
-            store.begin_change()
-            store.change(replace(record, is_evacuating=True))
-            store.reclaim_leases()
+            with store.step():
+                store.amend(record, is_evacuating=True)
+                store.reclaim_leases()
             await self._committer.checkpoint()
             volume = store.pool.volume(storage_id)
             if volume.busy_blocks:
-                store.begin_change()
-                store.change(replace(record, is_evacuating=was_evacuating))
+                with store.step():
+                    store.amend(record, is_evacuating=was_evacuating)
                 await self._committer.commit()
                 raise Busy(
                     f"storage volume {storage_id} holds {volume.live_blocks * store.block_bytes} bytes; "
                     f"move them with `incfs storage evacuate {storage_id}` first",
                     storage=storage_id,
                 )
-            store.drop(("storage", (storage_id,)))
-            store.pool.retire(storage_id)
+            with store.step():
+                store.drop(("storage", (storage_id,)))
+                store.pool.retire(storage_id)
             await self._committer.checkpoint()
         self._tell("image-removed", storage_id, f"it was empty; {volume.path} is deleted")
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from incfs import bookmarks
 from incfs.errors import AlreadyExists, Busy, LimitExceeded, UsageError
+from incfs.memory import one_step
 from incfs.model import (
     MAX_VOLUME_BYTES,
     MAX_XATTR_BYTES,
@@ -29,6 +30,7 @@ from incfs.store import Store
 from incfs.transfers import require_not_receiving, require_ordinary
 
 
+@one_step
 def create(
     store: Store,
     name: str,
@@ -45,7 +47,6 @@ def create(
     Raises:
         InvalidName, AlreadyExists, LimitExceeded: Of the name, and of the size.
     """
-    store.begin_change()
     validate_name(name)
     _require_free_name(store, name)
     _require_size(size_bytes)
@@ -55,7 +56,7 @@ def create(
     now = store.clock()
     volume = Volume(volume_id, str(uuids.uuid4()), name, size_bytes, 0, mode & 0o777, uid, gid, now, now, now, now)
     volume = replace(volume, origin=origin, baseline=baseline or {})
-    store.change(volume)
+    store.add(volume)
     return volume
 
 
@@ -88,24 +89,23 @@ def resize(store: Store, volume_id: VolumeId, size_bytes: int, *, shrink: bool) 
     return set_size(store, volume_id, size_bytes)
 
 
+@one_step
 def set_size(store: Store, volume_id: VolumeId, size_bytes: int) -> Volume:
     """Set the size, also of a volume that changes by streams only.
 
     Raises:
         LimitExceeded, TrimPending: As ``resize``.
     """
-    store.begin_change()
     _require_size(size_bytes)
     volume = store.catalog.volume(volume_id)
     if volume.trim_from_bytes is not None:
         raise TrimPending(volume_id)
     now = store.clock()
     trim_from = size_bytes if size_bytes < volume.size_bytes else None
-    volume = replace(volume, size_bytes=size_bytes, modified_ns=now, changed_ns=now, trim_from_bytes=trim_from)
-    store.change(volume)
-    return volume
+    return store.amend(volume, size_bytes=size_bytes, modified_ns=now, changed_ns=now, trim_from_bytes=trim_from)
 
 
+@one_step
 def rename(store: Store, volume_id: VolumeId, new_name: str, *, over: bool = False) -> Volume:
     """Give a volume another name.
 
@@ -119,28 +119,27 @@ def rename(store: Store, volume_id: VolumeId, new_name: str, *, over: bool = Fal
         InvalidName, AlreadyExists: Of the name.
         Busy: The volume to remove has snapshots.
     """
-    store.begin_change()
     validate_name(new_name)
     volume = store.catalog.volume(volume_id)
     if volume.name == new_name:
         return volume
-    renamed = replace(volume, name=new_name, changed_ns=store.clock())
     if over and store.catalog.has_name(new_name):
         doomed = store.catalog.volume_named(new_name)
         require_not_receiving(doomed, "be replaced")
         _require_no_snapshots(store, doomed)
-        store.change(replace(doomed, name=""), renamed)
+        store.amend(doomed, name="")
     else:
         _require_free_name(store, new_name)
-        store.change(renamed)
-    return store.catalog.volume(volume_id)
+    return store.amend(volume, name=new_name, changed_ns=store.clock())
 
 
+@one_step
 def exchange(store: Store, first_id: VolumeId, second_id: VolumeId) -> None:
     """Swap the names of two volumes."""
-    store.begin_change()
     first, second = store.catalog.volume(first_id), store.catalog.volume(second_id)
-    store.change(replace(first, name=""), replace(second, name=first.name), replace(first, name=second.name))
+    store.amend(first, name="")
+    store.amend(second, name=first.name)
+    store.amend(first, name=second.name)
 
 
 def _require_no_snapshots(store: Store, volume: Volume) -> None:
@@ -154,29 +153,28 @@ def _require_no_snapshots(store: Store, volume: Volume) -> None:
         )
 
 
+@one_step
 def remove(store: Store, volume_id: VolumeId, *, snapshots: bool) -> None:
     """Take a volume out of the namespace; ``reclaim`` frees its blocks later.
 
     Raises:
         Busy: It has snapshots and ``snapshots`` is false, or one of them has clones.
     """
-    store.begin_change()
     volume = store.catalog.volume(volume_id)
     require_not_receiving(volume, "be removed")
     if not snapshots:
         _require_no_snapshots(store, volume)
     kept = store.catalog.snapshots(volume_id)
     require_removable(store, kept)
-    doomed = [replace(snapshot, name="") for snapshot in kept]
-    store.change(*doomed, replace(volume, name=""))
+    for snapshot in kept:
+        store.amend(snapshot, name="")
+    store.amend(volume, name="")
 
 
 def set_attributes(store: Store, volume_id: VolumeId, **attributes: int) -> Volume:
     """Change mode, uid, gid, accessed_ns or modified_ns; durable with the next commit."""
     store.require_writable()
-    volume = replace(store.catalog.volume(volume_id), changed_ns=store.clock(), **attributes)  # type: ignore[arg-type]
-    store.touch(volume)
-    return volume
+    return store.touch(store.catalog.volume(volume_id), changed_ns=store.clock(), **attributes)
 
 
 def set_xattrs(store: Store, volume_id: VolumeId, xattrs: Mapping[str, bytes]) -> None:
@@ -189,9 +187,10 @@ def set_xattrs(store: Store, volume_id: VolumeId, xattrs: Mapping[str, bytes]) -
     total = sum(len(name.encode()) + len(value) for name, value in xattrs.items())
     if total > MAX_XATTR_BYTES:
         raise LimitExceeded(f"extended attributes of {total} bytes; at most {MAX_XATTR_BYTES} fit")
-    store.touch(replace(store.catalog.volume(volume_id), xattrs=dict(xattrs), changed_ns=store.clock()))
+    store.touch(store.catalog.volume(volume_id), xattrs=dict(xattrs), changed_ns=store.clock())
 
 
+@one_step
 def reclaim(store: Store, volume_id: VolumeId, page_count: int) -> bool:
     """Unroll a rollback; free blocks of removed snapshots, trails of removed bookmarks, a removed volume; one step.
 
@@ -200,7 +199,6 @@ def reclaim(store: Store, volume_id: VolumeId, page_count: int) -> bool:
     Returns:
         Whether nothing is left to do now.
     """
-    store.begin_change()
     volume = store.catalog.volume(volume_id)
     if volume.rollback_to:
         unroll(store, volume_id, page_count)
@@ -234,15 +232,15 @@ def _fold_some(store: Store, volume: Volume, generation: Generation, page_count:
         return
     store.evict(snapshot.map_id)
     store.drop(("snapshot", (volume.id, generation)))
-    newest = store.catalog.newest_generation(volume.id)
-    store.change(without_origin(store, replace(store.catalog.volume(volume.id), newest_generation=newest)))
+    store.amend(volume, newest_generation=store.catalog.newest_generation(volume.id))
+    cut_flat_origin(store, volume.id)
 
 
-def without_origin(store: Store, volume: Volume) -> Volume:
-    """Cut the origin of a flattened clone, unless a snapshot still inherits from it."""
+def cut_flat_origin(store: Store, volume_id: VolumeId) -> None:
+    """Cut the origin of a flattened clone, unless a snapshot still inherits from it; within a step."""
+    volume = store.catalog.volume(volume_id)
     if volume.flat_generation is None:
-        return volume
-    kept = store.catalog.snapshots(volume.id, removed=True)
-    if any(snapshot.generation <= volume.flat_generation for snapshot in kept):
-        return volume
-    return replace(volume, origin=NO_ORIGIN, baseline={}, flat_generation=None)
+        return
+    kept = store.catalog.snapshots(volume_id, removed=True)
+    if not any(snapshot.generation <= volume.flat_generation for snapshot in kept):
+        store.amend(volume, origin=NO_ORIGIN, baseline={}, flat_generation=None)

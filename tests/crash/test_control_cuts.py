@@ -88,9 +88,9 @@ def add_storage(store: Store) -> None:
     """As the service does it."""
     home = store.directory / IMAGES_NAME
     record = make_storage(store, home, capacity_bytes=None, storage_class="", redundancy="none")
-    store.begin_change()
-    store.pool.attach(record)
-    store.change(record)
+    with store.step():
+        store.pool.attach(record)
+        store.add(record)
     store.commit()
 
 

@@ -1,6 +1,5 @@
 """The power is cut at every write and sync while a leg of a mirror fails and is resilvered."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,9 +28,10 @@ def add_mirror(store: Store) -> None:
         mirrors=[store.directory / "leg1.img"],
         force=True,
     )
-    store.begin_change()
-    store.pool.attach(record)
-    store.change(record, replace(store.catalog.storage(StorageId(1)), is_evacuating=True))
+    with store.step():
+        store.pool.attach(record)
+        store.add(record)
+        store.amend(store.catalog.storage(StorageId(1)), is_evacuating=True)
 
 
 def resilver(store: Store) -> int:

@@ -45,8 +45,8 @@ def write_and_commit(store: Store, volume_id: VolumeId, offset_bytes: int, data:
 
 
 def set_policy(store: Store, policy: StoredPolicy) -> None:
-    store.begin_change()
-    store.change(policy)
+    with store.step():
+        store.add(policy)
 
 
 @pytest.mark.parametrize("small_commit_bytes", [0, 65536], ids=["flush-images", "data-in-record"])
@@ -190,8 +190,8 @@ def test_every_cut_over_a_baseline_gives_a_commit_point(pool_home: Path, small_c
 
 
 def record_digest(store: Store, volume_id: VolumeId, facts: BaselineFacts) -> None:
-    store.begin_change()
-    store.change(replace(store.catalog.volume(volume_id), baseline=facts.encode()))
+    with store.step():
+        store.amend(store.catalog.volume(volume_id), baseline=facts.encode())
     store.commit()
 
 
@@ -246,8 +246,8 @@ def test_every_cut_of_an_evacuation_gives_a_commit_point(pool_home: Path, small_
         pools.take_snapshots(store, [(volume.id, "s")])
         pools.write(store, volume.map_id, 32_700, pattern(2, 700))
         store.commit()
-        store.begin_change()
-        store.change(replace(store.catalog.storage(StorageId(1)), is_evacuating=True))
+        with store.step():
+            store.amend(store.catalog.storage(StorageId(1)), is_evacuating=True)
         store.reclaim_leases()
         assert pools.relocate(store, relocation.leave(StorageId(1))) > 90
         pools.write(store, volume.map_id, 200, pattern(3, 300))

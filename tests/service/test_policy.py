@@ -2,7 +2,6 @@
 
 import gzip
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -269,8 +268,8 @@ async def test_the_engine_does_what_a_new_policy_wants_at_once(service: Service)
 async def test_what_cannot_be_read_any_more_does_nothing_and_is_told(tmp_path: Path) -> None:
     create_pool(tmp_path / "pool")
     with open_store(tmp_path / "pool") as store:
-        store.begin_change()
-        store.change(StoredPolicy('[pool]\ntimezone = "Mars/Base"\n[volume."*"]\nschedule = "hourly"\n', 1))
+        with store.step():
+            store.add(StoredPolicy('[pool]\ntimezone = "Mars/Base"\n[volume."*"]\nschedule = "hourly"\n', 1))
         store.checkpoint()
     async with open_service(tmp_path / "pool") as opened:
         await opened.create_volume("db1", 1 << 20)
@@ -301,14 +300,13 @@ async def test_the_same_failure_is_told_once(service: Service) -> None:
 def test_it_is_there_after_a_crash_a_checkpoint_a_restore_and_a_repair(tmp_path: Path) -> None:
     store = pools.open_tiny(pools.make_pool(tmp_path))
     stored = StoredPolicy(HOURLY, 7, {"snapshot hourly": 9})
-    store.begin_change()
-    store.change(stored)
+    with store.step():
+        store.add(stored)
     store.commit()
     store = pools.crash(store)
     assert store.catalog.policy == stored
-    later = replace(stored, runs={"snapshot hourly": 10})
-    store.begin_change()
-    store.change(later)
+    with store.step():
+        later = store.amend(stored, runs={"snapshot hourly": 10})
     store.checkpoint()
     store = pools.crash(store)
     assert store.catalog.policy == later

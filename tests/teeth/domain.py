@@ -5,6 +5,7 @@ from typing import Final
 from tests.teeth.breakage import Breakage
 
 _LANE = "tests/unit/test_lane.py::"
+_STEPS = "tests/unit/test_steps.py::"
 _BRANCHES = "tests/model/test_branches.py::"
 _STRIPES = "tests/unit/test_stripes.py::"
 _MIRRORS = "tests/service/test_mirrors.py::"
@@ -63,11 +64,51 @@ DOMAIN: Final = (
         f"{_LANE}test_nothing_overtakes_a_page_that_a_rollback_unrolls",
     ),
     Breakage(
+        "sealed-within-a-step",
+        "I12",
+        "incfs/memory.py",
+        "        if self._step is not None:\n            return\n",
+        "",
+        f"{_STEPS}test_a_write_while_the_newest_snapshot_is_dropped_leaves_the_older_one_alone",
+    ),
+    Breakage(
+        "rollback-beside-hot-writes",
+        "I12",
+        "incfs/rollback.py",
+        "    with store.quiet(map_id(volume_id)), store.step():",
+        "    with store.step():",
+        f"{_STEPS}test_a_write_while_a_volume_is_rolled_back_is_kept_from_the_step",
+    ),
+    Breakage(
+        "record-put-back-as-it-was-read",
+        "I12",
+        "incfs/memory.py",
+        "replace(self.catalog.current(record), **fields)\n        self._change",
+        "replace(record, **fields)\n        self._change",
+        f"{_STEPS}test_a_field_that_changed_meanwhile_stays",
+    ),
+    Breakage(
+        "half-a-step-goes-on",
+        "I10",
+        "incfs/memory.py",
+        "            if step.has_changed:\n",
+        "            if step is None:\n",
+        f"{_STEPS}test_a_step_that_ends_halfway_makes_the_pool_read_only",
+    ),
+    Breakage(
+        "fsync-before-the-lanes-round",
+        "I13",
+        "incfs/store.py",
+        "        if not self._pending and self.durable_sequence == self.sequence:",
+        "        if not self._pending:",
+        f"{_LANE}test_a_failed_flush_is_told_and_the_pool_becomes_read_only",
+    ),
+    Breakage(
         "lane-overtakes-a-touched-record",
         "I5",
         "incfs/memory.py",
-        "        self._touched[record_id(record)] = None\n        self.plane.close_journal()",
-        "        self._touched[record_id(record)] = None",
+        "        self._touched[record_id(changed)] = None\n        self.plane.close_journal()",
+        "        self._touched[record_id(changed)] = None",
         f"{_LANE}test_a_touched_volume_is_left_to_python",
     ),
     Breakage(
@@ -286,8 +327,8 @@ DOMAIN: Final = (
         "group-published-one-by-one",
         "I6",
         "incfs/receiver.py",
-        "        if not state.position.begin.done_count:\n            self.published",
-        "        if state.position.begin:\n            self.published",
+        "            if not state.position.begin.done_count:\n",
+        "            if state.position.begin:\n",
         f"{_TRANSFERS}test_a_group_is_published_whole_or_not_at_all_wherever_it_is_cut",
     ),
     Breakage(

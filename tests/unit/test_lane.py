@@ -256,8 +256,10 @@ def test_a_failed_flush_is_told_and_the_pool_becomes_read_only(pool, device):
         with pytest.raises(BackingError, match="journal"):
             store.plane._sync(table)
         assert not store.plane._sync(table), "the next one is the control plane's to refuse"
-        store.attend()
+        with pytest.raises(BackingError, match="journal"):
+            store.commit()  # of an fsync through Python, before anybody has told of the failure
         assert store.failure is not None
+        assert store.durable_sequence == store.sequence - 1
         with pytest.raises(PoolReadOnly):
             store.commit()
     finally:

@@ -312,9 +312,9 @@ def test_images_are_synced_side_by_side(pool_home: Path, monkeypatch: pytest.Mon
     if kind == "mirror":
         legs = [pool_home / "a.img", pool_home / "b.img"]
         record = make_storage(store, legs[0], mirrors=legs[1:], force=True)
-        store.begin_change()
-        store.pool.attach(record)
-        store.change(record)
+        with store.step():
+            store.pool.attach(record)
+            store.add(record)
         store.pool.commit([(record.id << 48) + i for i in range(grow_and_lease(store, record.id))])
     else:
         volume = pools.new_volume(store, "a")
