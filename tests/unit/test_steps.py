@@ -102,9 +102,14 @@ def test_a_record_that_is_gone_is_not_put_back(store: Store) -> None:
 
 def test_a_step_that_ends_halfway_makes_the_pool_read_only(store: Store) -> None:
     made = pools.new_volume(store, "v")
-    with pytest.raises(ZeroDivisionError), store.step():
+
+    @one_step
+    def end_halfway(store: Store) -> None:
         store.amend(made, mode=0)
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        end_halfway(store)
     with pytest.raises(PoolReadOnly, match="begun and not ended"):
         store.require_writable()
 
