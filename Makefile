@@ -88,11 +88,14 @@ soak: setup system-test sweep ## a day's work in SOAK_MINUTES=10: memory, descri
 crash-long: setup ## cut the power in more than 300,000 ways, and let every operation of the host fail
 	INCFS_TEST_PROFILE=long INCFS_CRASH_SEEDS=30 $(BIN)/python -m pytest -o timeout=7200 tests/crash $(PYTEST_ARGS)
 
-# Thousands of rounds, an hour or more: `make kill-long KILL_ROUNDS=500` for fewer.
+# Thousands of rounds, and many writers for twice CROWD_S seconds: hours; `make kill-long KILL_ROUNDS=500 CROWD_S=300` for fewer.
 KILL_ROUNDS ?= 3000
-kill-long: setup system-test sweep ## end the daemon, or cut the power under it, thousands of times; judge what is left
+CROWD_S ?= 5000
+kill-long: setup system-bench sweep ## end the daemon, or cut the power under it, thousands of times; judge what is left
 	INCFS_KILL_ROUNDS=$(KILL_ROUNDS) INCFS_CUT_STATES=$(KILL_ROUNDS) INCFS_CUT_CLONES=$$(($(KILL_ROUNDS) / 50 + 1)) \
-	    $(BIN)/python -m pytest -rP -o timeout=7200 tests/system/test_kill.py tests/system/test_failpoints.py \
+	    INCFS_CROWD_S=$(CROWD_S) INCFS_REQUIRE_POSTGRES=1 \
+	    $(BIN)/python -m pytest -rP -o timeout=7200 tests/system/test_kill.py tests/system/test_crowd.py tests/system/test_postgres.py \
+	    tests/system/test_failpoints.py \
 	    tests/system/test_signals.py tests/system/test_out_of_memory.py tests/system/test_restart.py \
 	    tests/system/test_below_process.py tests/system/test_power_loss.py \
 	    tests/system/test_disk_faults.py $(PYTEST_ARGS)
