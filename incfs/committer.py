@@ -7,13 +7,15 @@ Locks: none.  The task itself is the exclusion; everything else is one step of t
 thread.  Worker threads get only what the store froze for them.
 """
 
+import contextlib
 import logging
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
 import trio
 
-from incfs import dump
+from incfs import copies
 from incfs.checkpoint import Checkpoint
 from incfs.errors import IncfsError, NoSpace
 from incfs.store import Store, new_nonce
@@ -59,7 +61,11 @@ class Committer:
         self._fold_told.set()
         self._no_room: NoSpace | None = None
         """Why it waits; None when it does not."""
-        self._is_dumping = False
+        self._copies_ended = trio.Event()
+        """Set while no copies of the metadata are being written."""
+        self._copies_ended.set()
+        self._copies_deadline: float | None = None
+        """When those under way are given up: the pool is being closed."""
         self.freed: Callable[[], None]
         """Called when a checkpoint has made blocks free; set by the service."""
         self.is_closing = False
@@ -180,7 +186,10 @@ class Committer:
                 await offload(checkpoint.run_fold)
                 self._store.end_checkpoint(checkpoint)
                 self.freed()
-            await self._dump_if_due()
+            told.set()
+            interval_s = self._store.options.dump_interval_s
+            if interval_s is not None and not self.is_closing:
+                await self._copy_if_due(interval_s)
         except IncfsError as error:
             self._store.fail(error)
         except Exception as error:  # noqa: BLE001 - as in run
@@ -188,19 +197,38 @@ class Committer:
         finally:
             told.set()
 
-    async def _dump_if_due(self) -> None:
-        """Keep a copy of the metadata beside the images; that it fails is said, and harms nothing else."""
-        interval = self._store.options.dump_interval_s
-        if interval is None or self.is_closing or self._is_dumping:
+    async def _copy_if_due(self, interval_s: float) -> None:
+        """Keep copies of the metadata beside the images; that this fails is said, and harms nothing else."""
+        if not self._copies_ended.is_set():  # the next checkpoint may come this far before they are written
             return
-        self._is_dumping = True  # the next checkpoint may come this far before the copies are written
+        self._copies_ended = trio.Event()
         try:
-            if dump.copies_are_due(self._store, interval):
-                await offload(lambda: dump.write_copies(self._store))
+            await offload(lambda: self._copy_now_if_due(interval_s))
         except IncfsError as error:
             logger.warning("the copy of the metadata beside the images could not be written: %s", error)
         finally:
-            self._is_dumping = False
+            self._copies_ended.set()
+
+    def _copy_now_if_due(self, interval_s: float) -> None:
+        if copies.are_due(self._store, interval_s) and not copies.write(self._store, self._may_copy):
+            logger.warning("the metadata is not copied beside the images now: it takes too long to wait for at the end")
+
+    def _may_copy(self) -> bool:
+        return self._copies_deadline is None or time.monotonic() < self._copies_deadline
+
+    async def copy_at_end(self) -> None:
+        """Before a pool that was written is closed: copy the metadata if there is no copy of the last hour.
+
+        Nobody waits for that longer than ``copies.end_limit_s``.
+        """
+        interval_s = self._store.options.dump_interval_s
+        if interval_s is None:
+            return
+        with contextlib.suppress(IncfsError):
+            self._copies_deadline = time.monotonic() + await offload(lambda: copies.end_limit_s(self._store))
+        await self._copies_ended.wait()
+        if self._store.was_written:
+            await self._copy_if_due(min(interval_s, copies.END_INTERVAL_S))
 
     async def _wait_for_room(self, checkpoint: Checkpoint) -> bool:
         """A full metadata disk harms nothing: the journal has everything until there is room; False at the end."""

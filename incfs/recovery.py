@@ -312,6 +312,7 @@ def open_store(directory: Path, options: Options | None = None, backing: Backing
         stack.pop_all()
         stack.callback(store.abandon)
         sequence, segment = _load(store)
+        store.loaded_sequence = sequence
         replayed = _replay(store, segment, sequence)
         _verify_lengths(store)
         if store.failure is None:

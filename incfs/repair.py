@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from incfs import extents, ranges, snapshot, volume
+from incfs import copies, extents, ranges, snapshot, volume
 from incfs.backing import Backing, File, translate
 from incfs.blocks import address_runs, pack_address, split_address
 from incfs.builder import MetadataBuilder
@@ -164,9 +164,19 @@ def repair(
                     if found.name:
                         copier.copy(found)
                         report.notes += _bookmarks_left(old, found)
+                _copy_metadata(new)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return report
+
+
+def _copy_metadata(new: Store) -> None:
+    """The new pool, too, has its metadata beside its images; that this fails harms nothing else."""
+    new.checkpoint()
+    try:
+        copies.write(new)
+    except IncfsError as error:
+        logger.warning("the copy of the metadata beside the images could not be written: %s", error)
 
 
 def _bookmarks_left(old: Store, volume: Volume) -> list[str]:

@@ -445,6 +445,8 @@ class Service:
                 raise
             await self.commit()  # the checkpoint that lacks room may be an earlier one
             logger.warning("pool %s is closed without a checkpoint: %s", self.directory, error)
+        else:
+            await self._committer.copy_at_end()
         await self._keeper.give_back_rest()
 
 

@@ -53,6 +53,8 @@ class Store(Memory):
             tables.close()
             raise
         super().__init__(directory, superblock, backing, tables, options)
+        self.loaded_sequence = 0
+        """The last commit that the tables contained when the pool was opened."""
         self._folded_sequence = 0
         self._commit: Commit | None = None
         self._checkpoint: Checkpoint | None = None
@@ -168,6 +170,11 @@ class Store(Memory):
         self.plane.set_folded(checkpoint.sequence)
         self.log.thaw()
         self.pool.reuse.make_free(checkpoint.freed)
+
+    @property
+    def was_written(self) -> bool:
+        """Whether anything became durable that the tables did not contain when the pool was opened."""
+        return self.durable_sequence > self.loaded_sequence
 
     @property
     def has_uncommitted(self) -> bool:

@@ -110,8 +110,7 @@ def test_a_dump_of_a_clone_needs_its_origin(pool_home: Path) -> None:
         made = clones.create(store, taken, "c")
         holds.hold(store, taken.volume_id, "s", "backup", expires_ns=5)
         store.checkpoint()
-        with store.tables.reading() as reader:
-            lines = [line.encode() for line in dump.dump_lines(reader, store.superblock, store.pool.images.leg_paths)]
+        lines = [line.encode() for line in dump.dump_lines(store)]
     restore.restore(lines, pool_home / "again")
     with pools.open_tiny(pool_home / "again") as store:
         assert pools.read(store, made.map_id) == b"x" * 1000

@@ -219,17 +219,18 @@ async def test_who_waits_for_a_checkpoint_is_told_although_the_next_has_begun(
     """The next one may begin while the metadata is copied; whoever waited then waited for ever."""
     copied, go_on = [], threading.Event()
 
-    def slow_copies(store: Store) -> None:
+    def slow_copies(store: Store, goes_on: Callable[[], bool]) -> bool:
         copied.append(store)
         go_on.wait()
+        return True
 
     async with (
         open_service(pools.make_pool(pool_home), pools.tiny_options()) as service,
         trio.open_nursery() as nursery,
     ):
         volume = await service.create_volume("a", 640)
-        monkeypatch.setattr("incfs.dump.copies_are_due", lambda *_: True)
-        monkeypatch.setattr("incfs.dump.write_copies", slow_copies)
+        monkeypatch.setattr("incfs.copies.are_due", lambda *_: True)
+        monkeypatch.setattr("incfs.copies.write", slow_copies)
         with trio.fail_after(60):
             try:
                 nursery.start_soon(service.checkpoint)

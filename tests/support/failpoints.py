@@ -49,7 +49,7 @@ _FOLD = "checkpoint:Checkpoint.run_fold"
 _APPEND, _SEGMENT = "journal:Journal.append", "journal:Journal.start_segment"
 _RECOVER = "store:Store.fold_recovered"
 _WRITE, _SYNC, _ALLOCATE = "backing:File.pwrite", "backing:File.sync", "backing:File.allocate"
-_COPIES = "dump:write_copies"
+_COPIES = "copies:write"
 _PUT, _TABLES = "log:Tables._put", "log:Tables.write"
 
 _ALL = (

@@ -57,6 +57,7 @@ def tiny_options(
     overlay_pages: int = 64,
     host_reserve_bytes: int = 0,
     reserve_blocks: int = 0,
+    dump_interval_s: float | None = 86400.0,
 ) -> Options:
     """Options that make everything happen early."""
     return Options(
@@ -64,6 +65,7 @@ def tiny_options(
         page_cache_pages=page_cache_pages,
         small_commit_bytes=small_commit_bytes,
         overlay_pages=overlay_pages,
+        dump_interval_s=dump_interval_s,
         host_reserve_bytes=host_reserve_bytes,
         reserve_blocks=reserve_blocks,
     )
