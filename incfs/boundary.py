@@ -3,8 +3,9 @@
 pyfuse3 ends a mount when a handler raises anything but ``FUSEError``.  So every handler is wrapped:
 
 1. An ``IncfsError`` becomes its ``errno``; ``FUSEError`` passes; cancellation passes.
-2. Anything else is a bug: EIO for this request, one log line, and the pool goes into its failsafe.
-   The mount lives on and serves reads.
+2. Anything else is a bug: EIO for this request and one log line.  The mount lives on.
+3. After a bug in a ``handler``, which may have left a change half done, the pool goes into its failsafe (I10).
+   A ``look`` changes nothing of the pool: whoever looked hears that it failed, and writers go on.
 """
 
 import errno
@@ -46,10 +47,23 @@ S = TypeVar("S", bound=Bounded)
 def handler(
     function: Callable[Concatenate[S, P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
-    """Wrap a request handler in the boundary.
+    """Wrap a request handler that may change the pool.
 
     The parameters ``inode``, ``parent_inode``, ``fh`` and ``offset`` are found by name for the log line.
     """
+    return _bounded(function, may_change=True)
+
+
+def look(
+    function: Callable[Concatenate[S, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
+    """Wrap a request handler that changes nothing of the pool; as ``handler`` else."""
+    return _bounded(function, may_change=False)
+
+
+def _bounded(
+    function: Callable[Concatenate[S, P], Coroutine[Any, Any, R]], *, may_change: bool
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
     operation = function.__name__
     signature = inspect.signature(function)
 
@@ -63,16 +77,19 @@ def handler(
         except pyfuse3.FUSEError:
             raise
         except Exception as error:
-            _report_bug(self, operation, signature.bind(self, *args, **kwargs).arguments, error)
+            where = _report_bug(self, operation, signature.bind(self, *args, **kwargs).arguments, error)
+            if may_change:
+                self.fail(where)
             raise pyfuse3.FUSEError(errno.EIO) from error
         finally:
             self.durations[operation].add(time.perf_counter() - started)
 
+    wrapped.may_change = may_change  # type: ignore[attr-defined]  # for the test that every handler says which it is
     return wrapped
 
 
-def _report_bug(operations: Bounded, operation: str, arguments: dict[str, object], error: Exception) -> None:
-    """Write the one line, then stop writes to the pool."""
+def _report_bug(operations: Bounded, operation: str, arguments: dict[str, object], error: Exception) -> str:
+    """Write the one line; give what to say of it elsewhere."""
     inode = arguments.get("inode", arguments.get("parent_inode"))
     if inode is None:
         fh = arguments.get("fh", arguments.get("fh_in", 0))
@@ -90,4 +107,4 @@ def _report_bug(operations: Bounded, operation: str, arguments: dict[str, object
         text,
         trace,
     )
-    operations.fail(f"unexpected {type(error).__name__} in {operation} of inode {inode} at offset {offset}: {text}")
+    return f"unexpected {type(error).__name__} in {operation} of inode {inode} at offset {offset}: {text}"

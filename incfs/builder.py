@@ -63,6 +63,7 @@ class MetadataBuilder:
         self.catalog = Catalog()
         self._owned: dict[tuple[int, int], int] = {}
         self._mapped: dict[TableKey, int] = {}
+        self._baselines: dict[StorageId, Path] = {}
         self._layer: Layer = {}
         self._layer_pages = 0
         backing.make_directory(directory)
@@ -193,7 +194,7 @@ class MetadataBuilder:
             if with_images:
                 self._require_images()
         except BaseException:
-            self._tables.close()
+            self.abandon()
             raise
         self.finish_tables(last_volume=last_volume)
         uuid, size = UUID(self._superblock.uuid), self._superblock.journal_bytes
@@ -201,8 +202,12 @@ class MetadataBuilder:
         write_superblock(self._backing, self._directory, self._superblock)
 
     def abandon(self) -> None:
-        """Let go of what was begun; the directory never becomes a pool."""
+        """Undo what was begun: the directory is empty again, and may be chosen once more."""
         self._tables.close()
+        tables = self._directory / TABLES_NAME
+        for path in (tables, tables.with_name(f"{TABLES_NAME}-lock")):
+            if path.exists():
+                self._backing.remove(path)
 
     def missing_blocks(self) -> dict[RecordId, int]:
         """Tell how many stored blocks each volume's and snapshot's own table lacks, by its record."""
@@ -223,12 +228,23 @@ class MetadataBuilder:
                 raise FormatError(f"volume {volume.id} is rolled back to a snapshot that there is not")
             self._require_receive(volume)
             origin = split_map_id(volume.origin)
+            self._require_one_baseline(volume)
             if volume.baseline or (volume.origin and not origin[0]):
                 if origin[0] or int(origin[1]) != int(BaselineFacts.decode(volume.baseline).id):
                     raise FormatError(f"volume {volume.id} has a baseline that is not its origin")
                 continue
             if volume.name and volume.origin and (origin[0] >= volume.id or ("snapshot", origin) not in self.catalog):
                 raise FormatError(f"volume {volume.id} is a clone of snapshot {origin}, which there is not")
+
+    def _require_one_baseline(self, volume: Volume) -> None:
+        """Refuse an id for two raw images: the volumes of one would read the other."""
+        if volume.baseline:
+            facts = BaselineFacts.decode(volume.baseline)
+            known = self._baselines.setdefault(facts.id, facts.path)
+            if known != facts.path or facts.id in self.catalog.storages:
+                raise FormatError(
+                    f"baseline {facts.id} is {known} and {facts.path}; name one of them for all its volumes"
+                )
 
     def _require_receive(self, volume: Volume) -> None:
         """The volumes of an unfinished receive and its lead must know of each other."""

@@ -288,6 +288,14 @@ class BaseMismatch(IncfsError):
     exit_code = 12
 
 
+class NamesOutside(IncfsError):
+    """A dump names files, programs or targets outside of its pool, and nobody agreed to that."""
+
+    code = "restore.names-outside"
+    errno = _errno.EPERM
+    exit_code = 2
+
+
 class UnsupportedFormat(IncfsError):
     """A newer incfs wrote this pool and this one cannot use it safely."""
 

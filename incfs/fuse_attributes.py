@@ -13,9 +13,6 @@ from incfs.model import Facts, MapId, Snapshot, Volume, split_map_id
 if TYPE_CHECKING:
     from incfs.service import Service
 
-FACTS_PREFIX: Final = "user.incfs."
-"""Extended attributes below this name are facts: shown, never stored."""
-
 ATTRIBUTES_TIMEOUT_S: Final = 1.0
 """The kernel forgets attributes by itself after a write; this bounds how long ``st_blocks`` may lag behind the
 write-back.  Zero would cost a request for every cached read."""

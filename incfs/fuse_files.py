@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol
 import pyfuse3
 
 from incfs import statusfiles
-from incfs.boundary import handler
+from incfs.boundary import handler, look
 from incfs.histogram import Histogram
 from incfs.inodes import Kind, kind_of, status_file_name, volume_of
 from incfs.model import MapId, split_map_id
@@ -89,7 +89,7 @@ class FileHandlers(pyfuse3.Operations):
 
     # ------------------------------------------------------------------------- open and close
 
-    @handler
+    @look
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """Open a volume, a snapshot (read-only) or a status file."""
         kind = kind_of(inode)
@@ -131,14 +131,14 @@ class FileHandlers(pyfuse3.Operations):
         self._handles[fh] = handle
         return fh
 
-    @handler
+    @look
     async def release(self, fh: int) -> None:
         """Forget a handle: its last descriptor and mapping are gone."""
         handle = self._handles.pop(fh)
         if handle.content is None:
             self.service.handles.close(handle.map_id)
 
-    @handler
+    @look
     async def flush(self, fh: int) -> None:
         """Answer ``close``: the kernel has written its pages; what was written is not made durable."""
 
@@ -155,7 +155,7 @@ class FileHandlers(pyfuse3.Operations):
 
     # ------------------------------------------------------------------------- data
 
-    @handler
+    @look
     async def read(self, fh: int, offset: int, size: int) -> bytes:
         """Read; short only at the end of the file."""
         handle = self._handles[fh]
@@ -189,7 +189,7 @@ class FileHandlers(pyfuse3.Operations):
         if not keeps_size and offset + length > size_bytes:
             await self.service.resize_volume(volume_id, offset + length)
 
-    @handler
+    @look
     async def lseek(self, fh: int, offset: int, whence: int) -> int:
         """Find data or a hole (the kernel does the other kinds of seek by itself)."""
         handle = self._handles[fh]

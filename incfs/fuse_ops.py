@@ -20,17 +20,16 @@ import pyfuse3
 
 from incfs import fuse_attributes as attributes
 from incfs import inodes
-from incfs.boundary import handler
+from incfs.boundary import handler, look
 from incfs.errors import InvalidName, LimitExceeded, NotFound
 from incfs.fuse_files import CacheMode, FileHandlers
 from incfs.histogram import Histogram
 from incfs.inodes import Kind, kind_of, volume_of
-from incfs.model import MAX_NAME_BYTES, MapId
+from incfs.model import MAX_NAME_BYTES, OWN_XATTRS, USER_XATTRS, MapId
 
 if TYPE_CHECKING:
     from incfs.service import Service
 
-_USER_PREFIX: Final = "user."
 _MAX_FILES: Final = (1 << 32) - 1
 """Volume ids; what ``df -i`` counts from."""
 
@@ -61,7 +60,7 @@ class Operations(FileHandlers):
         size_bytes, facts = self.service.stat(table)
         return attributes.table_entry(table, size_bytes, facts, self._block_bytes)
 
-    @handler
+    @look
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """Answer ``stat``."""
         return self._attributes(inode)
@@ -123,7 +122,7 @@ class Operations(FileHandlers):
 
     # ------------------------------------------------------------------------- names
 
-    @handler
+    @look
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """Find a name in a directory."""
         if name == b".":
@@ -233,26 +232,26 @@ class Operations(FileHandlers):
             raise pyfuse3.FUSEError(errno.EINVAL)
         await self.service.rename_snapshot(volume_of(directory), old, new)
 
-    @handler
+    @look
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         """Refuse: the tree's directories are given."""
         raise pyfuse3.FUSEError(errno.EPERM)
 
-    @handler
+    @look
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         """Refuse: the tree's directories are given."""
         raise pyfuse3.FUSEError(errno.EPERM)
 
-    @handler
+    @look
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         """Refuse: there are no links."""
         raise pyfuse3.FUSEError(errno.EPERM)
 
-    @handler
+    @look
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
@@ -261,14 +260,14 @@ class Operations(FileHandlers):
 
     # ------------------------------------------------------------------------- directories
 
-    @handler
+    @look
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         """Begin a listing."""
         fh = next(self._numbers)
         self._listings[fh] = inode, []
         return fh
 
-    @handler
+    @look
     async def releasedir(self, fh: int) -> None:
         """End a listing."""
         del self._listings[fh]
@@ -278,7 +277,7 @@ class Operations(FileHandlers):
         """Commit, as ``fsync`` does; names are durable already."""
         await self.service.commit()
 
-    @handler
+    @look
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """List what the directory held when the listing began, less what has gone since."""
         inode, entries = self._listings[fh]
@@ -291,7 +290,7 @@ class Operations(FileHandlers):
                 found = self._attributes(entry.inode)
             except (pyfuse3.FUSEError, NotFound):
                 continue
-            if not pyfuse3.readdir_reply(token, os.fsencode(entry.name), found, entry.cookie):
+            if not pyfuse3.readdir_reply(token, entry.name.encode(), found, entry.cookie):
                 return
 
     def _list(self, inode: int) -> list[inodes.Entry]:
@@ -314,7 +313,7 @@ class Operations(FileHandlers):
                 raise pyfuse3.FUSEError(errno.ENOTDIR)
         return entries
 
-    @handler
+    @look
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         """Answer ``df``: the pool's blocks."""
         facts = self.service.facts()
@@ -329,12 +328,12 @@ class Operations(FileHandlers):
 
     # ------------------------------------------------------------------------- extended attributes
 
-    @handler
+    @look
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         """Return a stored ``user.`` attribute or a fact."""
         text = _decode_attribute(name)
-        if text.startswith(attributes.FACTS_PREFIX):
-            fact = attributes.facts_of(self.service, inode).get(text.removeprefix(attributes.FACTS_PREFIX))
+        if text.startswith(OWN_XATTRS):
+            fact = attributes.facts_of(self.service, inode).get(text.removeprefix(OWN_XATTRS))
             value = None if fact is None else fact.encode()
         else:
             value = self._stored(inode).get(text)
@@ -342,11 +341,11 @@ class Operations(FileHandlers):
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
         return value
 
-    @handler
+    @look
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         """List stored attributes and facts."""
-        facts = [attributes.FACTS_PREFIX + key for key in attributes.facts_of(self.service, inode)]
-        return [os.fsencode(name) for name in [*self._stored(inode), *facts]]
+        facts = [OWN_XATTRS + key for key in attributes.facts_of(self.service, inode)]
+        return [name.encode() for name in [*self._stored(inode), *facts]]
 
     @handler
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
@@ -373,9 +372,9 @@ class Operations(FileHandlers):
     def _changeable_attribute(self, inode: int, name: bytes) -> str:
         text = _decode_attribute(name)
         kind = kind_of(inode)
-        if not text.startswith(_USER_PREFIX):
+        if not text.startswith(USER_XATTRS):
             raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
-        if text.startswith(attributes.FACTS_PREFIX) or kind not in (Kind.VOLUME, Kind.SNAPSHOT):
+        if text.startswith(OWN_XATTRS) or kind not in (Kind.VOLUME, Kind.SNAPSHOT):
             raise pyfuse3.FUSEError(errno.EPERM)
         if kind is Kind.SNAPSHOT:
             raise pyfuse3.FUSEError(errno.EROFS)

@@ -50,6 +50,10 @@ MAX_STRIPE_ROWS: Final = 32
 """Rows of a stripe map that are kept; the oldest is forgotten, its data stays where it is."""
 MAX_XATTR_BYTES: Final = 65536
 """All extended attributes of one volume together."""
+USER_XATTRS: Final = "user."
+"""What the names of extended attributes that are stored begin with."""
+OWN_XATTRS: Final = "user.incfs."
+"""What the names of facts that look like attributes begin with; none of these is stored."""
 
 
 def map_id(volume_id: VolumeId, generation: Generation = Generation(0)) -> MapId:

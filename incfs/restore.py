@@ -1,24 +1,27 @@
 """A pool made anew from a dump: ``pool restore``.
 
 Nothing in the dump is trusted (I11): lines are capped, its end is proved, each value is looked at
-here or by the ``MetadataBuilder``.
+here or by the ``MetadataBuilder``.  What it names outside of the pool holds only with somebody's ``Consent``.
 """
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from incfs.backing import Backing, translate
 from incfs.builder import MetadataBuilder
-from incfs.catalog import KINDS, record_from
+from incfs.catalog import KINDS, Record, record_from
 from incfs.codec import Entries, decode_trail
+from incfs.consent import Claim, Consent, admit, claims
 from incfs.dump import DUMP_VERSION
-from incfs.errors import AlreadyExists, FormatError, UnsupportedFormat, UsageError
-from incfs.model import HOLE, PAGE_BLOCKS
+from incfs.errors import AlreadyExists, FormatError, NamesOutside, UnsupportedFormat, UsageError
+from incfs.model import HOLE, PAGE_BLOCKS, Storage
 from incfs.overlay import TableKey
 from incfs.superblock import FORMAT_VERSION, SUPERBLOCK_NAME, Superblock, decode_fields
 
@@ -61,39 +64,95 @@ def _lines(stream: "IO[bytes] | gzip.GzipFile", path: Path) -> Iterator[bytes]:
         raise
 
 
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What a dump names of the host."""
+
+    claims: tuple[Claim, ...]
+    """What needs somebody's agreement, each once."""
+    images: tuple[tuple[int, str], ...]
+    """(storage volume, path) of each image and leg."""
+
+
+def names(lines: Iterable[bytes]) -> Named:
+    """List what a dump names of the host, without opening any of it.
+
+    Raises:
+        FormatError, UnsupportedFormat: As ``restore``; only the records are read, not the pages behind them.
+    """
+    documents = _checked_documents(lines)
+    _read_head(next(documents, {}))
+    records, _ = _take_records(documents)
+    images = [(record.id, path) for record in records if isinstance(record, Storage) for path in record.leg_paths]
+    return Named(tuple(_claims_of(records)), tuple(images))
+
+
+def _claims_of(records: Sequence[Record]) -> dict[Claim, None]:
+    return {claim: None for record in records for claim in claims(record)}
+
+
+def _take_records(documents: Iterator[Any]) -> tuple[list[Record], Any]:
+    """Read the records, which come first, and the document behind them; None at the end."""
+    records: list[Record] = []
+    for document in documents:
+        match document:
+            case {"record": str(kind), "value": dict(value)} if kind in KINDS:
+                records.append(record_from(kind, _from_text(value)))
+            case _:
+                return records, document
+    return records, None
+
+
 def restore(
-    lines: Iterable[bytes], directory: Path, *, images: Mapping[int, Path] | None = None, backing: Backing | None = None
+    lines: Iterable[bytes],
+    directory: Path,
+    *,
+    images: Mapping[int, Path] | None = None,
+    consent: Consent | None = None,
+    leaves_out: bool = False,
+    backing: Backing | None = None,
 ) -> dict[str, Any]:
     """Make a pool's metadata in ``directory`` from a dump, over the images that exist.
+
+    Args:
+        lines: Of the dump.
+        directory: Where the pool directory shall be; empty.
+        images: Where images are now.
+        consent: What of the things that it names outside of the pool may hold.
+        leaves_out: Go on without the others.
+        backing: The host's files, unless a test brings its own.
 
     Durability: durable on return.
     Atomicity: until the superblock is written, last, the directory is not a pool.
 
     Returns:
-        Facts: uuid, the dump's time and sequence, how many volumes and snapshots.
+        Facts: uuid, the dump's time and sequence, how many volumes and snapshots, what was left out.
 
     Raises:
         FormatError: The dump is damaged, cut off or impossible.
         UnsupportedFormat: A newer incfs wrote it.
+        NamesOutside: It names what nobody agreed to.
         AlreadyExists: The directory is not empty.
         ImageMismatch: An image is missing, too short or another one.
+        UsageError: Something was agreed to that it does not name.
     """
     if (directory / SUPERBLOCK_NAME).exists():
         raise AlreadyExists(f"{directory} is a pool already", path=str(directory))
     documents = _checked_documents(lines)
     head: dict[str, Any] = next(documents, {})
     superblock, last_volume = _read_head(head)
+    records, behind = _take_records(documents)
+    consent = consent or Consent()
+    left_out = _require_consent(records, consent, images or {}, leaves_out=leaves_out)
     builder = MetadataBuilder(superblock, directory, images or {}, backing or Backing())
     try:
-        for document in documents:
-            _add(builder, document)
+        for record in records:
+            builder.add_record(admit(record, consent, directory))
+        for document in documents if behind is None else chain((behind,), documents):
+            _add_page(builder, document)
     except BaseException:
         builder.abandon()
         raise
-    unknown = set(images or {}) - set(builder.catalog.storages)
-    if unknown:
-        builder.abandon()
-        raise UsageError(f"the dump has no storage volume {min(unknown)}")
     builder.finish(last_volume=last_volume)
     volumes = [volume for volume in builder.catalog.volumes.values() if volume.name]
     return {
@@ -103,7 +162,30 @@ def restore(
         "dump_sequence": head["sequence"],
         "volume_count": len(volumes),
         "snapshot_count": sum(len(builder.catalog.snapshots(volume.id)) for volume in volumes),
+        "left_out": [claim.what for claim in left_out],
     }
+
+
+def _require_consent(
+    records: Sequence[Record], consent: Consent, images: Mapping[int, Path], *, leaves_out: bool
+) -> list[Claim]:
+    """Refuse what nobody agreed to, and agreements to what is not there; give what is left out."""
+    found = _claims_of(records)
+    unknown = set(images) - {record.id for record in records if isinstance(record, Storage)}
+    if unknown:
+        raise UsageError(f"the dump has no storage volume {min(unknown)}")
+    unused = [f"{option} {value}" for option, value in consent.others - {(c.option, c.value) for c in found}]
+    unused += [f"a baseline of {name}" for name in consent.baselines.keys() - {c.subject for c in found}]
+    if unused:
+        raise UsageError(f"the dump does not name {min(unused)}")
+    refused = [claim for claim in found if not consent.covers(claim)]
+    if refused and not leaves_out:
+        raise NamesOutside(
+            f"the dump names what is outside of its pool: {'; '.join(map(str, refused))}. Say the option of each "
+            f"that you want to hold, and --leave-out to do without the others",
+            claims=[claim.what for claim in refused],
+        )
+    return refused
 
 
 def _checked_documents(lines: Iterable[bytes]) -> Iterator[Any]:
@@ -146,16 +228,14 @@ def _read_head(head: Any) -> tuple[Superblock, int]:
     return superblock, last_volume
 
 
-def _add(builder: MetadataBuilder, document: Any) -> None:
+def _add_page(builder: MetadataBuilder, document: Any) -> None:
     match document:
-        case {"record": str(kind), "value": dict(value)} if kind in KINDS:
-            builder.add_record(record_from(kind, _from_text(value)))
         case {"page": [int(volume), int(generation), int(page_index)], "runs": list(runs)}:
             builder.add_page(TableKey(volume, generation), page_index, _entries(runs))
         case {"trail": [int(volume), int(generation), int(page_index)], "blocks": str(blocks)}:
             builder.add_page(TableKey(volume, generation, is_trail=True), page_index, _noted(blocks))
         case _:
-            raise FormatError(f"the dump has an unknown document: {str(document)[:80]}")
+            raise FormatError(f"the dump has an unknown document, or a record behind its pages: {str(document)[:80]}")
 
 
 def _from_text(value: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 ``codec.decode_record`` has seen to the types of the fields; here is what they may hold.
 """
 
+from collections.abc import Mapping
 from types import NoneType
 from uuid import UUID
 
@@ -18,7 +19,10 @@ from incfs.model import (
     MAX_STRIPE_COLUMNS,
     MAX_STRIPE_ROWS,
     MAX_VOLUME_BYTES,
+    MAX_XATTR_BYTES,
+    OWN_XATTRS,
     REDUNDANCIES,
+    USER_XATTRS,
     Bookmark,
     Snapshot,
     Storage,
@@ -89,10 +93,22 @@ def _is_volume(record: Volume) -> bool:
         and 0 <= (record.trim_from_bytes or 0) <= MAX_VOLUME_BYTES
         and 0 <= record.uid < 1 << 32
         and 0 <= record.gid < 1 << 32
-        and all(isinstance(v, bytes) for v in record.xattrs.values())
+        and _are_xattrs(record.xattrs)
         and len(record.stripes) <= MAX_STRIPE_ROWS
         and all(_is_stripe_row(row) for row in record.stripes)
     )
+
+
+def _are_xattrs(xattrs: Mapping[str, bytes]) -> bool:
+    """Only what a user may set: with others a file would have rights, or be taken for another filesystem's."""
+    total = 0
+    for name, value in xattrs.items():
+        if not name.startswith(USER_XATTRS) or name.startswith(OWN_XATTRS) or "\0" in name:
+            return False
+        if not isinstance(value, bytes):
+            return False
+        total += len(name.encode("utf-8", "surrogatepass")) + len(value)
+    return total <= MAX_XATTR_BYTES
 
 
 def _is_stripe_row(row: tuple[int, ...]) -> bool:

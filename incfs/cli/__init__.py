@@ -6,6 +6,7 @@ code; a traceback here is a bug of ours.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from incfs.cli import (
     debug,
     events,
     mount,
+    output,
     policy,
     pool,
     raw,
@@ -63,6 +65,8 @@ NOUNS: Final = frozenset(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave the process with its exit code."""
+    if arguments is None:
+        speak_utf8()
     logging.basicConfig(level=logging.WARNING, format="incfs: %(message)s")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -70,6 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except IncfsError as error:
         print_error(error)
         sys.exit(error.exit_code)
+
+
+def speak_utf8() -> None:
+    """Begin anew if the locale is not UTF-8: names are UTF-8 in the format, and the same bytes in and out.
+
+    Whatever this process starts, the daemon, its helper, other commands, begins like that.
+    """
+    if sys.flags.utf8_mode or sys.getfilesystemencoding() == "utf-8":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - it is ourselves
 
 
 def as_mount_helper(arguments: list[str]) -> list[str]:
@@ -85,8 +100,7 @@ def as_mount_helper(arguments: list[str]) -> list[str]:
 def print_error(error: IncfsError) -> None:
     """Write an error as one line, whatever a path in it contains."""
     line = " ".join(str(error).split())
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-    print(f"incfs: {shown}", file=sys.stderr)  # noqa: T201
+    print(f"incfs: {output.shown(line)}", file=sys.stderr)  # noqa: T201
 
 
 def _print_version(wanted: bool) -> None:

@@ -28,6 +28,11 @@ class TableStyle:
     columns: str | None
 
 
+def shown(text: str) -> str:
+    """Give a text without what a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def print_json(document: Document) -> None:
     """Print one document with its version."""
     write(json.dumps({"output_version": OUTPUT_VERSION, **document}, indent=2, default=_plain) + "\n")

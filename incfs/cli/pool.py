@@ -2,7 +2,7 @@
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -13,6 +13,9 @@ from incfs.cli.session import call
 from incfs.errors import UsageError
 from incfs.model import DEFAULT_BLOCK_BYTES
 from incfs.units import parse_size
+
+if TYPE_CHECKING:
+    from incfs.restore import Named
 
 MIN_POOL_BLOCK_BYTES: Final = 512
 """Smaller blocks are for the core's own tests: their metadata outgrows the data."""
@@ -116,24 +119,85 @@ Images = Annotated[
 ]
 
 
+def _repeatable(option: str, metavar: str, text: str) -> Any:
+    return typer.Option(option, metavar=metavar, help=f"{text}; repeatable.")
+
+
 @verb(app, "restore")
 def restore(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the pool directory shall be; empty.")],
     *,
     source: Annotated[Path, typer.Option("--from", metavar="DUMP", help="A dump, or a copy found beside an image.")],
     images: Images = None,
+    baselines: Annotated[
+        list[str] | None, _repeatable("--baseline", "VOL=PATH", "The raw image that a volume lies over")
+    ] = None,
+    targets: Annotated[
+        list[str] | None, _repeatable("--target", "TARGET", "A replica or the policy may send there")
+    ] = None,
+    programs: Annotated[
+        list[str] | None, _repeatable("--program", "PROGRAM", "A replica may run this on its host")
+    ] = None,
+    hooks: Annotated[
+        list[str] | None, _repeatable("--hook", "COMMAND", "The policy may run this around snapshots")
+    ] = None,
+    directories: Annotated[
+        list[str] | None, _repeatable("--directory", "PATH", "The policy may make images there")
+    ] = None,
+    leave_out: Annotated[
+        bool, typer.Option("--leave-out", help="Do without what the dump names and none of these options does.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("-n", "--dry-run", help="Make nothing; list what the dump names of this host.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make a pool directory from a dump, over the images that exist; they are not written to.
 
     What was written after the dump is not in it: such ranges read as they were, or as errors, never as wrong data.
+    What it names outside of the pool holds only if you say so, item by item.
     """
     from incfs import restore as restores  # late: other commands may need only the daemon
+    from incfs.consent import Consent
 
+    if dry_run:
+        with restores.open_dump(source) as lines:
+            _print_names(restores.names(lines), as_json=as_json)
+        return
+    chosen = {"--target": targets, "--program": programs, "--hook": hooks, "--directory": directories}
+    agreed = Consent(
+        _parse_baselines(baselines),
+        frozenset((option, value) for option, values in chosen.items() for value in values or ()),
+    )
     with restores.open_dump(source) as lines:
-        facts = restores.restore(lines, directory.absolute(), images=parse_images(images))
+        facts = restores.restore(
+            lines, directory.absolute(), images=parse_images(images), consent=agreed, leaves_out=leave_out
+        )
     if as_json:
         output.print_json({"restored": facts})
+    else:
+        output.write_lines(f"left out: {output.shown(what)}" for what in facts["left_out"])
+
+
+def _print_names(named: "Named", *, as_json: bool) -> None:
+    if as_json:
+        claims = [{"what": c.what, "option": c.option, "value": c.value} for c in named.claims]
+        images = [{"storage": number, "path": path} for number, path in named.images]
+        output.print_json({"names": {"claims": claims, "images": images}})
+        return
+    output.write_lines(str(claim) for claim in named.claims)
+    output.write_lines(output.shown(f"storage volume {number} is {path}") for number, path in named.images)
+
+
+def _parse_baselines(values: list[str] | None) -> dict[str, Path]:
+    found = {}
+    for value in values or []:
+        # A volume's name may hold "=", but no "/".
+        name, mark, path = value.partition("=/") if "=/" in value else value.partition("=")
+        if not (name and path):
+            raise UsageError(f"--baseline takes VOL=PATH, not {value!r}")
+        found[name] = Path(mark.removeprefix("=") + path).absolute()
+    return found
 
 
 @verb(app, "repair")

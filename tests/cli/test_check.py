@@ -46,7 +46,7 @@ def test_damaged_data_is_found_by_reading_it(offline: Cli) -> None:
     assert offline.pool is not None
     fill(offline.pool)
     extent = offline.json("volume", "map", "db")["extents"][0]
-    (image,) = (offline.pool / "images").iterdir()
+    (image,) = (offline.pool / "images").glob("*.img")
     data = bytearray(image.read_bytes())
     at = data.index(b"incfs test data ", extent["block"])
     data[at + 5000] ^= 1

@@ -34,6 +34,22 @@ def test_usage_errors_exit_2(arguments: list[str], tmp_path: Path) -> None:
     assert done.stdout == "" or done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    "locale", [{"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"LC_ALL": "C"}]
+)
+def test_names_are_utf8_whatever_the_locale(tmp_path: Path, locale: dict[str, str]) -> None:
+    """A locale that could not say a name ended commands with a traceback, and made a mounted pool read-only."""
+    Cli().ok("pool", "create", tmp_path / "pool")
+    name = "b\u00e4nd-\u65e5\u672c".encode()
+    command = [os.fsencode(part) for part in Cli(tmp_path / "pool").command("volume")]
+    for arguments in ([b"create", name, b"1M"], [b"list", b"-H", b"-o", b"name"]):
+        done = subprocess.run(
+            [*command, *arguments], capture_output=True, env=environment() | locale, timeout=TIMEOUT_S, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == name + b"\n"
+
+
 def test_no_pool_named() -> None:
     assert "INCFS_POOL" in Cli().fails(2, "volume", "list")
 

@@ -27,11 +27,11 @@ def broken(mounted):
 def test_a_bug_gives_eio_one_line_and_a_read_only_pool(broken):
     fd = os.open(broken / "db", os.O_RDWR)
     assert os.pread(fd, 4096, 99 * 4096) == b"x" * 4096
-    assert errno_of(os.pread, fd, 4096, 100 * 4096) == errno.EIO
+    assert errno_of(os.pwrite, fd, b"y" * 4096, 100 * 4096) == errno.EIO
     inode = os.fstat(fd).st_ino
     unexpected = [line for line in broken.log().splitlines() if "incfs.boundary" in line]
     assert len(unexpected) == 1
-    for part in ("read", f"inode {inode}", f"offset {100 * 4096}", "broken_daemon.py"):
+    for part in ("write", f"inode {inode}", f"offset {100 * 4096}", "broken_daemon.py"):
         assert part in unexpected[0]
     assert "Traceback" not in broken.log()
     # The mount lives on, read-only.
@@ -43,9 +43,23 @@ def test_a_bug_gives_eio_one_line_and_a_read_only_pool(broken):
     assert os.listdir(broken.path)
 
 
-def test_umount_in_the_failsafe_says_that_not_everything_was_written(broken):
-    fd = os.open(broken / "db", os.O_RDONLY)
+def test_a_bug_in_a_look_stops_no_writer(broken):
+    """Whoever looks, and whatever at: only a change that may be half done makes the pool read-only."""
+    fd = os.open(broken / "db", os.O_RDWR)
     assert errno_of(os.pread, fd, 4096, 100 * 4096) == errno.EIO
+    unexpected = [line for line in broken.log().splitlines() if "incfs.boundary" in line]
+    assert len(unexpected) == 1
+    for part in ("read", f"inode {os.fstat(fd).st_ino}", f"offset {100 * 4096}", "broken_daemon.py"):
+        assert part in unexpected[0]
+    assert os.pwrite(fd, b"y" * 4096, 0) == 4096
+    os.fsync(fd)
+    (broken / "new").touch()
+    os.close(fd)
+
+
+def test_umount_in_the_failsafe_says_that_not_everything_was_written(broken):
+    fd = os.open(broken / "db", os.O_RDWR)
+    assert errno_of(os.pwrite, fd, b"y" * 4096, 100 * 4096) == errno.EIO
     os.close(fd)
     done = incfs("umount", broken.path, check=False)
     assert done.returncode == 1

@@ -145,7 +145,9 @@ def mirrored(pool_home: Path) -> Store:
     store = pools.open_tiny(pool_home / "pool")
     for disk in disks:
         disk.mkdir()
-    store.change(make_storage(store, disks[0], mirrors=disks[1:], force=True))
+    record = make_storage(store, disks[0], mirrors=disks[1:], force=True)
+    with store.step():
+        store.add(record)
     store.checkpoint()
     store.close()
     return pools.open_tiny(pool_home / "pool")

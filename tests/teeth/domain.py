@@ -12,6 +12,8 @@ _MIRRORS = "tests/service/test_mirrors.py::"
 _LEGS_FAIL = "tests/system/test_disk_faults.py::test_each_operation_of_one_leg_fails_and_nobody_is_told"
 _UPKEEP = "tests/service/test_upkeep.py::"
 _TRANSFERS = "tests/model/test_transfers.py::"
+_NAMES = "tests/damage/test_dump_names.py::"
+_COPIES = "tests/service/test_copies.py::"
 
 DOMAIN: Final = (
     # The lane: fsync past Python
@@ -387,5 +389,70 @@ DOMAIN: Final = (
         "            if checksum(data[span]) != crc:\n                wrong.append",
         "            if not crc:\n                wrong.append",
         f"{_MIRRORS}test_a_resilver_says_what_nobody_has_right",
+    ),
+    # What a dump names, and the copies of the metadata beside the images
+    Breakage(
+        "dump-obeyed-without-asking",
+        "I11",
+        "incfs/restore.py",
+        "    if refused and not leaves_out:",
+        "    if refused and leaves_out is None:",
+        f"{_NAMES}test_a_dump_that_names_things_outside_is_refused_with_each",
+    ),
+    Breakage(
+        "baseline-that-nobody-agreed-to-is-read",
+        "I11",
+        "incfs/consent.py",
+        'home / f"baseline-{facts.id}-left-out")',
+        "facts.path)",
+        f"{_NAMES}test_what_is_left_out_is_told_and_the_rest_is_there",
+    ),
+    Breakage(
+        "policy-of-a-dump-rules-with-its-hooks",
+        "I11",
+        "incfs/consent.py",
+        'key in ("before", "after") and value:',
+        'key == "none" and value:',
+        f"{_NAMES}test_a_dump_that_names_things_outside_is_refused_with_each",
+    ),
+    Breakage(
+        "one-id-for-two-baselines",
+        "I11",
+        "incfs/builder.py",
+        "            if known != facts.path or",
+        "            if known is None or",
+        f"{_NAMES}test_two_volumes_share_a_baseline_or_have_two",
+    ),
+    Breakage(
+        "attributes-that-give-rights-restored",
+        "I11",
+        "incfs/validation.py",
+        "        if not name.startswith(USER_XATTRS) or",
+        "        if",
+        f"{_NAMES}test_attributes_that_no_user_sets_are_refused[security.capability]",
+    ),
+    Breakage(
+        "copy-beside-the-first-leg-only",
+        "I5",
+        "incfs/copies.py",
+        "enumerate(store.pool.images.leg_paths(storage)):",
+        "enumerate(store.pool.images.leg_paths(storage)[:1]):",
+        f"{_COPIES}test_a_copy_lies_beside_every_leg",
+    ),
+    Breakage(
+        "copy-that-fails-keeps-the-others",
+        "I5",
+        "incfs/copies.py",
+        "                self._writings.remove(writing)\n                writing.abandon()",
+        "                self.abandon()\n                self._writings.clear()",
+        f"{_COPIES}test_a_copy_that_fails_does_not_keep_the_others",
+    ),
+    Breakage(
+        "no-copy-after-a-short-session",
+        "I5",
+        "incfs/committer.py",
+        "        if self._store.was_written:",
+        "        if not self._store.was_written:",
+        f"{_COPIES}test_a_session_that_wrote_leaves_a_copy_and_one_that_looked_none",
     ),
 )

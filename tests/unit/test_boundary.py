@@ -9,7 +9,8 @@ import pytest
 import trio
 
 from incfs import errors
-from incfs.boundary import handler
+from incfs.boundary import handler, look
+from incfs.fuse_ops import Operations
 from incfs.histogram import Histogram, merge
 
 
@@ -26,13 +27,17 @@ class Handlers:
         return fh + 1000
 
     @handler
-    async def read(self, fh, offset, size):
+    async def write(self, fh, offset, size):
         if self.raised:
             raise self.raised
         return b"x" * size
 
+    @look
+    async def readdir(self, fh, start_id, token):
+        raise self.raised or AssertionError
+
     @handler
-    async def getattr(self, inode, ctx):
+    async def setattr(self, inode, ctx):
         raise self.raised or AssertionError
 
 
@@ -49,15 +54,15 @@ async def errno_of(awaitable):
 @pytest.mark.parametrize("error", all_errors())
 async def test_every_error_of_ours_becomes_its_errno(error, caplog):
     handlers = Handlers(error("a sentence"))
-    assert await errno_of(handlers.read(1, 2, 3)) == error.errno
+    assert await errno_of(handlers.write(1, 2, 3)) == error.errno
     assert error.errno in errno.errorcode
     assert not handlers.failures
     assert not caplog.records
 
 
 async def test_results_and_fuse_errors_pass():
-    assert await Handlers().read(1, 0, 3) == b"xxx"
-    assert await errno_of(Handlers(pyfuse3.FUSEError(errno.ENODATA)).read(1, 0, 3)) == errno.ENODATA
+    assert await Handlers().write(1, 0, 3) == b"xxx"
+    assert await errno_of(Handlers(pyfuse3.FUSEError(errno.ENODATA)).write(1, 0, 3)) == errno.ENODATA
 
 
 @pytest.mark.parametrize(
@@ -66,20 +71,49 @@ async def test_results_and_fuse_errors_pass():
 async def test_anything_else_is_eio_one_line_and_the_failsafe(error, caplog):
     handlers = Handlers(error)
     with caplog.at_level(logging.DEBUG, logger="incfs"):
-        assert await errno_of(handlers.read(7, 4096, 3)) == errno.EIO
+        assert await errno_of(handlers.write(7, 4096, 3)) == errno.EIO
     (record,) = caplog.records
     line = record.getMessage()
     assert "\n" not in line
     assert record.exc_info is None
-    for part in (type(error).__name__, "read", "inode 1007", "offset 4096", "test_boundary.py"):
+    for part in (type(error).__name__, "write", "inode 1007", "offset 4096", "test_boundary.py"):
         assert part in line
     (failure,) = handlers.failures
     assert "inode 1007" in failure
 
 
+async def test_a_look_that_fails_stops_no_writer(caplog):
+    """One name that the locale could not say, listed by anybody, made all volumes read-only."""
+    handlers = Handlers(UnicodeEncodeError("latin-1", "x", 0, 1, "why"))
+    assert await errno_of(handlers.readdir(7, 0, None)) == errno.EIO
+    (record,) = caplog.records
+    assert "UnicodeEncodeError in readdir of inode 1007" in record.getMessage()
+    assert not handlers.failures
+
+
+CHANGES = {"setattr", "create", "mknod", "unlink", "rename", "setxattr", "removexattr", "write", "fsync", "fsyncdir",
+           "fallocate", "copy_file_range"}  # fmt: skip
+
+
+def test_what_changes_nothing_is_a_look():
+    """Whoever adds a handler says which it is."""
+    bounded = {name: found for name in dir(Operations) if hasattr(found := getattr(Operations, name), "may_change")}
+    assert {name for name, found in bounded.items() if found.may_change} == CHANGES
+    assert {
+        "getattr",
+        "lookup",
+        "readdir",
+        "read",
+        "open",
+        "statfs",
+        "getxattr",
+        "listxattr",
+    } < bounded.keys() - CHANGES
+
+
 async def test_the_inode_is_found_by_name():
     handlers = Handlers(ValueError("x"))
-    assert await errno_of(handlers.getattr(42, None)) == errno.EIO
+    assert await errno_of(handlers.setattr(42, None)) == errno.EIO
     assert "inode 42 at offset -" in handlers.failures[0]
 
 
@@ -98,9 +132,9 @@ async def test_cancellation_passes():
 
 async def test_durations_are_counted():
     handlers = Handlers()
-    await handlers.read(1, 0, 1)
-    assert sum(handlers.durations["read"].counts) == 1
-    assert handlers.durations["read"].sum_s > 0
+    await handlers.write(1, 0, 1)
+    assert sum(handlers.durations["write"].counts) == 1
+    assert handlers.durations["write"].sum_s > 0
 
 
 def test_the_last_bucket_has_no_bound():
