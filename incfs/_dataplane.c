@@ -111,6 +111,23 @@ static PyObject *method_write(DataPlane *self, PyObject *args, PyObject *kwargs)
     Py_RETURN_NONE;
 }
 
+static PyObject *method_write_served(DataPlane *self, PyObject *args)
+{
+    unsigned long long map_id, offset_bytes;
+    Py_buffer data;
+    if (!PyArg_ParseTuple(args, "KKy*", &map_id, &offset_bytes, &data))
+        return NULL;
+    struct plane_refusal why = {0};
+    enum plane_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = plane_write_served(self->plane, map_id, offset_bytes, data.buf, data.len, true, &why);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&data);
+    if (status != PLANE_OK && status != PLANE_NOT_SERVED)
+        return raise_status(self, status, map_id, &why);
+    return PyBool_FromLong(status == PLANE_OK);
+}
+
 static PyObject *method_discard(DataPlane *self, PyObject *args)
 {
     unsigned long long map_id, first_block;
@@ -163,6 +180,8 @@ static PyMethodDef plane_methods[] = {
     {"server", (PyCFunction)method_server, METH_NOARGS, "Give what hot threads need, in a capsule."},
     {"read", KEYWORDS(method_read), "Read whole blocks; holes read as zeros."},
     {"write", KEYWORDS(method_write), "Write a range of bytes; what it lacks of whole blocks is kept."},
+    {"write_served", (PyCFunction)method_write_served, METH_VARARGS,
+     "Write a range as hot threads do; False when that is not allowed."},
     {"discard", (PyCFunction)method_discard, METH_VARARGS, "Let whole blocks read as zeros."},
     {"mapped_delta", (PyCFunction)method_mapped_delta, METH_O, "Blocks that the table gained since the last seal."},
     {"seal", (PyCFunction)method_seal, METH_NOARGS, "Hand over the mappings appended since the last seal."},

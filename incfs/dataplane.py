@@ -6,8 +6,9 @@ untouched, and the control plane (the store) loads a page, grants a lease and as
 This Python implementation is the specification.
 
 Invariants:
-    1. A block is rewritten in place only while it is *fresh*: allocated since the last seal (I1).
-    2. A mapping changes only after the data it names was written.
+    1. A block is written before a mapping names it, and never while one does (I1).  What replaces a *fresh* block,
+       written since the last seal, takes another; the fresh one goes back to the lease that it came from.
+    2. A mapping changes only after the data it names was written; those of one write change together.
     3. Every block that is returned matched its checksum (I4).
 """
 
@@ -64,11 +65,11 @@ class ReadWouldWait(Refused):
 
     def __init__(self, file: BlockFile, block_index: int, block_count: int) -> None:
         self._extent = block_index, block_count
-        self._file = file
+        self.file = file
 
     def warm(self) -> None:
         """Bring the blocks into the page cache."""
-        self._file.read_blocks(*self._extent)
+        self.file.read_blocks(*self._extent)
 
 
 class LegFailed(Refused):
@@ -100,7 +101,7 @@ class Batch:
 
     tables: list[Sealed]
     dropped: list[int]
-    """Addresses taken from a lease and discarded again: no mapping ever named them."""
+    """Addresses taken from a lease and given up: no sealed mapping ever named them."""
     written: list[tuple[MapId, int]] = field(default_factory=list)
     """(table, time in nanoseconds) of writes by other threads to these tables."""
     committed: list[tuple[int, "Batch"]] = field(default_factory=list)
@@ -122,11 +123,9 @@ class _Placement(NamedTuple):
     """One block of a write: where it goes."""
 
     page: Page
-    slot: int
     block: bytes | None
     """None for a hole."""
     address: int
-    is_new: bool
 
 
 class DataPlane:
@@ -141,6 +140,8 @@ class DataPlane:
         self._leases: dict[MapId, deque[tuple[int, int]]] = {}
         self._stripes: dict[MapId, tuple[int, int]] = {}
         self._dropped: list[int] = []
+        self._leases_were_taken = False
+        """Since the last seal: fresh blocks may be of leases that are no more."""
         self._mapped_delta: dict[MapId, int] = {}
         self.fresh_count = 0
         """Mappings appended since the last seal."""
@@ -213,6 +214,7 @@ class DataPlane:
         """
         assert unit_blocks > 0
         assert columns > 0
+        self._leases_were_taken = True
         self._stripes.pop(map_id, None)
         if columns > 1:
             self._stripes[map_id] = unit_blocks, columns
@@ -227,6 +229,7 @@ class DataPlane:
 
     def revoke(self, map_id: MapId | None = None) -> list[int]:
         """Take back the unused leased blocks of one table, or of all."""
+        self._leases_were_taken = True
         tables = list(self._leases) if map_id is None else [map_id]
         runs = [run for table in tables for run in self._leases.pop(table, ())]
         return [address + i for address, count in runs for i in range(count)]
@@ -241,6 +244,21 @@ class DataPlane:
                 raise LeaseExhausted(lease, needed[lease])
         taken = {lease: iter(self._take_from(lease, count)) for lease, count in needed.items()}
         return (next(taken[lease]) for lease in leases)
+
+    def _give_back(self, map_id: MapId, virtual_block: int, address: int) -> None:
+        """Let a fresh block that is not needed any more be the next that its lease is asked for."""
+        unit, columns = self._stripes.get(map_id, (1, 1))
+        lease = self._leases.get(MapId(map_id | virtual_block // unit % columns))
+        if self._leases_were_taken or lease is None:
+            self._dropped.append(address)
+            return
+        first, count = lease[0] if lease else (0, 0)
+        if lease and first + count == address:
+            lease[0] = first, count + 1
+        elif lease and first == address + 1:
+            lease[0] = address, count + 1
+        else:
+            lease.appendleft((address, 1))
 
     def _take_from(self, map_id: MapId, block_count: int) -> list[int]:
         lease = self._leases[map_id]
@@ -361,7 +379,7 @@ class DataPlane:
     def write(
         self, map_id: MapId, offset_bytes: int, data: bytes, *, wait: bool = False, keep_zeros: bool = False
     ) -> None:
-        """Write a range: new blocks to leased ones, fresh ones in place, zeros as holes unless they are kept.
+        """Write a range: to leased blocks, zeros as holes unless they are kept.
 
         What the range lacks of its first and last block is read, verified and kept.
 
@@ -378,17 +396,17 @@ class DataPlane:
         """
         data, first_block = self._complete(map_id, offset_bytes, data, wait=wait)
         placements = self._place(map_id, first_block, data, keep_zeros=keep_zeros)
-        position = 0
+        done = 0
         try:
-            while position < len(placements):
-                run = _contiguous(placements, position)
-                if placements[position].block is not None:
-                    self._write_run(map_id, placements, position, run)
-                else:
-                    for placement in placements[position : position + run]:
-                        self._set(map_id, placement.page, placement.slot, placement.page.hole, 0)
-                position += run
+            while done < len(placements):
+                run = _contiguous(placements, done)
+                if placements[done].block is not None:
+                    self._write_run(placements, done, run)
+                done += run
         finally:
+            for virtual_block, (page, block, address) in enumerate(placements[:done], first_block):
+                new = (page.hole, 0) if block is None else (address, checksum(block))
+                self._set(map_id, page, virtual_block, *new)
             self._mark_dirty(map_id, first_block, len(placements))
 
     def _complete(self, map_id: MapId, offset_bytes: int, data: bytes, *, wait: bool) -> tuple[bytes, int]:
@@ -414,17 +432,14 @@ class DataPlane:
             for index in range(start, start + count):
                 block = data[len(placements) * size : (len(placements) + 1) * size]
                 if block == zeros and not keep_zeros:
-                    placements.append(_Placement(page, index, None, 0, False))
+                    placements.append(_Placement(page, None, 0))
                     continue
-                address = page.addresses[index]
-                is_new = address <= HOLE or index not in page.fresh
-                if is_new:
-                    new_blocks.append(page_index * PAGE_BLOCKS + index)
-                placements.append(_Placement(page, index, block, address, is_new))
+                new_blocks.append(page_index * PAGE_BLOCKS + index)
+                placements.append(_Placement(page, block, 0))
         addresses = self._take(map_id, new_blocks)
-        return [p._replace(address=next(addresses)) if p.is_new else p for p in placements]
+        return [p if p.block is None else p._replace(address=next(addresses)) for p in placements]
 
-    def _write_run(self, map_id: MapId, placements: list[_Placement], position: int, run: int) -> None:
+    def _write_run(self, placements: list[_Placement], position: int, run: int) -> None:
         members = placements[position : position + run]
         storage_id, block_index = split_address(members[0].address)
         data = members[0].block if run == 1 else b"".join(p.block or b"" for p in members)
@@ -432,19 +447,8 @@ class DataPlane:
         try:
             self._files[storage_id].write_blocks(block_index, data)
         except IncfsError:
-            self._dropped += [p.address for p in placements[position:] if p.is_new]
-            self._reread_fresh(members)
+            self._dropped += [p.address for p in placements[position:] if p.block is not None]
             raise
-        for member in members:
-            assert member.block is not None
-            self._set(map_id, member.page, member.slot, member.address, checksum(member.block))
-
-    def _reread_fresh(self, members: list[_Placement]) -> None:
-        """After a failed rewrite in place the blocks are a mix of old and new: take them as they are."""
-        for member in members:
-            if not member.is_new:
-                storage_id, block_index = split_address(member.address)
-                member.page.checksums[member.slot] = checksum(self._files[storage_id].read_blocks(block_index, 1))
 
     def discard(self, map_id: MapId, first_block: int, block_count: int) -> None:
         """Let whole blocks read as zeros.
@@ -453,23 +457,24 @@ class DataPlane:
             NotResident: A page must be loaded first.
         """
         spans = [
-            (self._page(map_id, index), start, count) for index, start, count in split_pages(first_block, block_count)
+            (self._page(map_id, index), index * PAGE_BLOCKS + start, count)
+            for index, start, count in split_pages(first_block, block_count)
         ]
-        for page, start, count in spans:
-            for index in range(start, start + count):
-                self._set(map_id, page, index, page.hole, 0)
+        for page, first, count in spans:
+            for virtual_block in range(first, first + count):
+                self._set(map_id, page, virtual_block, page.hole, 0)
         self._mark_dirty(map_id, first_block, block_count)
 
-    def _set(self, map_id: MapId, page: Page, index: int, address: int, crc: int) -> None:
+    def _set(self, map_id: MapId, page: Page, virtual_block: int, address: int, crc: int) -> None:
+        index = virtual_block % PAGE_BLOCKS
         old = page.addresses[index]
         if old == address:
-            page.checksums[index] = crc
-            return
+            return  # zeros over zeros
         if index not in page.fresh:
             page.fresh[index] = old, page.checksums[index]
             self.fresh_count += 1
         elif old > HOLE:
-            self._dropped.append(old)
+            self._give_back(map_id, virtual_block, old)
         page.addresses[index] = address
         page.checksums[index] = crc
         delta = (address > HOLE) - (old > HOLE)
@@ -500,6 +505,7 @@ class DataPlane:
                 changed.setdefault(map_id, []).append((page_index, new, old))
         sealed = [seal_pages(map_id, pages) for map_id, pages in changed.items()]
         dropped, self._dropped = self._dropped, []
+        self._leases_were_taken = False
         self._dirty = {}
         self._mapped_delta = {}
         self.fresh_count = 0

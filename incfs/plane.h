@@ -12,10 +12,13 @@
  *   3. lease locks of a table's columns, by rising column; or the plane's list lock.  Nothing else is
  *      taken under these.
  *
- * A write to new blocks holds no page lock while it writes: nobody can see those blocks before it
- * has set the mappings.  A rewrite in place holds them until the new checksum is set.  A read
- * copies mappings and reads without locks; when what it finds does not match, it looks again with
- * the page locked, and only then is the block damaged.
+ * The host is never waited for under any of them: a disk that is slow keeps waiting who asked it.
+ *
+ * A write takes blocks that no mapping names (gate, for a moment), writes them without a lock, and sets its
+ * mappings, all at once (gate again).  What happened meanwhile decides whether it still may: else its blocks
+ * are given up and it begins anew, or is refused.  No block is written that a mapping names.
+ * A read copies mappings and reads without locks; when what it finds does not match, it looks again, and only
+ * while the mapping stays what it was is the block damaged.
  */
 #ifndef INCFS_PLANE_H
 #define INCFS_PLANE_H
@@ -85,7 +88,7 @@ struct plane_batch {
     struct plane_appended *appended;
     struct plane_written *written; /* of these pages' tables, as far as nobody has asked for it yet */
     size_t written_count;
-    uint64_t *dropped; /* taken from a lease and discarded again */
+    uint64_t *dropped; /* taken from a lease that was taken back meanwhile, and not used */
     size_t dropped_count;
 };
 
@@ -93,7 +96,7 @@ struct plane *plane_new(uint32_t block_bytes);
 void plane_free(struct plane *plane);
 
 /* Lets addresses of a storage volume be used: block n lies at data_offset + n * block_bytes of each fd, the legs of a
- * mirror.  Reads use the first.  No write that only the descriptors before know is under way on return.
+ * mirror.  Reads use the first.  No write that only the descriptors before know will be seen after return.
  * The descriptors stay the caller's and must outlive the plane. */
 enum plane_status plane_attach(struct plane *plane, uint16_t storage_id, const int *fds, unsigned fd_count,
                                uint64_t data_offset);
@@ -110,7 +113,8 @@ bool plane_is_resident(struct plane *plane, uint64_t map_id, uint64_t page_index
 
 /* Leases: of a table, or of a column of a striped one: map_id | column. */
 enum plane_status plane_grant(struct plane *plane, uint64_t map_id, struct plane_run run);
-/* Takes back unused blocks, of all tables when map_id is NULL; *runs is to be freed. */
+/* Takes back unused blocks, of all tables when map_id is NULL; *runs is to be freed.  Blocks that writes under way
+ * have taken are not among them: these writes will not be seen, and the blocks are among the next batch's `dropped`. */
 enum plane_status plane_revoke(struct plane *plane, const uint64_t *map_id, struct plane_run **runs, size_t *run_count);
 
 uint64_t plane_leased_blocks(struct plane *plane, uint64_t map_id);
@@ -151,13 +155,16 @@ struct plane_facts {
 enum plane_status plane_serve(struct plane *plane, uint64_t map_id, uint64_t size_bytes, bool is_writable,
                               struct plane_rules rules, const struct plane_facts *facts);
 void plane_unserve(struct plane *plane, uint64_t map_id);
-/* The pool failed: no write is served any more, and none is under way on return. */
+/* The pool failed: no write is served any more, and none that is under way will be seen. */
 void plane_freeze(struct plane *plane);
 /* The bytes are *count ones at buffer + *start; short at the end of the table. */
 enum plane_status plane_serve_read(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, size_t length_bytes,
                                    bool can_wait, char *buffer, size_t room, size_t *start, size_t *count);
 enum plane_status plane_serve_write(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
                                     size_t length_bytes);
+/* The same, and why not; `can_wait` for what a block that is written in part lacks. */
+enum plane_status plane_write_served(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
+                                     size_t length_bytes, bool can_wait, struct plane_refusal *why);
 
 /* The facts as of now, and the size; false when the table is not served. */
 bool plane_serve_stat(struct plane *plane, uint64_t map_id, struct plane_facts *facts, uint64_t *size_bytes);

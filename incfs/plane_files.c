@@ -5,9 +5,11 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 enum plane_status plane_attach(struct plane *plane, uint16_t storage_id, const int *fds, unsigned fd_count,
@@ -19,10 +21,12 @@ enum plane_status plane_attach(struct plane *plane, uint16_t storage_id, const i
     memcpy(file->fds, fds, fd_count * sizeof *fds);
     file->fd_count = fd_count;
     file->data_offset = data_offset;
-    atomic_init(&file->can_nowait, true);
+    atomic_init(&file->knowledge, TELLS);
     pthread_rwlock_wrlock(&plane->gate);
     file->superseded = atomic_load(&plane->files[storage_id]);
     atomic_store(&plane->files[storage_id], file);
+    /* A write under way may lack a leg that there is now. */
+    plane->placing += file->superseded != NULL;
     pthread_rwlock_unlock(&plane->gate);
     return PLANE_OK;
 }
@@ -69,8 +73,11 @@ enum plane_status read_extent(struct plane *plane, uint64_t address, size_t bloc
     size_t length = block_count * plane->block_bytes;
     why->address = address;
     why->block_count = block_count;
-    if (can_wait || !atomic_load_explicit(&file->can_nowait, memory_order_relaxed))
+    int knowledge = atomic_load_explicit(&file->knowledge, memory_order_relaxed);
+    if (can_wait || knowledge == NEVER_WAITS)
         return read_waiting(file->fds[0], offset, buffer, length, &why->host_errno);
+    if (knowledge == MAY_WAIT)
+        return PLANE_WOULD_WAIT;
     struct iovec vector = {buffer, length};
     ssize_t count = preadv2(file->fds[0], &vector, 1, offset, RWF_NOWAIT);
     if (count == (ssize_t)length)
@@ -81,9 +88,11 @@ enum plane_status read_extent(struct plane *plane, uint64_t address, size_t bloc
         why->host_errno = errno;
         return PLANE_READ_ERROR;
     }
-    /* tmpfs and others: their reads do not wait anyway. */
-    atomic_store_explicit(&file->can_nowait, false, memory_order_relaxed);
-    return read_waiting(file->fds[0], offset, buffer, length, &why->host_errno);
+    /* The filesystem does not tell; one in memory never waits. */
+    struct statfs found;
+    bool is_memory = !fstatfs(file->fds[0], &found) && (found.f_type == TMPFS_MAGIC || found.f_type == RAMFS_MAGIC);
+    atomic_store_explicit(&file->knowledge, is_memory ? NEVER_WAITS : MAY_WAIT, memory_order_relaxed);
+    return is_memory ? read_waiting(file->fds[0], offset, buffer, length, &why->host_errno) : PLANE_WOULD_WAIT;
 }
 
 void read_ahead(struct plane *plane, uint64_t address, size_t block_count)

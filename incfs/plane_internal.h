@@ -9,12 +9,15 @@
 
 enum { MAX_STORAGE_ID = 65535, ADDRESS_BLOCK_BITS = 48, FRESH_WORDS = PLANE_PAGE_BLOCKS / 64 };
 
+/* What a filesystem says of whether a read would wait: tells with RWF_NOWAIT; does not, but is in memory; does not. */
+enum { TELLS, NEVER_WAITS, MAY_WAIT };
+
 struct file {
     struct file *superseded; /* what was attached before: somebody may still read through it */
     int fds[PLANE_MAX_LEGS]; /* the first is read, all are written */
     unsigned fd_count;
     uint64_t data_offset;
-    atomic_bool can_nowait; /* RWF_NOWAIT works; not on tmpfs of older kernels */
+    atomic_int knowledge; /* of these */
 };
 
 struct table {
@@ -68,6 +71,8 @@ struct plane {
     size_t page_bucket_count, table_bucket_count; /* powers of two */
     size_t page_count, table_count;
     struct page *oldest, *newest;
+    uint64_t placing;       /* rises when blocks that writes under way have taken must not be used any more */
+    bool leases_were_taken; /* since the last seal: fresh blocks may be of leases that are no more */
     /* list_lock */
     pthread_mutex_t list_lock;
     struct page *dirty;
@@ -78,7 +83,8 @@ struct plane {
     int failed_errno;
     uint64_t failed_address;
     /* no lock */
-    _Atomic uint64_t seal_count; /* a block that is given up is not used again before it rises */
+    _Atomic uint64_t seal_count;
+    _Atomic uint64_t reuse_count; /* a block that is given up is not used again before it rises */
     atomic_bool is_frozen;
     atomic_bool is_calling; /* attention_fd was written to and not attended yet */
     int attention_fd;
@@ -107,16 +113,18 @@ void read_ahead(struct plane *plane, uint64_t address, size_t block_count);
 enum plane_status write_extent(struct plane *plane, uint64_t address, size_t block_count, const char *data,
                                struct plane_refusal *why);
 
-/* ---- plane_read.c, plane_write.c ---------------------------------------------------------------------- */
-
-/* Reads one block of a locked page: nobody rewrites it meanwhile, so a mismatch is damage. */
-enum plane_status read_locked(struct plane *plane, struct page *page, unsigned index, bool can_wait, bool verify,
-                              char *buffer, struct plane_refusal *why);
+/* ---- plane_write.c ------------------------------------------------------------------------------------- */
 
 /* `is_served`: nobody asked the control plane, and the table's rules say whether zeros are kept. */
 enum plane_status write_bytes(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
                               size_t length_bytes, bool is_served, bool can_wait, bool keep_zeros,
                               struct plane_refusal *why);
+
+/* ---- plane_read.c ------------------------------------------------------------------------------------- */
+
+/* Reads one block as it is now, and gives its mapping; a mismatch is damage.  Under no lock. */
+enum plane_status read_block(struct plane *plane, uint64_t map_id, uint64_t virtual_block, bool can_wait, bool verify,
+                             char *buffer, struct plane_mapping *mapping, struct plane_refusal *why);
 
 /* ---- plane_spans.c: the pages of a change ------------------------------------------------------------- */
 
@@ -152,6 +160,18 @@ struct table *plane_column(struct plane *plane, struct table *table, uint64_t co
 /* With the lease lock held: takes exactly block_count blocks, in runs; there must be as many.  runs: room for
  * block_count. */
 void table_take(struct table *table, uint64_t block_count, struct plane_run *runs);
+
+/* The column whose lease a virtual block's new places come from. */
+static inline uint64_t column_of(const struct table *table, uint64_t virtual_block)
+{
+    return table->stripe_columns ? virtual_block / table->stripe_unit % table->stripe_columns : 0;
+}
+
+/* Gives a block that no sealed mapping names back to the lease that it came from, to be the next that is taken. */
+void plane_give_back(struct plane *plane, struct table *table, uint64_t virtual_block, uint64_t address);
+
+/* The gate held alone: what writes under way have taken, and what is fresh, does not go back to its lease. */
+void void_placements(struct plane *plane);
 
 /* Whether a lease should be added to before it is used up: this table's own, or any of its columns'. */
 bool lease_runs_low(struct table *table);

@@ -4,26 +4,27 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Room for one more run on either side. */
 static bool make_lease_room(struct table *table)
 {
-    if (table->lease_end < table->lease_room)
+    if (table->lease_first && table->lease_end < table->lease_room)
         return true;
-    size_t used = table->lease_end - table->lease_first;
-    if (table->lease_first > used) {
-        memmove(table->lease, table->lease + table->lease_first, used * sizeof *table->lease);
+    size_t used = table->lease_end - table->lease_first, room = 2 * used + 8;
+    size_t first = (room > table->lease_room ? room - used : table->lease_room - used) / 2;
+    if (room <= table->lease_room) {
+        memmove(table->lease + first, table->lease + table->lease_first, used * sizeof *table->lease);
     } else {
-        size_t room = table->lease_room ? 2 * table->lease_room : 8;
         struct plane_run *larger = malloc(room * sizeof *larger);
         if (!larger)
             return false;
         if (used)
-            memcpy(larger, table->lease + table->lease_first, used * sizeof *larger);
+            memcpy(larger + first, table->lease + table->lease_first, used * sizeof *larger);
         free(table->lease);
         table->lease = larger;
         table->lease_room = room;
     }
-    table->lease_first = 0;
-    table->lease_end = used;
+    table->lease_first = first;
+    table->lease_end = first + used;
     return true;
 }
 
@@ -63,6 +64,45 @@ void table_take(struct table *table, uint64_t block_count, struct plane_run *run
     }
 }
 
+/* With the lease lock held; false when out of memory. */
+static bool put_first(struct table *table, uint64_t address)
+{
+    struct plane_run *first = table->lease_first < table->lease_end ? &table->lease[table->lease_first] : NULL;
+    if (first && first->address + first->count == address) {
+        first->count++;
+    } else if (first && first->address == address + 1) {
+        first->address--;
+        first->count++;
+    } else if (make_lease_room(table)) {
+        table->lease[--table->lease_first] = (struct plane_run){address, 1};
+    } else {
+        return false;
+    }
+    table->lease_blocks++;
+    return true;
+}
+
+void plane_give_back(struct plane *plane, struct table *table, uint64_t virtual_block, uint64_t address)
+{
+    struct table *lessee = plane->leases_were_taken ? NULL : plane_column(plane, table, column_of(table, virtual_block));
+    bool is_back = false;
+    /* First: whoever is handed the block afterwards may write it at once. */
+    atomic_fetch_add(&plane->reuse_count, 1);
+    if (lessee) {
+        pthread_mutex_lock(&lessee->lease_lock);
+        is_back = put_first(lessee, address);
+        pthread_mutex_unlock(&lessee->lease_lock);
+    }
+    if (!is_back)
+        plane_drop(plane, address);
+}
+
+void void_placements(struct plane *plane)
+{
+    plane->placing++;
+    plane->leases_were_taken = true;
+}
+
 bool lease_runs_low(struct table *table)
 {
     pthread_mutex_lock(&table->lease_lock);
@@ -86,6 +126,7 @@ enum plane_status plane_stripe(struct plane *plane, uint64_t map_id, uint64_t un
     pthread_rwlock_wrlock(&plane->gate);
     struct table *table = need_table(plane, map_id);
     if (table) {
+        void_placements(plane);
         table->stripe_unit = unit_blocks;
         table->stripe_columns = columns > 1 ? columns : 0;
         release_table(plane, table);
@@ -141,6 +182,7 @@ enum plane_status plane_revoke(struct plane *plane, const uint64_t *map_id, stru
     *runs = NULL;
     *run_count = 0;
     pthread_rwlock_wrlock(&plane->gate);
+    void_placements(plane);
     if (map_id) {
         struct table *table = plane_find_table(plane, *map_id);
         if (table && !(*runs = malloc((table->lease_end - table->lease_first + 1) * sizeof **runs)))

@@ -27,41 +27,8 @@ static bool matches(struct plane *plane, uint64_t virtual_block, uint64_t addres
     return false;
 }
 
-/* Reads one block of a locked page: nobody rewrites it meanwhile, so a mismatch is damage. */
-enum plane_status read_locked(struct plane *plane, struct page *page, unsigned index, bool can_wait, bool verify,
-                              char *buffer, struct plane_refusal *why)
-{
-    uint64_t address = page->addresses[index];
-    if (address <= PLANE_HOLE) {
-        memset(buffer, 0, plane->block_bytes);
-        return PLANE_OK;
-    }
-    enum plane_status status = read_extent(plane, address, 1, can_wait, buffer, why);
-    if (status != PLANE_OK || !verify)
-        return status;
-    uint64_t virtual_block = page->page_index * PLANE_PAGE_BLOCKS + index;
-    return matches(plane, virtual_block, address, buffer, page->checksums[index], why) ? PLANE_OK : PLANE_MISMATCH;
-}
-
-/* What was read without the lock did not match: the block may have been rewritten since, or be another's by now. */
-static enum plane_status read_again(struct plane *plane, uint64_t map_id, uint64_t page_index, unsigned index, bool can_wait,
-                                    bool verify, char *buffer, struct plane_refusal *why)
-{
-    enum plane_status status = PLANE_NOT_RESIDENT;
-    why->page_index = page_index;
-    pthread_rwlock_rdlock(&plane->gate);
-    struct page *page = plane_find_page(plane, map_id, page_index);
-    if (page) {
-        pthread_mutex_lock(&page->lock);
-        status = read_locked(plane, page, index, can_wait, verify, buffer, why);
-        pthread_mutex_unlock(&page->lock);
-    }
-    pthread_rwlock_unlock(&plane->gate);
-    return status;
-}
-
 struct copied {
-    uint64_t seal_count;
+    uint64_t reuse_count;
     uint64_t addresses[PLANE_PAGE_BLOCKS];
     uint32_t checksums[PLANE_PAGE_BLOCKS];
 };
@@ -74,13 +41,57 @@ static bool copy_mappings(struct plane *plane, uint64_t map_id, uint64_t page_in
     if (page) {
         atomic_store_explicit(&page->was_used, true, memory_order_relaxed);
         pthread_mutex_lock(&page->lock);
-        copied->seal_count = atomic_load(&plane->seal_count);
+        copied->reuse_count = atomic_load(&plane->reuse_count);
         memcpy(copied->addresses, page->addresses + start, count * sizeof *copied->addresses);
         memcpy(copied->checksums, page->checksums + start, count * sizeof *copied->checksums);
         pthread_mutex_unlock(&page->lock);
     }
     pthread_rwlock_unlock(&plane->gate);
     return page != NULL;
+}
+
+static bool is_same(const struct copied *one, const struct copied *other)
+{
+    return one->addresses[0] == other->addresses[0] && one->checksums[0] == other->checksums[0];
+}
+
+/* One that is rewritten all the time is found as it was so often only if it is damaged. */
+enum { MOST_LOOKS = 16 };
+
+/* While the mapping stays what it is, the block does: it is written before any mapping names it.  So what does not
+ * match between two looks at the same mapping is damage, unless the block was given up and came back in between. */
+static enum plane_status look(struct plane *plane, uint64_t virtual_block, const struct copied *now, bool can_wait,
+                              bool verify, char *buffer, struct plane_refusal *why)
+{
+    if (now->addresses[0] <= PLANE_HOLE) {
+        memset(buffer, 0, plane->block_bytes);
+        return PLANE_OK;
+    }
+    enum plane_status status = read_extent(plane, now->addresses[0], 1, can_wait, buffer, why);
+    if (status != PLANE_OK || (!verify && atomic_load(&plane->reuse_count) == now->reuse_count))
+        return status;
+    return matches(plane, virtual_block, now->addresses[0], buffer, now->checksums[0], why) ? PLANE_OK : PLANE_MISMATCH;
+}
+
+enum plane_status read_block(struct plane *plane, uint64_t map_id, uint64_t virtual_block, bool can_wait, bool verify,
+                             char *buffer, struct plane_mapping *mapping, struct plane_refusal *why)
+{
+    uint64_t page_index = virtual_block / PLANE_PAGE_BLOCKS;
+    struct copied now, then = {0};
+    enum plane_status status = PLANE_OK;
+    for (unsigned looks = 0;; looks++, then = now) {
+        why->page_index = page_index;
+        if (!copy_mappings(plane, map_id, page_index, virtual_block % PLANE_PAGE_BLOCKS, 1, &now))
+            return PLANE_NOT_RESIDENT;
+        bool is_settled = then.reuse_count == now.reuse_count || looks >= MOST_LOOKS;
+        if (status == PLANE_MISMATCH && is_settled && is_same(&then, &now))
+            return status;
+        status = look(plane, virtual_block, &now, can_wait, verify, buffer, why);
+        if (status != PLANE_MISMATCH) {
+            *mapping = (struct plane_mapping){now.addresses[0], now.checksums[0]};
+            return status;
+        }
+    }
 }
 
 /* Reads an extent of a page.  The first that must be waited for has all behind it fetched, too: they may be on other disks. */
@@ -100,7 +111,7 @@ static enum plane_status read_run(struct plane *plane, const struct copied *copi
 }
 
 /* A checksum that matches also shows that the block was not another's while it was read.  Without it, nobody can have
- * got the block as long as nothing was sealed since its mapping was looked up. */
+ * got the block as long as none was given up since its mapping was looked up. */
 static enum plane_status read_page(struct plane *plane, uint64_t map_id, uint64_t page_index, unsigned start, unsigned count,
                                    bool can_wait, bool verify, char *buffer, struct plane_refusal *why)
 {
@@ -118,13 +129,14 @@ static enum plane_status read_page(struct plane *plane, uint64_t map_id, uint64_
             continue;
         }
         status = read_run(plane, &copied, i, run, count, can_wait, &is_ahead, target, why);
-        if (!verify && atomic_load(&plane->seal_count) == copied.seal_count)
+        if (!verify && atomic_load(&plane->reuse_count) == copied.reuse_count)
             continue;
         for (size_t k = i; k < i + run && status == PLANE_OK; k++) {
             char *block = buffer + k * plane->block_bytes;
             uint64_t virtual_block = page_index * PLANE_PAGE_BLOCKS + start + k;
+            struct plane_mapping now;
             if (!matches(plane, virtual_block, copied.addresses[k], block, copied.checksums[k], why))
-                status = read_again(plane, map_id, page_index, start + k, can_wait, verify, block, why);
+                status = read_block(plane, map_id, virtual_block, can_wait, verify, block, &now, why);
         }
     }
     return status;

@@ -43,10 +43,8 @@ static void mark_dirty(struct plane *plane, struct page *page)
 void page_set(struct plane *plane, struct page *page, unsigned index, uint64_t address, uint32_t checksum)
 {
     uint64_t old = page->addresses[index];
-    if (old == address) {
-        page->checksums[index] = checksum;
-        return;
-    }
+    if (old == address)
+        return; /* zeros over zeros: a block is written once */
     if (!page_is_fresh(page, index)) {
         page->replaced->addresses[index] = old;
         page->replaced->checksums[index] = page->checksums[index];
@@ -55,7 +53,7 @@ void page_set(struct plane *plane, struct page *page, unsigned index, uint64_t a
         if (!page->is_dirty)
             mark_dirty(plane, page);
     } else if (old > PLANE_HOLE) {
-        plane_drop(plane, old);
+        plane_give_back(plane, page->table, page->page_index * PLANE_PAGE_BLOCKS + index, old);
     }
     page->addresses[index] = address;
     page->checksums[index] = checksum;
@@ -163,6 +161,7 @@ static enum plane_status gather(struct plane *plane, struct plane_batch *batch)
     batch->dropped_count = plane->dropped_count;
     plane->dropped = NULL;
     plane->dropped_count = plane->dropped_room = 0;
+    plane->leases_were_taken = false;
     atomic_store(&plane->fresh_count, 0);
     return PLANE_OK;
 }
@@ -174,6 +173,7 @@ enum plane_status plane_seal(struct plane *plane, size_t most, struct plane_batc
     enum plane_status status = plane_fresh_count(plane) > most ? PLANE_NOT_SERVED : gather(plane, batch);
     if (status == PLANE_OK)
         atomic_fetch_add(&plane->seal_count, 1);
+    atomic_fetch_add(&plane->reuse_count, 1);
     pthread_rwlock_unlock(&plane->gate);
     if (status != PLANE_OK)
         plane_batch_free(batch);

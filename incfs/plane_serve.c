@@ -234,14 +234,21 @@ static void note_served_write(struct plane *plane, uint64_t map_id)
     pthread_rwlock_unlock(&plane->gate);
 }
 
+enum plane_status plane_write_served(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
+                                     size_t length_bytes, bool can_wait, struct plane_refusal *why)
+{
+    enum plane_status status =
+        write_bytes(plane, map_id, offset_bytes, data, length_bytes, true, can_wait, false, why);
+    if (status == PLANE_OK)
+        note_served_write(plane, map_id);
+    else if (status == PLANE_WRITE_ERROR && why->host_errno != ENOSPC && why->host_errno != EDQUOT)
+        plane_fail(plane, why->host_errno, why->address); /* a full disk harms nothing and is no failure */
+    return status;
+}
+
 enum plane_status plane_serve_write(struct plane *plane, uint64_t map_id, uint64_t offset_bytes, const void *data,
                                     size_t length_bytes)
 {
     struct plane_refusal why;
-    enum plane_status status = write_bytes(plane, map_id, offset_bytes, data, length_bytes, true, false, false, &why);
-    if (status == PLANE_OK)
-        note_served_write(plane, map_id);
-    else if (status == PLANE_WRITE_ERROR && why.host_errno != ENOSPC && why.host_errno != EDQUOT)
-        plane_fail(plane, why.host_errno, why.address); /* a full disk harms nothing and is no failure */
-    return status;
+    return plane_write_served(plane, map_id, offset_bytes, data, length_bytes, false, &why);
 }

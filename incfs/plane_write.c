@@ -17,17 +17,27 @@ enum { MOST_UNSEALED = 16384 };
 struct placement {
     uint64_t address;
     uint32_t checksum;
-    bool is_zero, is_new;
+    bool is_zero;
+};
+
+/* A range of bytes, and the whole blocks that it makes once what lies around it is read. */
+struct bytes {
+    const char *data;
+    size_t head, length, tail; /* tail: missing behind the range */
+    char *whole;               /* NULL when nothing is missing */
 };
 
 struct write {
     struct plane *plane;
-    struct spans spans;
-    const char *data; /* whole blocks */
+    uint64_t map_id, first_block;
+    struct bytes bytes;
+    struct spans spans; /* under the gate only: a page may be evicted between */
+    const char *data;   /* whole blocks */
     size_t block_count, new_count;
-    bool in_place;  /* some block is rewritten where it is */
     bool is_served; /* nobody asked the control plane */
     bool keep_zeros;
+    struct plane_mapping first_base, last_base; /* what was read of blocks that are written in part */
+    uint64_t placing;                           /* the plane's when the blocks were taken */
     struct placement *placements;
 };
 
@@ -45,23 +55,6 @@ static void digest(struct write *write, size_t block)
     write->placements[block].checksum = write->placements[block].is_zero ? 0 : crc32c(data, size);
 }
 
-/* With the pages locked: decides for each block whether it needs a new place. */
-static void place(struct write *write)
-{
-    struct placement *placement = write->placements;
-    for (size_t s = 0; s < write->spans.count; s++) {
-        const struct span *span = &write->spans.items[s];
-        for (unsigned i = span->start; i < span->start + span->count; i++, placement++) {
-            if (placement->is_zero)
-                continue;
-            placement->address = span->page->addresses[i];
-            placement->is_new = placement->address <= PLANE_HOLE || !page_is_fresh(span->page, i);
-            write->new_count += placement->is_new;
-            write->in_place |= !placement->is_new;
-        }
-    }
-}
-
 /* What a write needs of the lease of one column. */
 struct demand {
     struct table *lessee;
@@ -69,21 +62,10 @@ struct demand {
     struct plane_run *runs; /* not handed out yet */
 };
 
-static uint64_t virtual_block_of(const struct write *write, size_t block)
-{
-    const struct span *span = &write->spans.items[0];
-    return span->page->page_index * PLANE_PAGE_BLOCKS + span->start + block;
-}
-
-static size_t column_of(const struct write *write, const struct table *table, size_t block)
-{
-    return table->stripe_columns ? virtual_block_of(write, block) / table->stripe_unit % table->stripe_columns : 0;
-}
-
 static void count_demands(const struct write *write, struct table *table, struct demand *demands)
 {
     for (size_t i = 0; i < write->block_count; i++)
-        demands[column_of(write, table, i)].count += write->placements[i].is_new;
+        demands[column_of(table, write->first_block + i)].count += !write->placements[i].is_zero;
     for (size_t column = 0; !column || column < table->stripe_columns; column++)
         if (demands[column].count)
             demands[column].lessee = plane_column(write->plane, table, column);
@@ -132,9 +114,9 @@ static enum plane_status take_blocks(struct write *write, struct plane_refusal *
     if (!taken)
         why->block_count = demands[why->column].count;
     for (size_t i = 0; taken && i < write->block_count; i++) {
-        if (!write->placements[i].is_new)
+        if (write->placements[i].is_zero)
             continue;
-        struct plane_run **run = &demands[column_of(write, table, i)].runs;
+        struct plane_run **run = &demands[column_of(table, write->first_block + i)].runs;
         if (!(*run)->count)
             ++*run;
         write->placements[i].address = (*run)->address++;
@@ -176,7 +158,7 @@ static size_t write_blocks(struct write *write, enum plane_status *status, struc
     return done;
 }
 
-/* With the pages locked: the first `count` blocks are written, let them be seen. */
+/* With the pages locked and prepared: the first `count` blocks are written, let them be seen. */
 static void set_mappings(struct write *write, size_t count)
 {
     const struct placement *placement = write->placements;
@@ -188,70 +170,34 @@ static void set_mappings(struct write *write, size_t count)
     }
 }
 
-/* After a failed rewrite in place the blocks are a mix of old and new: take them as they are. */
-static void reread_in_place(struct write *write, size_t from, size_t run)
+/* Under the gate: gives the blocks from `from` on up, which nobody will see. */
+static void give_up(struct write *write, size_t from, bool may_reuse)
 {
-    size_t size = write->plane->block_bytes, position = 0;
-    char *block = malloc(size);
-    for (size_t s = 0; block && s < write->spans.count; s++) {
-        const struct span *span = &write->spans.items[s];
-        for (unsigned i = span->start; i < span->start + span->count; i++, position++) {
-            const struct placement *placement = &write->placements[position];
-            struct plane_refusal unused;
-            if (position >= from && position < from + run && !placement->is_zero && !placement->is_new &&
-                read_extent(write->plane, placement->address, 1, true, block, &unused) == PLANE_OK)
-                span->page->checksums[i] = crc32c(block, size);
-        }
-    }
-    free(block);
-}
-
-static void give_up(struct write *write, size_t from)
-{
-    reread_in_place(write, from, contiguous(write, from));
-    for (size_t i = from; i < write->block_count; i++)
-        if (write->placements[i].is_new)
+    struct table *table = may_reuse ? plane_find_table(write->plane, write->map_id) : NULL;
+    for (size_t i = from; i < write->block_count; i++) {
+        if (write->placements[i].is_zero)
+            continue;
+        if (table)
+            plane_give_back(write->plane, table, write->first_block + i, write->placements[i].address);
+        else
             plane_drop(write->plane, write->placements[i].address);
+    }
 }
 
-/* Pages locked at entry and at exit. */
-static enum plane_status write_placed(struct write *write, struct plane_refusal *why)
+/* ---- Parts of blocks ----------------------------------------------------------------------------- */
+
+/* Under no lock: reads what the first and last block lack, around the range. */
+static enum plane_status complete(struct write *write, bool can_wait, struct plane_refusal *why)
 {
-    enum plane_status status = PLANE_OK;
-    /* Only blocks that a reader can find need the lock while they are written. */
-    if (!write->in_place)
-        unlock_spans(&write->spans);
-    size_t done = write_blocks(write, &status, why);
-    if (!write->in_place)
-        lock_spans(&write->spans);
-    set_mappings(write, done);
-    if (status != PLANE_OK)
-        give_up(write, done);
-    return status;
-}
-
-/* ---- Whole writes ------------------------------------------------------------------------------- */
-
-/* A range of bytes, and the whole blocks that it makes once what lies around it is read. */
-struct bytes {
-    const char *data;
-    size_t head, length, tail; /* tail: missing behind the range */
-    char *whole;               /* NULL when nothing is missing */
-};
-
-/* With the pages locked: reads what the first and last block lack, around the range. */
-static enum plane_status complete(struct write *write, const struct bytes *bytes, bool can_wait,
-                                  struct plane_refusal *why)
-{
+    const struct bytes *bytes = &write->bytes;
     size_t size = write->plane->block_bytes, last = write->block_count - 1;
-    const struct span *first_span = &write->spans.items[0];
-    const struct span *last_span = &write->spans.items[write->spans.count - 1];
     enum plane_status status = PLANE_OK;
     if (bytes->head || (bytes->tail && !last))
-        status = read_locked(write->plane, first_span->page, first_span->start, can_wait, true, bytes->whole, why);
+        status = read_block(write->plane, write->map_id, write->first_block, can_wait, true, bytes->whole,
+                            &write->first_base, why);
     if (status == PLANE_OK && bytes->tail && last)
-        status = read_locked(write->plane, last_span->page, last_span->start + last_span->count - 1, can_wait, true,
-                             bytes->whole + last * size, why);
+        status = read_block(write->plane, write->map_id, write->first_block + last, can_wait, true,
+                            bytes->whole + last * size, &write->last_base, why);
     if (status != PLANE_OK)
         return status;
     memcpy(bytes->whole + bytes->head, bytes->data, bytes->length);
@@ -261,25 +207,23 @@ static enum plane_status complete(struct write *write, const struct bytes *bytes
     return PLANE_OK;
 }
 
-/* Under the gate, pages locked. */
-static enum plane_status write_locked(struct write *write, const struct bytes *bytes, bool can_wait,
-                                      struct plane_refusal *why)
+static bool maps(const struct span *span, unsigned index, const struct plane_mapping *mapping)
 {
-    enum plane_status status = PLANE_OK;
-    if (bytes->whole) {
-        status = complete(write, bytes, can_wait, why);
-        if (status != PLANE_OK)
-            return status;
-    }
-    place(write);
-    if (!prepare_spans(&write->spans))
-        return PLANE_NO_MEMORY;
-    if (write->new_count && (status = take_blocks(write, why)) != PLANE_OK)
-        return status;
-    /* Merged bytes are right only as long as nobody changes the block: keep the lock. */
-    write->in_place |= bytes->whole != NULL;
-    return write_placed(write, why);
+    return span->page->addresses[index] == mapping->address && span->page->checksums[index] == mapping->checksum;
 }
+
+/* With the pages locked: whether the blocks that are written in part are still what was read of them. */
+static bool is_complete(const struct write *write)
+{
+    const struct bytes *bytes = &write->bytes;
+    const struct span *first = &write->spans.items[0], *last = &write->spans.items[write->spans.count - 1];
+    bool has_first = bytes->head || (bytes->tail && write->block_count == 1);
+    bool has_last = bytes->tail && write->block_count > 1;
+    return (!has_first || maps(first, first->start, &write->first_base)) &&
+           (!has_last || maps(last, last->start + last->count - 1, &write->last_base));
+}
+
+/* ---- Whole writes ------------------------------------------------------------------------------- */
 
 /* Under the gate: whether a served write that ends there is within what the control plane allows. */
 static bool may_serve(const struct write *write, uint64_t end_bytes)
@@ -301,25 +245,99 @@ static void follow_rules(struct write *write)
             digest(write, i);
 }
 
-static enum plane_status write_whole(struct write *write, uint64_t map_id, uint64_t first_block,
-                                     const struct bytes *bytes, bool can_wait, struct plane_refusal *why)
+/* Under the gate: finds the pages, and whether the write may be done as things are. */
+static enum plane_status enter(struct write *write, struct plane_refusal *why)
 {
-    uint64_t size = write->plane->block_bytes;
-    for (size_t i = 0; i < write->block_count; i++)
-        if (!bytes->whole || (i && i < write->block_count - 1))
-            digest(write, i);
+    uint64_t end_bytes = write->first_block * write->plane->block_bytes + write->bytes.head + write->bytes.length;
+    enum plane_status status =
+        find_spans(write->plane, write->map_id, write->first_block, write->block_count, &write->spans, why);
+    return status == PLANE_OK && write->is_served && !may_serve(write, end_bytes) ? PLANE_NOT_SERVED : status;
+}
+
+/* Looks whether the write may be done, before anything is read for it. */
+static enum plane_status begin(struct write *write, struct plane_refusal *why)
+{
     pthread_rwlock_rdlock(&write->plane->gate);
-    enum plane_status status = find_spans(write->plane, map_id, first_block, write->block_count, &write->spans, why);
-    if (status == PLANE_OK && write->is_served && !may_serve(write, (first_block * size) + bytes->head + bytes->length))
-        status = PLANE_NOT_SERVED;
+    enum plane_status status = enter(write, why);
+    free_spans(&write->spans);
+    pthread_rwlock_unlock(&write->plane->gate);
+    return status;
+}
+
+/* Takes blocks that no mapping names. */
+static enum plane_status place(struct write *write, struct plane_refusal *why)
+{
+    pthread_rwlock_rdlock(&write->plane->gate);
+    enum plane_status status = enter(write, why);
     if (status == PLANE_OK) {
         follow_rules(write);
+        write->placing = write->plane->placing;
+        write->new_count = 0;
+        for (size_t i = 0; i < write->block_count; i++)
+            write->new_count += !write->placements[i].is_zero;
+    }
+    if (status == PLANE_OK && write->new_count)
+        status = take_blocks(write, why);
+    free_spans(&write->spans);
+    pthread_rwlock_unlock(&write->plane->gate);
+    return status;
+}
+
+/* Lets the first `done` blocks, which are written, be seen, all at once, if what was looked at before still holds.
+ * Else nothing is, and PLANE_OK with *again says that it may be tried anew. */
+static enum plane_status publish(struct write *write, size_t done, bool *again, struct plane_refusal *why)
+{
+    pthread_rwlock_rdlock(&write->plane->gate);
+    bool is_placed = write->placing == write->plane->placing;
+    enum plane_status status = enter(write, why);
+    *again = status == PLANE_OK && !is_placed;
+    if (status == PLANE_OK && is_placed) {
         lock_spans(&write->spans);
-        status = write_locked(write, bytes, can_wait, why);
+        *again = !is_complete(write);
+        if (!*again && !prepare_spans(&write->spans))
+            status = PLANE_NO_MEMORY;
+        if (status == PLANE_OK && !*again)
+            set_mappings(write, done);
         unlock_spans(&write->spans);
     }
-    pthread_rwlock_unlock(&write->plane->gate);
+    bool is_seen = status == PLANE_OK && !*again;
+    /* Blocks that the host refused are not taken again at once. */
+    give_up(write, is_seen ? done : 0, is_placed && done == write->block_count);
     free_spans(&write->spans);
+    pthread_rwlock_unlock(&write->plane->gate);
+    return status;
+}
+
+static enum plane_status write_once(struct write *write, bool can_wait, bool *again, struct plane_refusal *why)
+{
+    enum plane_status status = write->bytes.whole ? complete(write, can_wait, why) : PLANE_OK;
+    if (status == PLANE_OK)
+        status = place(write, why);
+    if (status != PLANE_OK)
+        return status;
+    enum plane_status written = PLANE_OK;
+    size_t done = write_blocks(write, &written, why);
+    struct plane_refusal refusal = *why;
+    status = publish(write, done, again, &refusal);
+    if (written != PLANE_OK) {
+        *again = false;
+        return written;
+    }
+    *why = refusal;
+    return status;
+}
+
+static enum plane_status write_whole(struct write *write, bool can_wait, struct plane_refusal *why)
+{
+    for (size_t i = 0; i < write->block_count; i++)
+        if (!write->bytes.whole || (i && i < write->block_count - 1))
+            digest(write, i);
+    enum plane_status status = write->bytes.whole ? begin(write, why) : PLANE_OK;
+    /* Whenever it is tried again somebody else has got further: another write of the block, or the control plane. */
+    for (bool again = true; again && status == PLANE_OK;) {
+        again = false;
+        status = write_once(write, can_wait, &again, why);
+    }
     return status;
 }
 
@@ -342,13 +360,16 @@ enum plane_status write_bytes(struct plane *plane, uint64_t map_id, uint64_t off
         memset(placements, 0, block_count * sizeof *placements);
         struct write write = {
             .plane = plane,
+            .map_id = map_id,
+            .first_block = offset_bytes / size,
+            .bytes = bytes,
             .data = bytes.whole ? bytes.whole : data,
             .block_count = block_count,
             .placements = placements,
             .is_served = is_served,
             .keep_zeros = keep_zeros,
         };
-        status = write_whole(&write, map_id, offset_bytes / size, &bytes, can_wait, why);
+        status = write_whole(&write, can_wait, why);
     }
     free(bytes.whole);
     if (placements != small)

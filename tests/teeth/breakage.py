@@ -17,7 +17,8 @@ class Breakage:
 
     name: str
     rule: str
-    """The rule of docs/SAFETY.md that it breaks; ``policy``: what docs/POLICY.md promises."""
+    """The rule of docs/SAFETY.md that it breaks; ``policy``: what docs/POLICY.md promises; ``waiting``: that
+    a slow disk keeps only those waiting who need it."""
     file: str
     """Below the project's root."""
     old: str

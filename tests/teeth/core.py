@@ -349,12 +349,22 @@ CORE: Final = (
         "tests/unit/test_dataplane.py::test_a_block_that_changed_on_disk_is_never_returned",
     ),
     Breakage(
-        "sealed-block-rewritten-in-place",
+        "sealed-block-used-again",
         "I1",
         "incfs/dataplane.py",
-        "                is_new = address <= HOLE or index not in page.fresh",
-        "                is_new = address <= HOLE",
-        "tests/unit/test_dataplane.py::test_a_fresh_block_is_rewritten_in_place_and_a_sealed_one_is_not",
+        "        if index not in page.fresh:\n            page.fresh[index] = old, page.checksums[index]\n"
+        "            self.fresh_count += 1\n        elif old > HOLE:\n",
+        "        if index not in page.fresh:\n            page.fresh[index] = old, page.checksums[index]\n"
+        "            self.fresh_count += 1\n        if old > HOLE:\n",
+        "tests/unit/test_dataplane.py::test_what_is_written_again_gets_another_place_and_only_fresh_blocks_are_used_again",
+    ),
+    Breakage(
+        "fresh-block-of-another-lease-kept",
+        "I9",
+        "incfs/dataplane.py",
+        "        if self._leases_were_taken or lease is None:",
+        "        if lease is None:",
+        "tests/unit/test_dataplane.py::test_a_fresh_block_of_a_lease_that_was_taken_back_is_dropped",
     ),
     Breakage(
         "page-evicted-while-dirty",
@@ -368,7 +378,7 @@ CORE: Final = (
         "dropped-blocks-lost",
         "I9",
         "incfs/dataplane.py",
-        "        elif old > HOLE:\n            self._dropped.append(old)",
+        "        elif old > HOLE:\n            self._give_back(map_id, virtual_block, old)",
         "",
         "tests/unit/test_dataplane.py::test_zeros_become_holes_and_give_fresh_blocks_back",
     ),

@@ -247,9 +247,9 @@ DOMAIN: Final = (
     Breakage(
         "native-stripe-in-the-wrong-column",
         "policy",
-        "incfs/plane_write.c",
-        "virtual_block_of(write, block) / table->stripe_unit % table->stripe_columns",
-        "(virtual_block_of(write, block) / table->stripe_unit + 1) % table->stripe_columns",
+        "incfs/plane_internal.h",
+        "virtual_block / table->stripe_unit % table->stripe_columns",
+        "(virtual_block / table->stripe_unit + 1) % table->stripe_columns",
         f"{_STRIPES}test_stripes_rotate_over_the_columns",
     ),
     Breakage(

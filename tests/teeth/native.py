@@ -6,6 +6,7 @@ from tests.teeth.breakage import Breakage
 
 _AGREE = "tests/unit/test_planes.py::test_planes_agree"
 _THREADS = "tests/native/test_stress.py::test_plane_under_threads[thread]"
+_STALLED = "tests/mount/test_stalled_disk.py::"
 _HOT_THREADS = "tests/native/test_stress.py::test_threads_on_dev_fuse[thread]"
 
 NATIVE: Final = (
@@ -21,8 +22,8 @@ NATIVE: Final = (
         "native-part-merged-without-verifying",
         "I4",
         "incfs/plane_read.c",
-        "page->checksums[index], why) ? PLANE_OK : PLANE_MISMATCH;",
-        "page->checksums[index], why) ? PLANE_OK : PLANE_OK;",
+        "now->checksums[0], why) ? PLANE_OK : PLANE_MISMATCH;",
+        "now->checksums[0], why) ? PLANE_OK : PLANE_OK;",
         "tests/unit/test_planes.py::test_part_of_a_damaged_block_is_not_written",
     ),
     Breakage(
@@ -50,11 +51,11 @@ NATIVE: Final = (
         "tests/unit/test_planes.py::test_one_byte_makes_a_block_that_is_no_hole",
     ),
     Breakage(
-        "native-sealed-block-rewritten-in-place",
+        "native-sealed-block-used-again",
         "I1",
-        "incfs/plane_write.c",
-        "placement->address <= PLANE_HOLE || !page_is_fresh(span->page, i);",
-        "placement->address <= PLANE_HOLE;",
+        "incfs/plane_seal.c",
+        "    } else if (old > PLANE_HOLE) {",
+        "    }\n    if (old > PLANE_HOLE) {",
         "tests/unit/test_planes.py::test_a_sealed_block_gets_a_new_place",
     ),
     Breakage(
@@ -85,7 +86,7 @@ NATIVE: Final = (
         "native-full-disk-is-a-failure",
         "I10",
         "incfs/plane_serve.c",
-        " && why.host_errno != ENOSPC && why.host_errno != EDQUOT)",
+        " && why->host_errno != ENOSPC && why->host_errno != EDQUOT)",
         ")",
         "tests/unit/test_served.py::test_a_served_write_without_room_harms_nothing",
     ),
@@ -122,11 +123,60 @@ NATIVE: Final = (
         "tests/unit/test_served.py::test_only_what_is_allowed_is_served",
     ),
     Breakage(
+        "native-part-merged-with-what-was-before",
+        "I4",
+        "incfs/plane_write.c",
+        "        *again = !is_complete(write);",
+        "        *again = false && !is_complete(write);",
+        "tests/unit/test_served.py::test_writers_of_parts_of_one_block_lose_nothing",
+    ),
+    Breakage(
+        "native-given-up-block-lost",
+        "I9",
+        "incfs/plane_write.c",
+        "    give_up(write, is_seen ? done : 0, is_placed && done == write->block_count);",
+        "    give_up(write, done, is_placed && done == write->block_count);",
+        "tests/unit/test_served.py::test_writers_of_parts_of_one_block_lose_nothing",
+    ),
+    Breakage(
+        "nobody-stands-by",
+        "waiting",
+        "incfs/fuse_hot.c",
+        "    return stuck == worker_count ? 0 : busy ? STUCK_MS : IDLE_MS;",
+        "    return busy || stuck ? STUCK_MS : IDLE_MS;",
+        f"{_STALLED}test_writes_that_hang_keep_nobody_else_waiting",
+    ),
+    Breakage(
+        "gate-held-while-the-host-writes",
+        "waiting",
+        "incfs/plane_write.c",
+        "    size_t done = write_blocks(write, &written, why);",
+        "    pthread_rwlock_rdlock(&write->plane->gate);\n    size_t done = write_blocks(write, &written, why);\n"
+        "    pthread_rwlock_unlock(&write->plane->gate);",
+        f"{_STALLED}test_writes_that_hang_keep_nobody_else_waiting",
+    ),
+    Breakage(
+        "writes-handed-over-keep-the-owner-waiting",
+        "waiting",
+        "incfs/service.py",
+        "        if not await self._write_in_thread(table, offset_bytes, data):",
+        "        if data:",
+        f"{_STALLED}test_writes_that_hang_keep_nobody_else_waiting",
+    ),
+    Breakage(
+        "df-asks-the-host",
+        "waiting",
+        "incfs/status.py",
+        "    host_free = volume.host_free_bytes\n",
+        "    host_free = volume.file.host_free_bytes()\n",
+        "tests/service/test_owner_thread.py::test_no_verb_asks_the_host_on_the_owner_thread",
+    ),
+    Breakage(
         "native-lock-not-taken",
         "I4",
         "incfs/plane_write.c",
-        "    write->in_place |= bytes->whole != NULL;",
-        "    write->in_place = false;",
+        "        lock_spans(&write->spans);\n        *again",
+        "        *again",
         _THREADS,
     ),
     Breakage(
@@ -173,7 +223,7 @@ NATIVE: Final = (
         "native-dropped-block-lost",
         "I9",
         "incfs/plane_seal.c",
-        "        plane_drop(plane, old);",
+        "        plane_give_back(plane, page->table, page->page_index * PLANE_PAGE_BLOCKS + index, old);",
         "        (void)plane;",
         "tests/unit/test_planes.py::test_zeros_give_the_place_of_a_fresh_block_back",
     ),
@@ -230,7 +280,8 @@ NATIVE: Final = (
         "hot-request-cut-off-is-read-beyond-its-end",
         "I11",
         "incfs/fuse_hot_serve.c",
-        "length >= sizeof *header + sizeof *in && length - sizeof *header - sizeof *in >= in->size &&",
+        "length >= sizeof *header + sizeof *in &&\n"
+        "                     length - sizeof *header - sizeof *in >= in->size &&",
         "length &&",
         "tests/native/test_stress.py::test_threads_on_dev_fuse[address,undefined]",
     ),

@@ -1,4 +1,4 @@
-"""The data plane alone: leases, rewriting fresh blocks in place, seals."""
+"""The data plane alone: leases, new places for what is written again, seals."""
 
 import pytest
 
@@ -47,18 +47,40 @@ def test_nothing_changes_when_a_request_is_refused() -> None:
     assert (plane.leased_blocks(TABLE), plane.fresh_count, blocks.writes) == (2, 0, [])
 
 
-def test_a_fresh_block_is_rewritten_in_place_and_a_sealed_one_is_not() -> None:
+def test_what_is_written_again_gets_another_place_and_only_fresh_blocks_are_used_again() -> None:
     plane, blocks = plane_with_a_page()
-    plane.write(TABLE, 3 * 64, b"a" * 64)
-    plane.write(TABLE, 3 * 64, b"b" * 64)
-    assert blocks.writes == [(0, 1), (0, 1)]
+    for letter in b"abc":
+        plane.write(TABLE, 3 * 64, bytes([letter]) * 64)
+    assert blocks.writes == [(0, 1), (1, 1), (0, 1)]
     (sealed,) = plane.seal().tables
     assert (list(sealed.slots), list(sealed.addresses), list(sealed.old_addresses)) == ([3], [BASE], [0])
-    plane.write(TABLE, 3 * 64, b"c" * 64)
+    plane.write(TABLE, 3 * 64, b"d" * 64)
     assert blocks.writes[-1] == (1, 1)
+    plane.write(TABLE, 3 * 64, b"e" * 64)
     (sealed,) = plane.seal().tables
-    assert (list(sealed.slots), list(sealed.addresses), list(sealed.old_addresses)) == ([3], [BASE + 1], [BASE])
+    assert (list(sealed.slots), list(sealed.addresses), list(sealed.old_addresses)) == ([3], [BASE + 2], [BASE])
     assert plane.seal().tables == []
+
+
+def test_what_replaces_many_fresh_blocks_lies_together_too() -> None:
+    plane, blocks = plane_with_a_page()
+    for letter in b"abc":
+        plane.write(TABLE, 0, bytes([letter]) * 4 * 64)
+    assert blocks.writes == [(0, 4), (4, 4), (0, 4)]
+
+
+def test_a_fresh_block_of_a_lease_that_was_taken_back_is_dropped() -> None:
+    plane, _ = plane_with_a_page()
+    plane.write(TABLE, 0, b"a" * 64)
+    plane.revoke(TABLE)
+    plane.grant(TABLE, BASE + 32, 2)
+    plane.write(TABLE, 0, b"b" * 64)
+    assert plane.leased_blocks(TABLE) == 1
+    assert plane.seal().dropped == [BASE]
+    plane.write(TABLE, 0, b"c" * 64)
+    plane.discard(TABLE, 0, 1)
+    assert plane.leased_blocks(TABLE) == 1
+    assert plane.seal().dropped == []
 
 
 def test_zeros_become_holes_and_give_fresh_blocks_back() -> None:
@@ -68,7 +90,7 @@ def test_zeros_become_holes_and_give_fresh_blocks_back() -> None:
     plane.write(TABLE, 0, bytes(64))
     plane.discard(TABLE, 2, 1)
     batch = plane.seal()
-    assert (batch.tables, sorted(batch.dropped)) == ([], [BASE, BASE + 1])
+    assert (batch.tables, batch.dropped, plane.leased_blocks(TABLE)) == ([], [], 8)
     assert plane.read(TABLE, 0, 3) == bytes(192)
 
 

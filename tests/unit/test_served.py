@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from incfs.dataplane import LeaseExhausted
 from incfs.errors import IncfsError
 from incfs.model import Facts, StorageId
 
@@ -130,3 +131,63 @@ def test_a_read_that_does_not_verify_never_sees_who_got_the_block_next(native):
     ended.set()
     reader.join()
     assert seen <= {b"a" * BLOCK, b"b" * BLOCK}
+
+
+def test_writers_of_parts_of_one_block_lose_nothing(native):
+    """Each writes its own bytes of the same two blocks, and finds them as it left them, whatever the others write."""
+    writers, turns, part = 4, 300, 2 * BLOCK // 4
+    native.grant(TABLES[0], (1 << 48) + 100, 500)
+    lost: list[tuple[int, int]] = []
+    begin = threading.Barrier(writers)
+
+    def write(number: int) -> None:
+        begin.wait()
+        for turn in range(turns):
+            data = bytes([turn % 250 + 1]) * part
+            while not native.write_served(TABLES[0], number * part, data):
+                pass
+            found = native.read(TABLES[0], 0, 2, wait=True)[number * part : (number + 1) * part]
+            if found != data:
+                lost.append((number, turn))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(writers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not lost
+    assert native.fresh_count == 2
+    assert native.leased_blocks(TABLES[0]) == 508, "blocks that were given up are there again"
+
+
+def test_a_write_of_a_lease_that_was_taken_back_is_done_anew(native):
+    """Beside writers, leases are taken back and given: whatever a write took is mapped, leased or dropped, once."""
+    served = {block for run in [((1 << 48) + 1, 10)] for block in range(run[0], run[0] + run[1])}
+    is_over = threading.Event()
+
+    def write() -> None:
+        while not is_over.is_set():
+            try:
+                native.write_served(TABLES[0], BLOCK // 2, b"w" * 2 * BLOCK)
+            except LeaseExhausted:
+                continue
+
+    threads = [threading.Thread(target=write) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    free: list[int] = []
+    for _ in range(300):
+        free += native.revoke(TABLES[0])
+        free += native.seal().dropped
+        while free:
+            native.grant(TABLES[0], free.pop(), 1)
+    is_over.set()
+    for thread in threads:
+        thread.join()
+    free += native.revoke(TABLES[0])
+    batch = native.seal()
+    state = native.inspect()
+    mapped = [address for address, _ in state.pages[TABLES[0], 0][0].values() if address > 1]
+    assert len(set(free + batch.dropped)) == len(free + batch.dropped)
+    assert not set(mapped) & set(free + batch.dropped)
+    assert {*free, *batch.dropped, *mapped} <= served
