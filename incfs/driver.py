@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import trio
 
@@ -15,6 +16,7 @@ from incfs import legs, ranges
 from incfs.committer import Committer, offload
 from incfs.dataplane import LeaseExhausted, LegFailed, NotResident, ReadWouldWait
 from incfs.errors import BackingError, ChecksumMismatch, IncfsError, NoSpace, QuotaExceeded
+from incfs.hosts import Hosts
 from incfs.model import MapId, VolumeId
 from incfs.pageloader import PageLoader
 from incfs.placement import Rule
@@ -28,6 +30,10 @@ Result = TypeVar("Result")
 
 _LOOK_EVERY_S = 0.1
 """How often a write that waits for space looks for it; the host does not say when it has some."""
+_THREADS = 16
+"""Most threads that wait for reads of one storage volume."""
+_THREADS_OF_WRITES = 256
+"""Most threads that write: a request of the kernel has a task each, and these may all be of one disk that hangs."""
 _CACHED_READ_TRIES = 3
 """Times a read is asked for from the page cache before it may wait for the disk in place."""
 
@@ -41,6 +47,9 @@ class Idle(Protocol):
 
 class SpaceKeeper(Protocol):
     """Who brings in storage volumes."""
+
+    hosts: Hosts
+    """Asks the filesystems of the images how full they are."""
 
     def look_soon(self) -> None:
         """Look how full they are."""
@@ -63,16 +72,22 @@ class Driver:
         self.space_lock = trio.Lock()
         """Held while storage volumes grow, are added or give space back."""
         self._grows_ahead = False
+        self._writing = trio.CapacityLimiter(_THREADS_OF_WRITES)
+        self._limiters: WeakKeyDictionary[object, trio.CapacityLimiter] = WeakKeyDictionary()
         self.keeper: SpaceKeeper
         """Set by the service."""
         self._fullness = ""
         """What was told last of a full pool: queue, full, or nothing."""
 
-    async def drive(self, request: Callable[[bool], Result]) -> Result:
+    async def drive(
+        self, request: Callable[[bool], Result], *, in_thread: bool = False, may_wait_in_thread: bool = False
+    ) -> Result:
         """Ask until nothing is refused.
 
         Args:
             request: Called with whether it may wait for the disk.
+            in_thread: Ask in a worker thread: it waits for a host.
+            may_wait_in_thread: Ask there when it may wait: it does not need the owner thread.
 
         Raises:
             NoSpace: The pool is full, also after everything removed was reclaimed.
@@ -80,9 +95,13 @@ class Driver:
         """
         healed: set[object] = set()
         needs: dict[MapId, int] = {}
+        place: object = None
         for attempt in count():
             try:
-                return request(attempt - len(healed) > _CACHED_READ_TRIES)
+                may_wait = attempt - len(healed) > _CACHED_READ_TRIES
+                if in_thread or (may_wait and may_wait_in_thread):
+                    return await trio.to_thread.run_sync(request, may_wait, limiter=self._limiter(place))
+                return request(may_wait)
             except LegFailed as refusal:
                 legs.leave(self._store, refusal)
             except (ChecksumMismatch, BackingError) as error:
@@ -95,13 +114,20 @@ class Driver:
                 needs[refusal.map_id] = refusal.block_count  # of a striped volume each column has a lease
                 await self.make_space(needs, urgent=refusal.is_urgent)
             except ReadWouldWait as refusal:
-                await offload(refusal.warm)
+                place = refusal.file
+                await trio.to_thread.run_sync(refusal.warm, limiter=self._limiter(place))
             except TrimPending as refusal:
                 await self.trim(refusal.volume_id)
             except StepsPending as refusal:
                 while not await self.drive(refusal.step):
                     await trio.lowlevel.checkpoint()
         raise AssertionError("unreachable")
+
+    def _limiter(self, place: object) -> trio.CapacityLimiter:
+        """Give what bounds the threads that wait for one storage volume: a disk that hangs takes no others."""
+        if place is None:
+            return self._writing
+        return self._limiters.setdefault(place, trio.CapacityLimiter(_THREADS))
 
     async def _heal(self, error: IncfsError) -> bool:
         is_healed = await offload(lambda: legs.heal(self._store, error))
@@ -116,6 +142,8 @@ class Driver:
     async def make_space(self, needs: Mapping[MapId, int], *, urgent: bool = False) -> None:
         """Get the blocks that a request needs (lease -> how many); in a full pool wait as long as the settings say."""
         space = self._store.space
+        if space.grant_all(needs, urgent=urgent):  # who holds the lock may wait for a disk that is not needed here
+            return None
         deadline = trio.current_time() + space.settings.queue_s
         while True:
             try:
@@ -179,7 +207,7 @@ class Driver:
             await trio.sleep(_LOOK_EVERY_S)
             if store.pool.freed_blocks or store.space.grant_all(needs, urgent=urgent):
                 return
-            await offload(store.pool.measure_hosts)
+            await self.keeper.hosts.look()
             if any(store.space.can_grow(lease) for lease in needs):
                 return
 

@@ -6,6 +6,7 @@
 #include "fuse_hot.h"
 
 #include <stdatomic.h>
+#include <stdbool.h>
 
 struct fuse_in_header;
 
@@ -28,7 +29,9 @@ struct worker {
     pthread_t thread;
     char *room; /* for the bytes of a read */
     struct fuse_buf buffer;
+    bool stands_by;      /* takes requests only while all others wait for their hosts, and waits for none */
     uint64_t started_ns; /* when the request at hand was received */
+    _Atomic uint64_t busy_since_ns; /* the same; 0 while there is none */
     struct durations durations;
     _Atomic uint64_t reads, read_bytes, writes, write_bytes, syncs, lookups, handed_reads, handed_writes, others;
 };
@@ -54,6 +57,7 @@ void end_queue(int result);
 void serve_from(const struct hot_server *given, int fd, unsigned threads);
 /* Answers a request, or puts it away in the item, which is NULL then; false when neither. */
 bool serve(struct worker *worker, struct item **item, size_t length);
+uint64_t now_ns(void);
 /* Of flushes: whoever answers one is not the thread that received it. */
 struct durations *sync_durations(void);
 

@@ -80,7 +80,7 @@ static void count(_Atomic uint64_t *counter, uint64_t more)
     atomic_fetch_add_explicit(counter, more, memory_order_relaxed);
 }
 
-static uint64_t now_ns(void)
+uint64_t now_ns(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -102,8 +102,10 @@ struct durations *sync_durations(void)
 }
 
 /* One thread must always be free to take requests, else nothing is answered while a disk is slow. */
-static bool begin_waiting(void)
+static bool begin_waiting(const struct worker *worker)
 {
+    if (worker->stands_by)
+        return false;
     if (atomic_fetch_add(&waiting_count, 1) + 1 < thread_count)
         return true;
     atomic_fetch_sub(&waiting_count, 1);
@@ -116,7 +118,7 @@ static bool serve_read(struct worker *worker, const struct fuse_in_header *heade
     if (length < sizeof *header + sizeof *in || in->size > READ_BYTES)
         return false;
     size_t start, found;
-    bool can_wait = begin_waiting();
+    bool can_wait = begin_waiting(worker);
     bool is_served = server.read(server.owner, header->nodeid, in->offset, in->size, can_wait, worker->room, ROOM,
                                  &start, &found);
     if (can_wait)
@@ -133,7 +135,8 @@ static bool serve_write(struct worker *worker, const struct fuse_in_header *head
 {
     const struct fuse_write_in *in = (const void *)(header + 1);
     /* FUSE_WRITE_KILL_SUIDGID asks for nothing more: see write_reply. */
-    bool is_served = length >= sizeof *header + sizeof *in && length - sizeof *header - sizeof *in >= in->size &&
+    bool is_served = !worker->stands_by && length >= sizeof *header + sizeof *in &&
+                     length - sizeof *header - sizeof *in >= in->size &&
                      !(in->write_flags & ~(FUSE_WRITE_CACHE | FUSE_WRITE_LOCKOWNER | FUSE_WRITE_KILL_SUIDGID)) &&
                      server.write(server.owner, header->nodeid, in->offset, in + 1, in->size);
     count(is_served ? &worker->writes : &worker->handed_writes, 1);
@@ -193,7 +196,7 @@ static void serve_sync(struct worker *worker, struct item *item, size_t length)
     static const struct hot_answers answers = {sync_done, sync_refused};
     const struct fuse_in_header *header = worker->buffer.mem;
     uint64_t inode = header->nodeid;
-    bool can_wait = begin_waiting();
+    bool can_wait = begin_waiting(worker);
     put_away(item, &worker->buffer, length);
     item->waiter.inode = inode;
     item->started_ns = worker->started_ns;
@@ -262,6 +265,7 @@ bool serve(struct worker *worker, struct item **item, size_t length)
     if (worker->buffer.flags & FUSE_BUF_IS_FD || length < sizeof *header)
         return false;
     worker->started_ns = now_ns();
+    atomic_store_explicit(&worker->busy_since_ns, worker->started_ns, memory_order_relaxed);
     if (header->opcode == FUSE_FSYNC) {
         serve_sync(worker, *item, length);
         *item = NULL;

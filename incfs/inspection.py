@@ -12,7 +12,6 @@ from incfs.committer import Committer, offload
 from incfs.extents import Extent
 from incfs.handles import Handles
 from incfs.model import PAGE_BLOCKS, MapId, Snapshot, VolumeId
-from incfs.scrubstate import last_end_ns
 from incfs.store import Store
 
 _EXTENTS_STEP = 8
@@ -30,11 +29,6 @@ class Inspection:
     def checksum_errors(self) -> int:
         """Count the copies of blocks that were found wrong since the pool was opened."""
         return self._store.checksum_errors + sum(v.healed_blocks for v in self._store.pool.volumes.values())
-
-    def scrub_ended(self) -> float | None:
-        """Tell when the last whole scrub ended, in seconds since 1970."""
-        ended_ns = last_end_ns(self._store.directory)
-        return None if ended_ns is None else ended_ns / 1e9
 
     def event_counts(self) -> dict[str, int]:
         """Count the events of each kind since the pool was opened."""

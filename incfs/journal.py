@@ -198,6 +198,7 @@ class Journal:
         self._end_bytes = SECTOR_BYTES
         self._next_sequence = 0
         self._borrower: Borrower | None = None
+        self._segment_bytes = min(file.length_bytes() for file in files)
 
     @classmethod
     def create(cls, backing: Backing, directory: Path, pool: UUID, *, segment_bytes: int, nonce: int) -> None:
@@ -370,7 +371,7 @@ class Journal:
         borrower.lend(
             fd=file.fileno(),
             end_bytes=self._end_bytes,
-            limit_bytes=file.length_bytes() // 2,
+            limit_bytes=self._segment_bytes // 2,
             nonce=self._segment.nonce,
             sequence=sequence,
             folded=folded,

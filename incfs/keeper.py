@@ -13,6 +13,7 @@ import trio
 from incfs import stripes
 from incfs.committer import offload
 from incfs.errors import IncfsError
+from incfs.hosts import Hosts
 from incfs.model import StorageId
 from incfs.monitor import HostRoom, Monitor
 from incfs.placement import Rule, allows_new, order_rooms
@@ -52,6 +53,7 @@ class Keeper:
         self._healed: dict[StorageId, int] = {}
         """Healed blocks that were told of."""
         self.monitor = Monitor()
+        self.hosts = Hosts(store.pool, store.events)
 
     def look_soon(self) -> None:
         """Ask for a look without waiting for it."""
@@ -59,21 +61,23 @@ class Keeper:
 
     async def run(self) -> None:
         """Look now and then, and whenever asked; never returns."""
-        while True:
-            await self._look()
-            with trio.move_on_after(_LOOK_EVERY_S):
-                await self._wake.wait()
-            self._wake = trio.Event()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.hosts.run)
+            while True:
+                await self._look()
+                with trio.move_on_after(_LOOK_EVERY_S):
+                    await self._wake.wait()
+                self._wake = trio.Event()
 
     async def _look(self) -> None:
         store = self._store
-        await offload(store.pool.measure_hosts)
+        await self.hosts.look()
         store.space.review()
         rooms = store.space.rooms()
         if store.failure is None:
             store.note_failed_legs()
         self._tell_healed()
-        for notice in self.monitor.observe(trio.current_time(), rooms, self.hosts()):
+        for notice in self.monitor.observe(trio.current_time(), rooms, self._host_rooms()):
             store.events.record(notice.kind, notice.subject, notice.reason, **notice.facts)
         if store.failure is None and any(room.is_usable for room in rooms):
             await self._add_image_if_low()
@@ -167,7 +171,7 @@ class Keeper:
             reason = f"columns {list(before)} were at low water: new stripes go to storage volumes {list(columns)}"
             self._store.events.record("assigned", f"volume {volume.name}", reason, columns=list(columns))
 
-    def hosts(self) -> list[HostRoom]:
+    def _host_rooms(self) -> list[HostRoom]:
         """Tell how full each host filesystem with images is."""
         space, found = self._store.space, {}
         for volume in self._store.pool.volumes.values():

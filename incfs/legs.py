@@ -72,8 +72,8 @@ def heal(store: Store, error: IncfsError) -> bool:
 # Resilver
 
 
-def attach_leg(store: Store, storage_id: StorageId, number: int) -> File:
-    """Let a stale leg be written again, not read; give its file.
+def open_leg(store: Store, storage_id: StorageId, number: int) -> File:
+    """Open a stale leg, as long as the others.  Any thread.
 
     Raises:
         NotFound: There is no such leg.
@@ -89,6 +89,14 @@ def attach_leg(store: Store, storage_id: StorageId, number: int) -> File:
     missing = mirror.length_bytes() - leg.length_bytes()
     if missing > 0:
         leg.allocate(leg.length_bytes(), missing)
+    return leg
+
+
+def attach_leg(store: Store, storage_id: StorageId, number: int) -> File:
+    """Let a stale leg that was opened be written again, not read; give its file."""
+    mirror = mirror_of(store, storage_id)
+    leg = mirror.legs[number]
+    assert leg is not None
     mirror.rebuilding.add(number)
     store.plane.attach(storage_id)
     store.absorb()  # what was written to the others only is among the changed blocks from now on

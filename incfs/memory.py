@@ -407,6 +407,20 @@ class Memory:
                 verify=settings.verifies_reads,
             )
 
+    def write_served(self, table: MapId, offset_bytes: int, data: bytes) -> bool:
+        """Write a range as the data plane's own threads do; False when only the owner thread may.  Any thread.
+
+        Raises:
+            BackingError: The host refused; whoever asked lets the pool fail.
+        """
+        assert not isinstance(self.plane, DataPlane)
+        return self.plane.write_served(table, offset_bytes, data)
+
+    @property
+    def has_threads(self) -> bool:
+        """Whether the data plane may be used by other threads."""
+        return not isinstance(self.plane, DataPlane)
+
     def serve_anew(self) -> None:
         """Let other settings rule what is served."""
         for table in list(self._served):

@@ -102,8 +102,8 @@ def _storages(service: "Service") -> Iterator[str]:
 def _copies(service: "Service") -> Iterator[str]:
     text = "Copies of blocks that did not match their checksum, since the pool was opened."
     yield from _family("incfs_checksum_errors_total", "counter", text, [("", service.inspection.checksum_errors())])
-    ended = service.inspection.scrub_ended()
-    if ended is not None:
+    ended = service.upkeep.mirrors.scrub_ended_ns / 1e9
+    if ended:
         text = "When the last whole scrub ended."
         yield from _family("incfs_scrub_last_end_timestamp_seconds", "gauge", text, [("", ended)])
 

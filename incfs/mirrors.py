@@ -18,7 +18,7 @@ from incfs.errors import NotFound
 from incfs.model import StorageId
 from incfs.overlay import TableKey
 from incfs.recovery import stored_path
-from incfs.scrubstate import ScrubState
+from incfs.scrubstate import ScrubState, last_end_ns
 from incfs.store import Store
 
 _SAVE_EVERY_S = 10.0
@@ -62,14 +62,22 @@ class Mirrors:
         store: The pool.
         committer: Makes changes durable.
         moving: Held while something works through the tables.
+        space_lock: Held while storage volumes grow.
     """
 
-    def __init__(self, store: Store, committer: Committer, moving: trio.Lock) -> None:
+    def __init__(self, store: Store, committer: Committer, moving: trio.Lock, space_lock: trio.Lock) -> None:
         self._store = store
         self._committer = committer
         self._moving = moving
+        self._space_lock = space_lock
+        self.scrub_ended_ns = 0
+        """When the last whole scrub ended; 0 if never."""
         self._save_at = 0.0
         """When the state of a scrub is saved next, so that a kill costs little of it."""
+
+    def load(self) -> None:
+        """Read when the last whole scrub ended.  Any thread."""
+        self.scrub_ended_ns = last_end_ns(self._store.directory) or 0
 
     async def resilver(self, storage_id: StorageId, *, rate_bytes: int | None, progress: Progress) -> ResilverReport:
         """Bring the stale legs of a mirror up to date: copy what they lack, verified.
@@ -90,7 +98,9 @@ class Mirrors:
     ) -> None:
         store, volume = self._store, self._store.pool.volume(storage_id)
         await self._committer.commit()  # its staleness is durable before it is touched
-        leg = legs.attach_leg(store, storage_id, number)
+        async with self._space_lock:  # meanwhile the others do not grow
+            await offload(lambda: legs.open_leg(store, storage_id, number))
+            leg = legs.attach_leg(store, storage_id, number)
         bits = dict(volume.changed)
         total = sum(group.bit_count() for group in bits.values())
         reason = f"leg {number} lacks up to {total * store.block_bytes} bytes that were written while it was away"
@@ -128,7 +138,7 @@ class Mirrors:
             raise NotFound(f"storage volume {storage_id} has no leg {number}", storage=storage_id)
         legs.require_other_leg(store, storage_id, number)
         name = f"incfs-{store.superblock.uuid[:8]}-{storage_id}.leg{number}.img"
-        stored = stored_path(store.directory, Path(path), name)
+        stored = await offload(lambda: stored_path(store.directory, Path(path), name))
         record = store.catalog.storage(storage_id)
         await offload(lambda: store.pool.images.create_leg(record, store.directory / stored))
         legs.replace_leg(store, storage_id, number, stored)
@@ -138,7 +148,7 @@ class Mirrors:
     async def scrub(self, *, rate_bytes: int | None, restart: bool, progress: Progress) -> dict[str, Any]:
         """Verify every copy of every block on disk; heal those of mirrors; go on where the last one was stopped."""
         store = self._store
-        state = ScrubState() if restart else ScrubState.load(store.directory)
+        state = ScrubState() if restart else await offload(lambda: ScrubState.load(store.directory))
         async with self._moving:
             await self._committer.commit()
             total = sum(volume.live_blocks for volume in store.pool.volumes.values())
@@ -148,10 +158,12 @@ class Mirrors:
                     if (table.volume_id, table.generation) >= state.done[:2]:
                         await self._scrub_table(table, state, rate_bytes, lambda: progress(state.blocks, total))
             except BaseException:
-                state.save(store.directory)
+                with trio.CancelScope(shield=True):
+                    await offload(lambda: state.save(store.directory))
                 raise
         store.events.record("scrub-ended", "pool", state.summary(), **state.to_dict())
-        state.finish(store.directory, store.clock())
+        self.scrub_ended_ns = store.clock()
+        await offload(lambda: state.finish(store.directory, self.scrub_ended_ns))
         return state.to_dict()
 
     async def _scrub_table(

@@ -16,7 +16,6 @@ from incfs.errors import FormatError, IncfsError, StorageNotFound
 from incfs.groups import by_group, split_groups
 from incfs.image import AbsentImage
 from incfs.images import Images
-from incfs.mirror import MirroredFile
 from incfs.model import STALE_GROUPS, Address, Storage, StorageId
 from incfs.reuse import Reuse
 from incfs.storage import StorageVolume
@@ -52,11 +51,24 @@ class Pool:
         Raises:
             ImageMismatch: Missing, truncated, damaged, or of another storage volume.
         """
-        self._add(record, self.images.open(record))
+        self.add(self.open(record))
+
+    def open(self, record: Storage) -> StorageVolume:
+        """Do what of ``attach`` waits for the host.  Any thread; ``add`` is what is left.
+
+        Raises:
+            ImageMismatch: As ``attach``.
+        """
+        return StorageVolume(record, self.images.open(record), self._block_bytes)
+
+    def add(self, volume: StorageVolume) -> None:
+        """Have a storage volume that was opened."""
+        self._has_mirrors |= volume.mirror is not None
+        self.volumes[volume.record.id] = volume
 
     def _add(self, record: Storage, file: File) -> StorageVolume:
-        self._has_mirrors |= isinstance(file, MirroredFile)
-        volume = self.volumes[record.id] = StorageVolume(record, file, self._block_bytes)
+        volume = StorageVolume(record, file, self._block_bytes)
+        self.add(volume)
         return volume
 
     def attach_unproved(self, record: Storage) -> None:
@@ -246,12 +258,6 @@ class Pool:
         with begun([volume.sync for volume in volumes], side_by_side=all(v.file.waits for v in volumes)) as ends:
             for end in ends:
                 end()
-
-    def measure_hosts(self) -> None:
-        """Learn how full the images' filesystems are.  Any thread."""
-        for volume in list(self.volumes.values()):
-            if volume.state == "online":
-                volume.measure_host()
 
     def used_blocks(self) -> int:
         """Live blocks of all storage volumes."""

@@ -160,13 +160,13 @@ class _Import:
     async def copy(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Copy ranges, cut to whole blocks where they begin."""
         block, total = self._service.block_bytes, self._source.size_bytes
-        stamp = self._source.stamp()
+        stamp = await offload(self._source.stamp)
         for start, end in ranges:
             position = start - start % block
             while position < end:
                 position = await self._copy_stretch(position, min(total, -(-end // block) * block))
                 self._progress(min(position, total), total, "bytes")
-        if self._source.stamp() != stamp:
+        if await offload(self._source.stamp) != stamp:
             raise BaseMismatch(f"{self._source.path} was changed while it was read; stop who writes to it, and repeat")
 
     async def _copy_stretch(self, position: int, end: int) -> int:

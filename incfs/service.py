@@ -18,7 +18,7 @@ from incfs.branches import Branches
 from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
 from incfs.dataplane import DataPlane
 from incfs.driver import Driver
-from incfs.errors import IncfsError, NoSpace, VolumeNotFound
+from incfs.errors import BackingError, IncfsError, NoSpace, VolumeNotFound
 from incfs.events import KEPT_EVENTS
 from incfs.handles import Handles
 from incfs.histogram import Histogram
@@ -114,6 +114,10 @@ class Service:
         """Report the pool's identity, sizes and state."""
         return status.pool_facts(self._store)
 
+    async def look_at_hosts(self) -> None:
+        """Learn how full the images' filesystems are, from those that answer soon; else that is some seconds old."""
+        await self._keeper.hosts.look()
+
     def storages(self) -> list[dict[str, Any]]:
         """Report every storage volume."""
         return [
@@ -197,14 +201,16 @@ class Service:
     async def read(self, table: MapId, offset_bytes: int, length_bytes: int) -> bytes:
         """Read a range, verified; short only at the end of the volume."""
         return await self._driver.drive(
-            lambda wait: ranges.read(self._store, table, offset_bytes, length_bytes, wait=wait)
+            lambda wait: ranges.read(self._store, table, offset_bytes, length_bytes, wait=wait),
+            may_wait_in_thread=self._store.has_threads,
         )
 
     async def read_for_user(self, table: MapId, offset_bytes: int, length_bytes: int) -> bytes:
         """Read a range for whoever has the file open, verified or not as the volume's policy says; else as ``read``."""
         verify = self._store.space.settings_of(split_map_id(table)[0]).verifies_reads
         return await self._driver.drive(
-            lambda wait: ranges.read(self._store, table, offset_bytes, length_bytes, wait=wait, verify=verify)
+            lambda wait: ranges.read(self._store, table, offset_bytes, length_bytes, wait=wait, verify=verify),
+            may_wait_in_thread=self._store.has_threads,
         )
 
     async def write(self, table: MapId, offset_bytes: int, data: bytes) -> int:
@@ -213,9 +219,29 @@ class Service:
         Durability: none until ``commit``.
         """
         data = bytes(data)
-        written = await self._driver.drive(lambda wait: ranges.write(self._store, table, offset_bytes, data, wait=wait))
+        if not await self._write_in_thread(table, offset_bytes, data):
+            await self._driver.drive(lambda wait: ranges.write(self._store, table, offset_bytes, data, wait=wait))
         self._commit_if_large()
-        return written
+        return len(data)
+
+    async def _write_in_thread(self, table: MapId, offset_bytes: int, data: bytes) -> bool:
+        """Write without keeping everybody waiting for the host; False when it takes a step of the owner thread.
+
+        A volume that is open, and stays as long as it is, can be written so, if no quota must be looked at.
+        """
+        store, volume_id = self._store, split_map_id(table)[0]
+        if (
+            not (store.has_threads and store.is_served(table))
+            or store.space.settings_of(volume_id).quota_bytes is not None
+        ):
+            return False
+        store.require_writable()
+        try:
+            return await self._driver.drive(lambda _: store.write_served(table, offset_bytes, data), in_thread=True)
+        except BackingError as error:
+            if error.facts.get("action") != "read":
+                store.fail(error)
+            raise
 
     async def discard(self, table: MapId, offset_bytes: int, length_bytes: int) -> None:
         """Let a range read as zeros and give its space back; the size stays."""
@@ -475,6 +501,7 @@ async def open_service(
             service = Service(store, nursery)
             service.policies.load()
             await offload(service.jobs.load)
+            await offload(service.upkeep.mirrors.load)
             # Closing needs the background work: it outlives a cancellation that comes as the caller ends.
             background = trio.CancelScope(shield=True)
             nursery.start_soon(service.run, background)

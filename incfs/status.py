@@ -1,6 +1,8 @@
-"""What an open pool reports of itself: facts for people, metrics and debugging.  Reads only."""
+"""What an open pool reports of itself: facts for people, metrics and debugging.  Reads only, and memory only.
 
-import os
+What the hosts say is as old as the last look at them (``hosts``).
+"""
+
 from typing import Any
 
 from incfs.blocks import split_address
@@ -31,6 +33,7 @@ def pool_facts(store: Store) -> dict[str, Any]:
         "free_bytes": free,
         "allocated_bytes": sum(s["allocated_bytes"] for s in storages),
         "freed_bytes": store.pool.freed_blocks * store.block_bytes,
+        "silent_storages": [i for i, volume in store.pool.volumes.items() if volume.is_silent],
         "journal_bytes": store.superblock.journal_bytes,
         "journal_used_bytes": store.journal.used_bytes,
         "metadata_used_bytes": store.tables.used_bytes(),
@@ -45,7 +48,7 @@ def pool_facts(store: Store) -> dict[str, Any]:
 
 
 def _free_bytes(store: Store) -> int:
-    """Room in the images as they are, and room to grow; a shared host filesystem counts once."""
+    """Room in the images as they are, and room to grow, by the last look; a shared host filesystem counts once."""
     free = 0
     growth: dict[int, int] = {}
     host_free: dict[int, int] = {}
@@ -53,8 +56,8 @@ def _free_bytes(store: Store) -> int:
         if volume.state != "online":
             continue
         free += (volume.grown_blocks - volume.busy_blocks) * store.block_bytes
-        device = os.fstat(volume.file.fileno()).st_dev
-        host_free[device] = max(0, volume.file.host_free_bytes() - store.options.host_reserve_bytes)
+        device = volume.host_device
+        host_free[device] = max(0, volume.host_free_bytes - store.options.host_reserve_bytes)
         room = max(0, volume.record.capacity_blocks - volume.grown_blocks) * store.block_bytes
         growth[device] = growth.get(device, 0) + room
     return free + sum(min(growth[device], host_free[device]) for device in growth)
@@ -64,7 +67,7 @@ def storage_facts(store: Store, storage: Storage) -> dict[str, Any]:
     """Report one storage volume; sizes in bytes."""
     volume = store.pool.volume(storage.id)
     block = store.block_bytes
-    host_free = volume.file.host_free_bytes()
+    host_free = volume.host_free_bytes
     room = max(0, storage.capacity_blocks - volume.grown_blocks) * block
     unlimited = storage.capacity_blocks >= UNLIMITED_BLOCKS
     return {
@@ -75,7 +78,7 @@ def storage_facts(store: Store, storage: Storage) -> dict[str, Any]:
         "grown_bytes": volume.grown_blocks * block,
         "used_bytes": volume.live_blocks * block,
         "free_bytes": max(0, (volume.grown_blocks - volume.busy_blocks) * block + min(room, host_free)),
-        "allocated_bytes": volume.file.allocated_bytes(),
+        "allocated_bytes": volume.allocated_bytes,
         "host_free_bytes": host_free,
         "class": storage.storage_class,
         "redundancy": storage.redundancy,
@@ -91,6 +94,8 @@ def _state(storage: Storage, volume: StorageVolume) -> str:
         return volume.state
     if storage.is_evacuating:
         return "evacuating"
+    if volume.is_silent:
+        return "silent"
     return "degraded" if volume.mirror is not None and volume.mirror.stale else "online"
 
 

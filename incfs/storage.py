@@ -50,7 +50,10 @@ class StorageVolume:
         """Group -> blocks that became live while a leg was away: what it lacks."""
         self.recent: list[dict[int, int]] = [{}, {}]
         """The same, of blocks that the last checkpoint but one did not have: a leg that fails may lack them."""
-        self.host_device = self.host_free_bytes = self.host_total_bytes = 0
+        self.host_device = self.host_free_bytes = self.host_total_bytes = self.allocated_bytes = 0
+        """By the last look; a host that does not answer must not keep those waiting who only ask how full it is."""
+        self.is_silent = False
+        """Whether its host has not answered for some time."""
         self.state = "online"
         """online; or what is wrong with the image: missing, mismatch, truncated."""
         self.measure()
@@ -61,10 +64,14 @@ class StorageVolume:
         self.measure_host()
 
     def measure_host(self) -> None:
-        """Learn how full the image's filesystem is.  Any thread."""
-        self.host_device = self.file.host_device()
-        self.host_free_bytes = self.file.host_free_bytes()
-        self.host_total_bytes = self.file.host_total_bytes()
+        """Learn how full the image's filesystem is.  Any thread; it may be one that waits for ever."""
+        file = self.file
+        self.host_device, self.host_free_bytes, self.host_total_bytes, self.allocated_bytes = (
+            file.host_device(),
+            file.host_free_bytes(),
+            file.host_total_bytes(),
+            file.allocated_bytes(),
+        )
 
     @property
     def is_usable(self) -> bool:

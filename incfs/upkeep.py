@@ -30,7 +30,7 @@ class Upkeep:
         self._committer = committer
         self._driver = driver
         self._mover = Mover(store, committer, driver)
-        self.mirrors = Mirrors(store, committer, self._mover.lock)
+        self.mirrors = Mirrors(store, committer, self._mover.lock, driver.space_lock)
 
     # Storage volumes come
 
@@ -70,8 +70,9 @@ class Upkeep:
 
     async def _add_made(self, make: Callable[[], Storage]) -> dict[str, Any]:
         record = await offload(make)
+        volume = await offload(lambda: self._store.pool.open(record))
         with self._store.step():
-            self._store.pool.attach(record)
+            self._store.pool.add(volume)
             self._store.add(record)
         await self._committer.commit()
         return status.storage_facts(self._store, record)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 async def pool_show(service: "Service") -> Document:
     """Report the pool's facts and how much it holds."""
+    await service.look_at_hosts()
     volumes = service.volumes()
     facts = {
         "directory": str(service.directory),

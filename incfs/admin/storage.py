@@ -35,6 +35,7 @@ async def storage_add(
 
 async def storage_list(service: "Service") -> Document:
     """Report every storage volume."""
+    await service.look_at_hosts()
     return {"storages": service.storages()}
 
 

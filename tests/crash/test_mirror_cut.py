@@ -36,6 +36,7 @@ def add_mirror(store: Store) -> None:
 
 def resilver(store: Store) -> int:
     """Bring leg 1 up to date; give the blocks copied."""
+    legs.open_leg(store, MIRROR, 1)
     leg, copied = legs.attach_leg(store, MIRROR, 1), 0
     bits = dict(store.pool.volumes[MIRROR].changed)
     for table in relocation.tables(store):
