@@ -2,12 +2,13 @@
 
 Each may be cut off anywhere, and goes on where it was when it is begun again.  One that ended, failed or
 was stopped is in the file no more; what a killed or unmounted daemon leaves there, the next one goes on
-with.  The file is for that only: without it nothing is lost, but a job must be asked for again.
+with.  The file is for that only: without it nothing is lost, but a job must be asked for again.  One of a newer
+incfs, or one that is damaged, is told of and kept under another name.
 """
 
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -21,6 +22,9 @@ from incfs.store import Store
 logger = logging.getLogger(__name__)
 
 JOBS_NAME: Final = "jobs.json"
+LEFT_NAME: Final = "jobs.json.left"
+"""What could not be read, once the file is written anew."""
+_VERSION: Final = 1
 
 Progress = Callable[[int, int, str], None]
 
@@ -74,18 +78,24 @@ class Jobs:
         """What an earlier daemon was at, and nobody has gone on with."""
         self._last_number = 0
         self._saving = trio.Lock()
+        self._is_unread = False
+        """The file is there and holds what this incfs cannot read."""
         self.is_ending = False
         """Set when the daemon ends: what is cut off now goes on with the next one."""
 
     def load(self) -> None:
         """Read what an earlier daemon was at.  Any thread."""
+        path = self._store.directory / JOBS_NAME
         try:
-            found = json.loads((self._store.directory / JOBS_NAME).read_text())
-            self._left = [Request(str(verb), str(subject), dict(values)) for verb, subject, values in found]
+            self._left = _decode(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, TypeError) as error:
-            logger.warning("what jobs were under way cannot be read: %s", error)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            self._is_unread = True
+            logger.warning(
+                "%s cannot be read, so what it names does not go on by itself; `incfs pool jobs` lists what does: %s",
+                path, error,
+            )  # fmt: skip
 
     def take_left(self) -> list[Request]:
         """Give what an earlier daemon was at, once, to go on with."""
@@ -151,12 +161,29 @@ class Jobs:
     async def _save(self) -> None:
         async with self._saving:
             requests = [job.request for job in self._running.values()] + self._left
-            text = json.dumps([[request.verb, request.subject, dict(request.arguments)] for request in requests])
-            await offload(lambda: self._write(text.encode()))
+            await offload(lambda: self._write(_encode(requests)))
 
     def _write(self, text: bytes) -> None:
         """Replace the file.  Any thread."""
+        path = self._store.directory / JOBS_NAME
         try:
-            self._store.backing.replace_content(self._store.directory / JOBS_NAME, text)
+            if self._is_unread:
+                self._store.backing.replace(path, path.with_name(LEFT_NAME))
+                self._is_unread = False
+            self._store.backing.replace_content(path, text)
         except IncfsError as error:
             logger.warning("what jobs are under way cannot be noted, so they will not go on by themselves: %s", error)
+
+
+def _encode(requests: Sequence[Request]) -> bytes:
+    jobs = [[request.verb, request.subject, dict(request.arguments)] for request in requests]
+    return json.dumps({"version": _VERSION, "jobs": jobs}).encode()
+
+
+def _decode(text: str) -> list[Request]:
+    match json.loads(text):
+        case {"version": int(version)} if version > _VERSION:
+            raise ValueError(f"it has version {version}, this incfs knows {_VERSION}")
+        case {"version": 1, "jobs": list(jobs)}:
+            return [Request(str(verb), str(subject), dict(values)) for verb, subject, values in jobs]
+    raise ValueError("it is no list of jobs")

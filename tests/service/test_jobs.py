@@ -11,7 +11,7 @@ import trio
 
 from incfs.admin import run_verb
 from incfs.errors import ImageMismatch, JobStopped, NotFound
-from incfs.jobs import JOBS_NAME
+from incfs.jobs import JOBS_NAME, LEFT_NAME
 from incfs.resume import resume_jobs
 from incfs.service import Service, open_service
 from tests.support import pools
@@ -21,8 +21,15 @@ DATA = Random(1).randbytes(2500 * BLOCK)
 
 
 def noted(home: Path) -> list[Any]:
-    found: list[Any] = json.loads((home / "pool" / JOBS_NAME).read_text())
-    return found
+    found = json.loads((home / "pool" / JOBS_NAME).read_text())
+    assert found.pop("version") == 1
+    jobs: list[Any] = found.pop("jobs")
+    assert not found
+    return jobs
+
+
+def note(home: Path, jobs: list[Any], version: int = 1) -> None:
+    (home / "pool" / JOBS_NAME).write_text(json.dumps({"version": version, "jobs": jobs}))
 
 
 def quiet(done: int, total: int, unit: str) -> None:
@@ -54,9 +61,7 @@ async def cut_off(home: Path, name: str, **arguments: Any) -> None:
 async def test_an_evacuation_goes_on_by_itself(pool_home: Path) -> None:
     await cut_off(pool_home, "storage.evacuate", storage=1)
     assert noted(pool_home) == [["storage.evacuate", "storage 1", {"storage": 1, "rate_bytes": 10_000}]]
-    (pool_home / "pool" / JOBS_NAME).write_text(
-        json.dumps([["storage.evacuate", "storage 1", {"storage": 1, "rate_bytes": None}]])
-    )
+    note(pool_home, [["storage.evacuate", "storage 1", {"storage": 1, "rate_bytes": None}]])
     async with open_service(pool_home / "pool", pools.tiny_options()) as service:
         assert service.storages()[0]["used_bytes"]
         await resume_jobs(service)
@@ -108,7 +113,7 @@ async def test_a_job_is_listed_and_can_be_stopped(pool_home: Path) -> None:
 
 async def test_a_job_that_cannot_go_on_is_told_and_forgotten(pool_home: Path) -> None:
     pools.make_pool(pool_home, storages=2)
-    (pool_home / "pool" / JOBS_NAME).write_text(json.dumps([["volume.migrate", "volume gone", {"volume": "uuid:1"}]]))
+    note(pool_home, [["volume.migrate", "volume gone", {"volume": "uuid:1"}]])
     async with open_service(pool_home / "pool", pools.tiny_options()) as service:
         await resume_jobs(service)
         assert kinds(service) == ["job-resumed", "job-failed"]
@@ -116,7 +121,22 @@ async def test_a_job_that_cannot_go_on_is_told_and_forgotten(pool_home: Path) ->
     assert noted(pool_home) == []
 
 
-@pytest.mark.parametrize("text", ["", "{", '["x"]', "[[1]]"])
+async def test_jobs_of_a_newer_incfs_are_told_of_and_kept(pool_home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """There was no version: what another release notes would have been obeyed by guess, or written over."""
+    pools.make_pool(pool_home, storages=2)
+    note(pool_home, [["storage.evacuate", "storage 1", {"storage": 1, "rate_bytes": None}]], version=2)
+    text = (pool_home / "pool" / JOBS_NAME).read_text()
+    async with open_service(pool_home / "pool", pools.tiny_options()) as service:
+        assert "version 2" in caplog.text
+        await resume_jobs(service)
+        assert kinds(service) == []
+        assert (pool_home / "pool" / JOBS_NAME).read_text() == text
+        await verb(service, "pool.balance")
+    assert noted(pool_home) == []
+    assert (pool_home / "pool" / LEFT_NAME).read_text() == text
+
+
+@pytest.mark.parametrize("text", ["", "{", '["x"]', "[[1]]", '{"version": 1, "jobs": [1]}', '{"version": "1"}'])
 async def test_a_damaged_note_is_no_harm(pool_home: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
     (pools.make_pool(pool_home) / JOBS_NAME).write_text(text)
     async with open_service(pool_home / "pool", pools.tiny_options()) as service:
