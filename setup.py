@@ -36,6 +36,11 @@ setup(
             libraries=["dl"],
         ),
         Extension(
+            "incfs._guard",
+            sources("_guard.c"),
+            extra_compile_args=flags,
+        ),
+        Extension(
             "incfs._mappings",
             sources("_mappings*.c", "mappings.c"),
             depends=sources("*.h"),

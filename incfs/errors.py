@@ -225,6 +225,12 @@ class FormatError(Damaged):
     code = "format.invalid"
 
 
+class TablesLost(Damaged):
+    """The file of the tables cannot be read any more while the pool is open."""
+
+    code = "pool.tables-lost"
+
+
 class JournalDamaged(Damaged):
     """A journal record before the tail is damaged, or a segment is missing."""
 

@@ -28,7 +28,8 @@ from incfs.codec import (
     seal_value,
     unpack,
 )
-from incfs.errors import BackingError, FormatError, NoSpace
+from incfs.errors import BackingError, FormatError, NoSpace, TablesLost
+from incfs.mapped import MappedFile
 from incfs.model import STALE_GROUPS
 from incfs.overlay import Layer, Patch, TableKey
 from incfs.tablesfile import MARK_MODULUS, TablesFile, damaged_values, key_mark, value_mark
@@ -45,6 +46,8 @@ _MAP_KEY = struct.Struct(">IQ")
 _INC_KEY = struct.Struct(">IIQ")
 _READERS_BYTES = 8192
 """More than ``max_readers`` need."""
+_EMPTY_PAGE = struct.pack("<QHHHH", 0, 0, 2, 16, 4096)
+"""A leaf of LMDB's without keys: what it finds where a page cannot be read.  At others it ends the process."""
 _CHECKPOINT_KEY = b"checkpoint"
 _SPACE_KEY = struct.Struct(">HQ")
 
@@ -133,6 +136,9 @@ class Tables:
                 max_readers=64,
                 lib_version=LMDB_LIB_VERSION,
             )
+        self._mapped = MappedFile(path, _EMPTY_PAGE)
+        self._mapped.look()
+        with self._translated("open"):
             self._databases = {name: self._env.open_db(name.encode()) for name in DATABASES}
         self._grow_map_if_needed()
 
@@ -179,13 +185,36 @@ class Tables:
             raise BackingError(f"cannot {action} {self._path}: {error}") from error
 
     @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Let what the body reads be what is in the file, or an error be told.
+
+        To LMDB a page that could not be read is one without keys, so nothing is believed from the first one on.
+
+        Raises:
+            TablesLost: A page of the file could not be read.
+        """
+        self._require_whole()
+        try:
+            yield
+        finally:
+            self._require_whole()
+
+    def _require_whole(self) -> None:
+        if self._mapped.fault_count:
+            raise TablesLost(
+                f"{self._path} cannot be read any more: it was cut off, or its disk failed, while the pool is open; "
+                f"unmount, look at the disk, then see `incfs pool check`",
+                path=str(self._path),
+            )
+
+    @contextmanager
     def reading(self) -> Iterator["Reader"]:
         """Give a consistent view of the last checkpoint."""
         with self._readers_changed:
             self._reader_count += 1
         try:
-            with self._translated("read"), self._env.begin() as transaction:
-                yield Reader(transaction, self._databases, self._prove)
+            with self._whole(), self._translated("read"), self._env.begin() as transaction:
+                yield Reader(transaction, self._databases, self._prove, self._require_whole)
         finally:
             with self._readers_changed:
                 self._reader_count -= 1
@@ -200,7 +229,7 @@ class Tables:
         self._grow_map_if_needed()
         before = self._marks
         try:
-            with self._translated("write"), self._env.begin(write=True) as transaction:
+            with self._whole(), self._translated("write"), self._env.begin(write=True) as transaction:
                 for table in sorted(layer):
                     for page_index in sorted(layer[table]):
                         self._fold(transaction, table, page_index, layer)
@@ -210,6 +239,7 @@ class Tables:
                 facts = {**puts.checkpoint, "key_mark": self._marks[0], "value_mark": self._marks[1]}
                 value = seal_value(_CHECKPOINT_KEY, pack(facts))
                 transaction.put(_CHECKPOINT_KEY, value, db=self._databases["meta"])
+                self._require_whole()  # before it is committed
         except BaseException:
             self._marks = before
             raise
@@ -218,12 +248,14 @@ class Tables:
         database, key = page_key(table, page_index)
         patch = layer[table][page_index]
         value = None if patch.is_whole else transaction.get(key, db=self._databases[database])
+        self._require_whole()
         stored = open_value(key, value) if value is not None else None
         self._put(transaction, database, key, _fold_page(table, stored, patch))
 
     def _put(self, transaction: Any, database: str, key: bytes, body: bytes | None) -> None:
         keys, values = self._marks
         old = transaction.get(key, db=self._databases[database])
+        self._require_whole()
         if old is not None:
             keys -= key_mark(database, key)
             values -= value_mark(database, key, bytes(old[-4:]))
@@ -246,6 +278,7 @@ class Tables:
         with self._readers_changed, self._translated("grow the map of"):
             self._readers_changed.wait_for(lambda: not self._reader_count)
             self._env.set_mapsize(self.map_bytes() * 4)
+            self._mapped.look()
 
     def used_bytes(self) -> int:
         """Tell how much of the map has ever been used."""
@@ -257,6 +290,7 @@ class Tables:
 
     def close(self) -> None:
         """Close the environment."""
+        self._mapped.close()
         self._env.close()
 
 
@@ -264,11 +298,16 @@ class Reader:
     """One read transaction over the tables."""
 
     def __init__(
-        self, transaction: Any, databases: dict[str, Any], prove: Callable[[int | None], tuple[int, int]]
+        self,
+        transaction: Any,
+        databases: dict[str, Any],
+        prove: Callable[[int | None], tuple[int, int]],
+        require_whole: Callable[[], None],
     ) -> None:
         self._transaction = transaction
         self._databases = databases
         self._prove = prove
+        self._require_whole = require_whole
 
     def prove(self) -> None:
         """Prove the structure of the file as this reader sees it.
@@ -285,17 +324,21 @@ class Reader:
             FormatError: Its checksum is wrong.
         """
         value = self._transaction.get(key, db=self._databases[database])
+        self._require_whole()
         return None if value is None else open_value(key, value)
 
     def items(self, database: str, start: bytes = b"", prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """Yield (key, sealed value) from the first key at or after ``start``, while it has the prefix."""
         with self._transaction.cursor(db=self._databases[database]) as cursor:
-            if not cursor.set_range(max(start, prefix)):
-                return
-            for key, value in cursor:
+            is_there = cursor.set_range(max(start, prefix))
+            while is_there:
+                key, value = bytes(cursor.key()), bytes(cursor.value())
+                self._require_whole()
                 if not key.startswith(prefix):
                     return
-                yield bytes(key), bytes(value)
+                yield key, value
+                is_there = cursor.next()
+            self._require_whole()
 
     def page(self, table: TableKey, page_index: int) -> Entries:
         """Read the mappings of one page; empty when there is none."""

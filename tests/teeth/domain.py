@@ -13,6 +13,7 @@ _LEGS_FAIL = "tests/system/test_disk_faults.py::test_each_operation_of_one_leg_f
 _UPKEEP = "tests/service/test_upkeep.py::"
 _TRANSFERS = "tests/model/test_transfers.py::"
 _NAMES = "tests/damage/test_dump_names.py::"
+_LOST = "tests/damage/test_tables_lost.py::"
 _COPIES = "tests/service/test_copies.py::"
 
 DOMAIN: Final = (
@@ -454,5 +455,22 @@ DOMAIN: Final = (
         "        if self._store.was_written:",
         "        if not self._store.was_written:",
         f"{_COPIES}test_a_session_that_wrote_leaves_a_copy_and_one_that_looked_none",
+    ),
+    # Tables that are lost under an open pool
+    Breakage(
+        "tables-lost-and-believed",
+        "I4",
+        "incfs/tables.py",
+        "        if self._mapped.fault_count:",
+        "        if self._mapped.fault_count < 0:",
+        f"{_LOST}test_whatever_is_cut_off_is_an_error_or_right",
+    ),
+    Breakage(
+        "tables-forget-what-was-lost-when-mapped-anew",
+        "I4",
+        "incfs/mapped.py",
+        "        self._earlier = self.fault_count\n",
+        "",
+        f"{_LOST}test_a_fault_elsewhere_ends_the_process_as_before",
     ),
 )
