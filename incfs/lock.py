@@ -16,6 +16,19 @@ LOCK_NAME = "lock"
 _PID_BYTES = 19
 
 
+def read_holder(directory: Path) -> str:
+    """Name the process that has the lock, or had it last."""
+    try:
+        with open(directory / LOCK_NAME, "rb") as stream:
+            return _decode_holder(stream.read(_PID_BYTES))
+    except OSError:
+        return "unknown"
+
+
+def _decode_holder(text: bytes) -> str:
+    return text.strip().decode("ascii", "replace") or "unknown"
+
+
 class PoolLock:
     """Holds the lock from creation to ``release``."""
 
@@ -28,7 +41,7 @@ class PoolLock:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.pread(self._fd, _PID_BYTES, 0).strip().decode("ascii", "replace") or "unknown"
+            holder = _decode_holder(os.pread(self._fd, _PID_BYTES, 0))
             os.close(self._fd)
             raise PoolLocked(f"pool {directory} is in use by process {holder}", pid=holder) from error
         # Without emptying it first: on a full disk what was there can be written over.  It is only for messages.

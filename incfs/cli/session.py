@@ -5,6 +5,7 @@ two can never work on it at once.
 """
 
 import contextlib
+import logging
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,9 +23,12 @@ from incfs.cli.progress import ProgressDisplay
 from incfs.control import connect_control
 from incfs.documents import Document
 from incfs.errors import PoolLocked
+from incfs.remains import find_remains
 
 if TYPE_CHECKING:
     from incfs.service import Service
+
+logger = logging.getLogger(__name__)
 
 LOCK_WAIT_S: Final = 2.0
 """How long a command waits for another one, or for a daemon that is just starting or ending."""
@@ -124,7 +128,11 @@ async def open_admin(directory: Path, progress: ProgressDisplay, *, degraded: bo
             return
     from incfs.service import open_service  # late: an online command does not need the core
 
+    remains = find_remains(directory)
     async with open_service(directory, degraded=degraded) as service:
+        for line in await trio.to_thread.run_sync(remains.describe):
+            logger.warning("%s", line)
+        remains.forget()
         yield _OfflineAdmin(service, progress)
 
 

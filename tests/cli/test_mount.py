@@ -139,8 +139,14 @@ def test_killed_daemon_then_offline_then_mount_again(offline: Cli, mnt: Path) ->
     ended, _, _ = select.select([pidfd], [], [], TIMEOUT_S)
     os.close(pidfd)
     assert ended
-    assert offline.ok("volume", "list", "-H", "-o", "name") == "db\n"
+    first, second = (offline.run("volume", "list", "-H", "-o", "name") for _ in range(2))
+    assert first.stdout == second.stdout == "db\n"
+    assert f"(process {pid}) ended without closing it: what was written and not committed is lost" in first.stderr
+    assert second.stderr == f"incfs: {mnt} has no daemon any more, programs that use it fail; " + (
+        f"`incfs umount {mnt}`, or mount it again\n"
+    )
     offline.run("umount", mnt)
+    assert offline.run("volume", "list").stderr == ""
     assert not os.path.ismount(mnt)
     offline.ok("mount", offline.pool, mnt)
     assert (mnt / "db").stat().st_size == 1 << 20

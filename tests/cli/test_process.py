@@ -112,9 +112,25 @@ def test_killed_daemon_leaves_nothing_in_the_way(offline: Cli) -> None:
         daemon.kill()
         daemon.wait()
     assert stat.S_ISSOCK((offline.pool / "control.sock").stat().st_mode)
-    assert offline.ok("volume", "list", "-H", "-o", "name") == "db\n"
+    assert offline.run("volume", "list", "-H", "-o", "name").stdout == "db\n"
     with serving(offline.pool):
         assert offline.ok("volume", "list", "-H", "-o", "name") == "db\n"
+
+
+def test_a_command_that_finds_the_daemon_dead_says_so(offline: Cli) -> None:
+    """A snapshot that it takes lacks what only the daemon had; said once, for the pool is closed afterwards."""
+    assert offline.pool is not None
+    with serving(offline.pool) as daemon:
+        offline.ok("volume", "create", "db", "1G")
+        daemon.kill()
+        daemon.wait()
+    first = offline.run("snapshot", "create", "db@s")
+    assert first.returncode == 0
+    assert f"incfs: the daemon of {offline.pool} (process {daemon.pid}) ended without closing it" in first.stderr
+    assert offline.run("snapshot", "create", "db@t").stderr == ""
+    with serving(offline.pool):
+        pass
+    assert offline.run("snapshot", "create", "db@u").stderr == ""
 
 
 def test_commands_wait_for_each_other(offline: Cli) -> None:
