@@ -163,11 +163,14 @@ int fuse_session_receive_buf(struct fuse_session *asked, struct fuse_buf *buffer
 PyObject *module_configure(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     (void)module;
-    static char *names[] = {"max_background", "congestion_threshold", "max_readahead", "max_request", "hot_threads", NULL};
+    static char *names[] = {"max_background", "congestion_threshold", "max_readahead", "max_request", "hot_threads",
+                            "maps_shared", NULL};
     unsigned int background, congestion, readahead, request, hot;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$IIIII", names, &background, &congestion, &readahead, &request,
-                                     &hot))
+    int maps_shared;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$IIIIIp", names, &background, &congestion, &readahead, &request,
+                                     &hot, &maps_shared))
         return NULL;
+    init_allow_shared_mappings(maps_shared);
     limits.max_background = background;
     limits.congestion_threshold = congestion;
     limits.max_readahead = readahead;

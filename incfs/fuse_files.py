@@ -42,6 +42,8 @@ class Handle:
     inode: int
     map_id: MapId
     is_writable: bool
+    is_ours: bool = False
+    """Whether the process that makes our system calls on the mount has it open."""
     content: bytes | None = None
     """Of a status file, as it was when opened; None for volumes and snapshots."""
 
@@ -54,6 +56,12 @@ class Kernel(Protocol):
 
         Unlike fsync this does not take the kernel's lock of the file, which a seek holds while we answer it.
         """
+
+    async def wait_to_answer_sync(self, table: MapId) -> None:
+        """Wait, before FSYNC of a volume is answered, until the kernel may let go of its lock of the file."""
+
+    def is_ours(self, pid: int) -> bool:
+        """Tell whether a process is the one that makes our system calls on the mount."""
 
     def forget_attributes(self, inode: int) -> None:
         """Make it ask for an inode's attributes the next time."""
@@ -120,7 +128,8 @@ class FileHandlers(pyfuse3.Operations):
 
     def _open_table(self, table: MapId, pid: int, *, is_writable: bool, is_cached: bool = True) -> pyfuse3.FileInfo:
         self.service.handles.open(table, describe_process(pid))
-        fh = self._register(Handle(table, table, is_writable=is_writable))
+        is_ours = self.kernel is not None and not is_writable and self.kernel.is_ours(pid)
+        fh = self._register(Handle(table, table, is_writable=is_writable, is_ours=is_ours))
         # But for rollbacks and streams, a table changes through the mount only: the kernel may keep its pages.
         is_cached = is_cached and self.cache != "none"
         is_kept = is_cached and not self.service.branches.take_changed(table)
@@ -144,11 +153,17 @@ class FileHandlers(pyfuse3.Operations):
 
     @handler
     async def fsync(self, fh: int, datasync: bool) -> None:
-        """Commit: everything written to the pool so far is durable afterwards."""
+        """Commit: everything written to the pool so far is durable afterwards.
+
+        Our own are for the kernel's pages only: writers, who wait for the answer, do not wait for a disk as well.
+        """
         handle = self._handles[fh]
         if handle.content is not None:
             return
-        await self.service.commit()
+        if self.kernel is not None:
+            await self.kernel.wait_to_answer_sync(handle.map_id)
+        if not handle.is_ours:
+            await self.service.commit()
         if self.kernel is not None:
             # Under write-back the kernel does not know that its writes changed the count of blocks.
             self.kernel.forget_attributes(handle.inode)
@@ -216,6 +231,10 @@ class FileHandlers(pyfuse3.Operations):
         return self.enable_writeback_cache and any(
             handle.map_id == table and handle.is_writable for handle in self._handles.values()
         )
+
+    def writers(self) -> set[MapId]:
+        """Give the volumes that somebody has open for writing: only of these may the kernel have unwritten pages."""
+        return {handle.map_id for handle in self._handles.values() if handle.is_writable}
 
     @handler
     async def copy_file_range(

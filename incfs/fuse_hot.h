@@ -58,6 +58,9 @@ void hot_stop(void);
 /* Forgets the session, with what is still queued. */
 void hot_close(void);
 
+/* From now on every fsync is left to Python, or not any more: one that is received after the return. */
+void hot_leave_syncs(bool are_left);
+
 struct hot_counts hot_get_counts(void);
 struct hot_durations hot_get_durations(void);
 

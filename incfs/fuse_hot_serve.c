@@ -15,6 +15,12 @@ static int device_fd = -1;
 static unsigned thread_count;
 static atomic_uint waiting_count; /* threads that may be waiting for a disk */
 static struct durations of_syncs;
+static atomic_bool are_syncs_left; /* to Python: a standstill holds back the answers to some */
+
+void hot_leave_syncs(bool are_left)
+{
+    atomic_store(&are_syncs_left, are_left);
+}
 
 void serve_from(const struct hot_server *given, int fd, unsigned threads)
 {
@@ -266,7 +272,7 @@ bool serve(struct worker *worker, struct item **item, size_t length)
         return false;
     worker->started_ns = now_ns();
     atomic_store_explicit(&worker->busy_since_ns, worker->started_ns, memory_order_relaxed);
-    if (header->opcode == FUSE_FSYNC) {
+    if (header->opcode == FUSE_FSYNC && !atomic_load(&are_syncs_left)) {
         serve_sync(worker, *item, length);
         *item = NULL;
         return true;

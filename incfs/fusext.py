@@ -61,6 +61,8 @@ class Limits:
     """What one read or write carries at most; the kernel sends the parts of a larger one all at once."""
     hot_threads: int = 0
     """Threads that answer what a data plane can serve, past Python."""
+    maps_shared: bool = False
+    """Whether a file that the kernel does not cache may be mapped shared (Linux 6.6)."""
 
     @property
     def mount_options(self) -> set[str]:
@@ -93,6 +95,7 @@ def install(limits: Limits = DEFAULT_LIMITS) -> bool:
         max_readahead=limits.max_readahead_bytes,
         max_request=limits.max_request_bytes,
         hot_threads=limits.hot_threads,
+        maps_shared=limits.maps_shared,
     )
     return True
 
@@ -139,6 +142,15 @@ def stop() -> None:
         return
     _fusext.stop_hot()
     _fusext.stop()
+
+
+def leave_syncs(is_left: bool) -> None:
+    """Have hot threads leave every FSYNC to Python, or serve them again."""
+    try:
+        from incfs import _fusext
+    except ImportError:
+        return  # then Python has them all
+    _fusext.leave_syncs(is_left)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -7,9 +7,11 @@ import contextlib
 import errno
 import logging
 import os
+import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TypeVar
 
 import pyfuse3
 
@@ -24,10 +26,14 @@ from incfs.errors import (
     UsageError,
 )
 from incfs.inodes import SNAPSHOTS_NAME
+from incfs.model import MapId
 from incfs.mount_table import write_pages
 from incfs.outside import Outside
+from incfs.standstill import Standstill
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class KernelHook:
@@ -36,11 +42,20 @@ class KernelHook:
     Args:
         mountpoint: Where the pool is mounted.
         outside: Makes the system calls, which wait for this process's own mount.
+        writers: Gives the volumes that somebody has open for writing.
+        find_name: Gives the name of a volume; raises VolumeNotFound.
     """
 
-    def __init__(self, mountpoint: Path, outside: Outside) -> None:
+    def __init__(
+        self,
+        mountpoint: Path,
+        outside: Outside,
+        writers: Callable[[], Collection[MapId]],
+        find_name: Callable[[MapId], str],
+    ) -> None:
         self._mountpoint = mountpoint
         self._outside = outside
+        self._standstill = Standstill(self, writers, lambda table: mountpoint / find_name(table))
 
     def holds(self, path: Path) -> bool:
         """Tell whether a path lies in the mount."""
@@ -49,6 +64,33 @@ class KernelHook:
     async def sync_volume(self, name: str) -> None:
         """Have the kernel write its changed pages of a volume."""
         await self._call(_sync_file, self._mountpoint / name)
+
+    async def at_standstill(self, tables: Collection[MapId], step: Callable[[], T]) -> T:
+        """Do a step while nobody can write to volumes, and with all that was written to them; ``Standstill.do``."""
+        return await self._standstill.do(tables, step)
+
+    async def wait_to_answer_sync(self, table: MapId) -> None:
+        """Wait, before FSYNC of a volume is answered, until the kernel may let go of its lock."""
+        await self._standstill.wait(table)
+
+    def is_ours(self, pid: int) -> bool:
+        """Tell whether a process is the one that makes our system calls."""
+        return self._outside.has_thread(pid)
+
+    async def write_pages(self, files: Collection[tuple[Path, MapId]]) -> None:
+        """Have the kernel write changed pages of files without their locks, as far as that is possible."""
+        await self._outside.run(_write_all, [path for path, _ in files])
+
+    async def open_files(self, files: Collection[tuple[Path, MapId]]) -> list[int] | None:
+        """Open files over there, for ``sync_files``; None when one is not the volume that it was."""
+        try:
+            return await self._outside.run(_open_all, list(files))
+        except OSError as error:
+            raise _from_kernel(error) from error
+
+    async def sync_files(self, descriptors: list[int]) -> None:
+        """Fsync files all at once, and close them; over at the first that fails."""
+        await self._call(_sync_all, descriptors)
 
     async def write_back(self, name: str) -> bool:
         """Have the kernel write its changed pages of a volume, without its lock; whether that was possible."""
@@ -107,6 +149,62 @@ def _sync_file(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _write_all(paths: list[Path]) -> None:
+    _do_at_once(_open_and_close, paths)
+
+
+def _open_and_close(path: Path) -> None:
+    """Closing has all changed pages of the file written, without its lock."""
+    with contextlib.suppress(OSError):  # fsync will tell
+        os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def _open_all(files: list[tuple[Path, MapId]]) -> list[int] | None:
+    fds: list[int] = []
+    try:
+        for path, inode in files:
+            fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            if os.fstat(fds[-1]).st_ino != inode:
+                raise FileNotFoundError  # it was renamed, and another has its name
+    except OSError as error:
+        for fd in fds:
+            os.close(fd)
+        if error.errno in (None, errno.ENOENT):
+            return None
+        raise
+    return fds
+
+
+def _sync_all(fds: list[int]) -> None:
+    _do_at_once(_sync_and_close, fds)
+
+
+def _sync_and_close(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _do_at_once(function: Callable[[T], None], items: list[T]) -> None:
+    """Call a function for each item, each in a thread; raise the first OSError without waiting for the others."""
+    outcomes: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
+
+    def work(item: T) -> None:
+        try:
+            function(item)
+        except OSError as error:
+            outcomes.put(error)
+        else:
+            outcomes.put(None)
+
+    for item in items:
+        threading.Thread(target=work, args=(item,), daemon=True).start()
+    for _ in items:
+        if (error := outcomes.get()) is not None:
+            raise error
 
 
 def _open_and_truncate(path: Path, size_bytes: int) -> None:

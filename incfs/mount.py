@@ -59,9 +59,9 @@ logger = logging.getLogger(__name__)
 _SHARED_REQUEST_BYTES: Final = 512 << 10
 """So that two hot threads share in a read or write of 1 MiB; cold reads of less than that are slower on disks."""
 MIN_TASKS: Final = 8
-MAX_TASKS: Final = 1024
-"""A request that waits for others (a snapshot for the write-back of its volume) holds its task, so tasks must not
-run out before a script that takes a snapshot of each of a few hundred volumes at once is served."""
+MAX_TASKS: Final = 4096
+"""A request that waits for others (a snapshot for the write-back of its volumes, FSYNC of each for the others) holds
+its task, so tasks must not run out: twice the volumes of one standstill."""
 
 
 def mount_pool(pool: Path, mountpoint: Path, options: str, *, foreground: bool) -> None:
@@ -145,7 +145,8 @@ async def _run(pool: Path, mountpoint: Path, options: MountOptions, parent: Pare
             with _fuse_session(operations, pool, mountpoint, options) as session:
                 async with trio.open_nursery() as nursery:
                     fusext.start(nursery, operations, service.server)
-                    with _hooked(service, operations, KernelHook(mountpoint, outside)) as hook:
+                    hook = KernelHook(mountpoint, outside, operations.writers, service.name_of)
+                    with _hooked(service, operations, hook):
                         stopping = _Stopping(service, hook, mountpoint, outside)
                         await _start_tasks(nursery, service, options)
                         await minding.start(stopping.watch_signals)
@@ -212,7 +213,13 @@ class _Session:
 def _fuse_session(operations: Operations, pool: Path, mountpoint: Path, options: MountOptions) -> Iterator[_Session]:
     """Mount; at the end close the connection, and unmount only what never answered."""
     threads = options.threads if operations.service.server is not None else 0
-    limits = fusext.Limits(hot_threads=threads, max_request_bytes=_SHARED_REQUEST_BYTES if threads > 1 else 0)
+    limits = fusext.Limits(
+        hot_threads=threads,
+        max_request_bytes=_SHARED_REQUEST_BYTES if threads > 1 else 0,
+        # With a cache the kernel maps volumes anyway; a snapshot that was just created, which it does not cache, is
+        # open for writing as far as it knows, and must not be.
+        maps_shared=options.cache == "none",
+    )
     told = fuse_options(pool, options)
     if fusext.install(limits):
         told |= limits.mount_options
@@ -243,12 +250,12 @@ def fuse_options(pool: Path, options: MountOptions) -> set[str]:
 
 
 @contextlib.contextmanager
-def _hooked(service: "Service", operations: Operations, hook: KernelHook) -> Iterator[KernelHook]:
+def _hooked(service: "Service", operations: Operations, hook: KernelHook) -> Iterator[None]:
     """Let the service and the handlers reach the kernel while the mount is up."""
     service.mounted = hook
     operations.kernel = hook
     try:
-        yield hook
+        yield
     finally:
         service.mounted = None
         operations.kernel = None

@@ -25,6 +25,8 @@ from incfs.errors import DaemonError
 
 MAX_CALLS: Final = 16
 """Calls at one time; further ones wait."""
+_STACK_BYTES: Final = 256 << 10
+"""Of a thread there: some calls take one for each of many files."""
 
 _ENDS: Final = (signal.SIGTERM, signal.SIGINT)
 
@@ -36,9 +38,11 @@ class Outside:
 
     Args:
         connections: One for each call at a time.
+        pid: Of the process.
     """
 
-    def __init__(self, connections: list[Connection]) -> None:
+    def __init__(self, connections: list[Connection], pid: int) -> None:
+        self._pid = pid
         self._idle = list(connections)
         self._limiter = trio.CapacityLimiter(len(connections))
         self._waiting: set[trio.CancelScope] = set()
@@ -65,6 +69,10 @@ class Outside:
             finally:
                 self._waiting.discard(scope)
         raise DaemonError("the mount is ending, and answers nothing any more")
+
+    def has_thread(self, thread_id: int) -> bool:
+        """Tell whether a thread, as requests of the kernel name it, is of that process."""
+        return os.path.exists(f"/proc/{self._pid}/task/{thread_id}")
 
     def give_up(self) -> None:
         """Wait for no call any more: the mount that they wait for answers nothing from now on."""
@@ -103,7 +111,7 @@ def fork_outside() -> Iterator[Outside]:
         theirs.close()
     ours = [connection for connection, _ in pairs]
     try:
-        yield Outside(ours[1:])
+        yield Outside(ours[1:], pid)
     finally:
         for connection in ours:
             connection.close()
@@ -118,6 +126,7 @@ def _live(connections: list[Connection]) -> NoReturn:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
         _drop_files({connection.fileno() for connection in connections})
         os.chdir("/")
+        threading.stack_size(_STACK_BYTES)
         for connection in connections[1:]:
             threading.Thread(target=_serve, args=(connection,), daemon=True).start()
         with contextlib.suppress(EOFError, OSError):

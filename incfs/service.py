@@ -5,11 +5,11 @@ thread; only what may block on a disk runs in worker threads.
 """
 
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import trio
 
@@ -25,9 +25,10 @@ from incfs.histogram import Histogram
 from incfs.inspection import Inspection
 from incfs.jobs import Jobs
 from incfs.keeper import Keeper
-from incfs.model import Facts, Generation, MapId, Snapshot, StorageId, Volume, VolumeId, split_map_id
+from incfs.model import Facts, Generation, MapId, Snapshot, StorageId, Volume, VolumeId, map_id, split_map_id
 from incfs.options import Options
 from incfs.policies import Policies
+from incfs.ranges import TrimPending
 from incfs.reclaimer import Reclaimer
 from incfs.settings import PoolSettings
 from incfs.store import Store
@@ -36,6 +37,8 @@ from incfs.transport import Transfers
 from incfs.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class MountHook(Protocol):
@@ -46,6 +49,9 @@ class MountHook(Protocol):
 
     async def sync_volume(self, name: str) -> None:
         """Flush what the kernel has cached of a volume."""
+
+    async def at_standstill(self, tables: Collection[MapId], step: Callable[[], T]) -> T:
+        """Do a step while nobody can write to volumes, and with all that was written to them."""
 
     async def resize_volume(self, name: str, size_bytes: int) -> None:
         """Truncate through the mount."""
@@ -150,6 +156,17 @@ class Service:
     def volume_by_id(self, volume_id: VolumeId) -> Volume:
         """Look up a volume, also one that was unlinked but is open."""
         return self._store.catalog.volume(volume_id)
+
+    def name_of(self, table: MapId) -> str:
+        """Give the name of a volume.
+
+        Raises:
+            VolumeNotFound: There is none any more, or it has no name.
+        """
+        found = self.volume_by_id(split_map_id(table)[0])
+        if not found.name:
+            raise VolumeNotFound(f"volume {found.id} was removed", id=found.id)
+        return found.name
 
     def snapshots(self, volume_id: VolumeId) -> list[Snapshot]:
         """List a volume's snapshots, oldest first."""
@@ -338,17 +355,32 @@ class Service:
     async def create_snapshots(self, wanted: Sequence[tuple[VolumeId, str]], *, tag: str = "") -> list[Snapshot]:
         """Take snapshots of several volumes at one point in time, in one commit.
 
-        Every write that was acknowledged before the call is in them, also those that only
-        the kernel has yet.
+        There is an instant during the call such that they have every write that had returned by then, also those
+        that only the kernel had, and none that began later; but for what goes through shared mappings.
+
+        Raises:
+            Busy: The kernel could not bring the volumes to a standstill (``standstill``).
         """
         for volume_id, _ in wanted:
             self._store.space.require_snapshot(volume_id)
-        if self.mounted is not None:
-            for volume_id, _ in wanted:
-                await self.mounted.sync_volume(self.volume_by_id(volume_id).name)
-        taken = await self._driver.drive(lambda _: snapshot.create(self._store, wanted, tag=tag))
+        taken: list[Snapshot] | None = None
+        while taken is None:
+            # Whatever is amiss, or has to be done before, holds up no writer.
+            await self._driver.drive(lambda _: snapshot.require_takeable(self._store, wanted))
+            taken = await self._create_at_standstill(wanted, tag)
         await self.commit()
         return taken
+
+    async def _create_at_standstill(self, wanted: Sequence[tuple[VolumeId, str]], tag: str) -> list[Snapshot] | None:
+        def step() -> list[Snapshot] | None:
+            try:
+                return snapshot.create(self._store, wanted, tag=tag)
+            except TrimPending:
+                return None  # somebody shrank one just now
+
+        if self.mounted is None:
+            return step()
+        return await self.mounted.at_standstill([map_id(volume_id) for volume_id, _ in wanted], step)
 
     async def rename_snapshot(self, volume_id: VolumeId, old: str, new: str) -> Snapshot:
         """Give a snapshot another name."""

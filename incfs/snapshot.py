@@ -40,6 +40,13 @@ def create(store: Store, wanted: Sequence[tuple[VolumeId, str]], *, tag: str = "
         Busy, ReplicaReadOnly: A volume changes by streams only.
         TrimPending: A shrink is not finished: what lies behind the end would come to light in a clone that grows.
     """
+    require_takeable(store, wanted)
+    now = store.clock()
+    return adopt(store, [_snapshot_of(store, volume_id, name, now, tag) for volume_id, name in wanted])
+
+
+def require_takeable(store: Store, wanted: Sequence[tuple[VolumeId, str]]) -> None:
+    """Refuse snapshots that cannot be taken, or not yet; raises as ``create``."""
     if not wanted or len({volume_id for volume_id, _ in wanted}) != len(wanted):
         raise UsageError("name each volume once, and at least one")
     for volume_id, name in wanted:
@@ -48,8 +55,6 @@ def create(store: Store, wanted: Sequence[tuple[VolumeId, str]], *, tag: str = "
         require_ordinary(store.catalog.volume(volume_id), "get a snapshot")
         if store.catalog.volume(volume_id).trim_from_bytes is not None:
             raise TrimPending(volume_id)
-    now = store.clock()
-    return adopt(store, [_snapshot_of(store, volume_id, name, now, tag) for volume_id, name in wanted])
 
 
 def next_generation(volume: Volume) -> Generation:

@@ -3,10 +3,12 @@
 import errno
 import mmap
 import os
+import re
 import threading
 
 import pytest
 
+from tests.mount.conftest import mounted_pool
 from tests.mount.test_names import errno_of
 
 MIB = 1 << 20
@@ -106,6 +108,50 @@ def test_memory_mapping_is_written_back(volume):
         mapped[0:1] = b"z"
     data = volume.read_bytes()
     assert (data[0:1], data[4095:4099]) == (b"z", b"abcd")
+
+
+@pytest.mark.parametrize("cache", ["writethrough", "none"])
+def test_an_fsync_covers_other_volumes_where_the_kernel_holds_nothing_back(tmp_path, cache):
+    with mounted_pool(tmp_path, f"cache={cache},commit=600") as mnt:
+        mnt.expected_log.append("detaching the dead mount")
+        one, other = os.open(mnt / "one", os.O_RDWR | os.O_CREAT), os.open(mnt / "other", os.O_RDWR | os.O_CREAT)
+        os.pwrite(other, b"b" * MIB, 0)
+        os.pwrite(one, b"a", 0)
+        os.fsync(one)
+        mnt.kill()
+        for fd in (one, other):
+            with pytest.raises(OSError, match="not connected"):
+                os.close(fd)
+        mnt.start(f"cache={cache}")
+        assert (mnt / "other").read_bytes() == b"b" * MIB
+
+
+def linux_version():
+    return tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
+
+
+def test_memory_mapping_without_a_cache(tmp_path):
+    """Since Linux 6.6 shared mappings work, and agree with read and write; before, they are refused."""
+    with mounted_pool(tmp_path, "cache=none") as mnt:
+        volume = mnt / "vol"
+        volume.write_bytes(bytes(3 * 4096))
+        with open(volume, "r+b") as stream:
+            if linux_version() < (6, 6):
+                with pytest.raises(OSError, match="No such device"):
+                    mmap.mmap(stream.fileno(), 0)
+                return
+            with mmap.mmap(stream.fileno(), 0) as mapped:
+                mapped[4095:4099] = b"abcd"
+                mapped.flush()
+                assert os.pread(stream.fileno(), 4, 4095) == b"abcd"
+                os.pwrite(stream.fileno(), b"ef", 4096)
+                assert mapped[4095:4099] == b"aefd"
+                mapped[0:1] = b"z"
+                mnt.command("snapshot", "create", "vol@s")
+        frozen = (mnt / ".snapshots/vol/s").read_bytes()
+        assert (frozen[0:1], frozen[4095:4099]) == (b"z", b"aefd")
+        mnt.remount("cache=none")
+        assert volume.read_bytes() == frozen
 
 
 def test_fsync_works_on_files_and_directories(mnt, volume):

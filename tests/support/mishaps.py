@@ -5,7 +5,6 @@ import importlib
 import itertools
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 
@@ -39,17 +38,17 @@ def signal_in_the_first_flush(number: int) -> None:
 
     def flushing(function: Any) -> Any:
         @functools.wraps(function)
-        def wrapped(path: Path) -> None:
+        def wrapped(fd: int) -> None:
             if next(calls):
-                function(path)
+                function(fd)
                 return
             os.kill(os.getppid(), number)
             while True:
-                function(path)
+                os.fsync(fd)
 
         return wrapped
 
-    wrap("kernel_hook:_sync_file", flushing)
+    wrap("kernel_hook:_sync_and_close", flushing)
 
 
 def forget_flushes() -> None:
