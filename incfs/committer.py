@@ -64,6 +64,7 @@ class Committer:
         self._copies_ended = trio.Event()
         """Set while no copies of the metadata are being written."""
         self._copies_ended.set()
+        self._opened = time.monotonic()
         self._copies_deadline: float | None = None
         """When those under way are given up: the pool is being closed."""
         self.freed: Callable[[], None]
@@ -225,7 +226,9 @@ class Committer:
         if interval_s is None:
             return
         with contextlib.suppress(IncfsError):
-            self._copies_deadline = time.monotonic() + await offload(lambda: copies.end_limit_s(self._store))
+            self._copies_deadline = time.monotonic() + await offload(
+                lambda: copies.end_limit_s(self._store, time.monotonic() - self._opened)
+            )
         await self._copies_ended.wait()
         if self._store.was_written:
             await self._copy_if_due(min(interval_s, copies.END_INTERVAL_S))

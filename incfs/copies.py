@@ -18,6 +18,7 @@ SUFFIX = ".dump.gz"
 END_INTERVAL_S = 3600.0
 """When a pool that was written is closed, copies that are older are replaced."""
 _END_LIMIT_S = 10.0
+_END_LEAST_S = 1.0
 _END_LIMIT_WITHOUT_S = 60.0
 _RECENT_S = 7 * 86400.0
 _CLOCK_SLACK_S = 60.0
@@ -56,13 +57,17 @@ def _written(path: Path) -> float:
         raise translate(error, path, "examine") from error
 
 
-def end_limit_s(store: Store) -> float:
-    """Tell how long closing a pool may take for copies: longer if there is none of the last week.  Any thread.
+def end_limit_s(store: Store, open_for_s: float) -> float:
+    """Tell how long closing a pool may take for copies.  Any thread.
+
+    No longer than it was open: a short command holds up the next one.  Longer if there is none of the last week.
 
     Raises:
         BackingError: The host does not tell.
     """
-    return _END_LIMIT_WITHOUT_S if are_due(store, _RECENT_S) else _END_LIMIT_S
+    if are_due(store, _RECENT_S):
+        return _END_LIMIT_WITHOUT_S
+    return min(_END_LIMIT_S, max(_END_LEAST_S, open_for_s))
 
 
 def write(store: Store, goes_on: Callable[[], bool] = lambda: True) -> bool:

@@ -133,9 +133,9 @@ async def test_copies_that_take_long_are_given_up_at_the_end(
 
 def test_a_pool_without_a_recent_copy_waits_longer_for_one(pool_home: Path) -> None:
     with pools.open_tiny(pools.make_pool(pool_home)) as store:
-        without = copies.end_limit_s(store)
+        assert copies.end_limit_s(store, 0.1) == 60
         assert copies.write(store)
-        assert copies.end_limit_s(store) < without <= 60
+        assert [copies.end_limit_s(store, open_for_s) for open_for_s in (0.1, 5.0, 5000.0)] == [1, 5, 10]
 
 
 @pytest.fixture
