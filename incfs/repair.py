@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from incfs import copies, extents, ranges, snapshot, volume
+from incfs import bookmarks, copies, extents, ranges, snapshot, volume
 from incfs.backing import Backing, File, translate
 from incfs.blocks import address_runs, pack_address, split_address
 from incfs.builder import MetadataBuilder
@@ -26,7 +26,7 @@ from incfs.errors import AlreadyExists, Damaged, FormatError, IncfsError, NotFou
 from incfs.image import read_header
 from incfs.journal import journal_paths
 from incfs.lock import LOCK_NAME
-from incfs.model import HOLE, PAGE_BLOCKS, MapId, Snapshot, Storage, StorageId, Volume, VolumeId, split_map_id
+from incfs.model import HOLE, PAGE_BLOCKS, Bookmark, MapId, Snapshot, Storage, StorageId, Volume, VolumeId, split_map_id
 from incfs.options import Options, Salvage
 from incfs.overlay import TableKey
 from incfs.recovery import DEFAULT_JOURNAL_BYTES, UNLIMITED_BLOCKS, create_pool, open_store
@@ -163,7 +163,6 @@ def repair(
                 for found in sorted(old.catalog.volumes.values(), key=lambda v: v.name):
                     if found.name:
                         copier.copy(found)
-                        report.notes += _bookmarks_left(old, found)
                 _copy_metadata(new)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -177,12 +176,6 @@ def _copy_metadata(new: Store) -> None:
         copies.write(new)
     except IncfsError as error:
         logger.warning("the copy of the metadata beside the images could not be written: %s", error)
-
-
-def _bookmarks_left(old: Store, volume: Volume) -> list[str]:
-    """Bookmarks are of no use in the new pool: its snapshots have UUIDs of their own."""
-    names = [name for bookmark in old.catalog.bookmarks(volume.id) for name in bookmark.names]
-    return [f"bookmark {volume.name}#{name} is not saved; send the next snapshot whole" for name in names]
 
 
 @contextlib.contextmanager
@@ -420,6 +413,7 @@ class _Copier:
         before: MapId | None = None
         lost: set[int] = set()
         states: list[Snapshot | Volume] = [*old.catalog.snapshots(found.id), found]
+        is_proved, before_all = _LOST_ID not in old.catalog.storages, len(self._report.losses)
         for state in states:
             name = f"{found.name}@{state.name}" if isinstance(state, Snapshot) else found.name
             losses = len(self._report.losses)
@@ -431,12 +425,32 @@ class _Copier:
                 (taken,) = snapshot.create(new, [(made.id, state.name)])
                 with new.step():
                     new.amend(taken, created_ns=state.created_ns, tag=state.tag)
+                if is_proved and len(self._report.losses) == before_all:
+                    self._keep_identity(taken, state)
             self._report.saved.append(
                 {"name": name, "size_bytes": state.size_bytes, "is_whole": losses == len(self._report.losses)}
             )
             before = state.map_id
         volume.set_attributes(new, made.id, modified_ns=found.modified_ns, accessed_ns=found.accessed_ns)
+        self._note_bookmarks(found, made.id)
         new.checkpoint()
+
+    def _keep_identity(self, taken: Snapshot, state: Snapshot) -> None:
+        """Let a snapshot that is whole, and so is each before it, be the same one to replicas, with its bookmarks."""
+        with self._new.step():
+            same = self._new.amend(taken, uuid=state.uuid)
+        known = self._old.catalog.get(("bookmark", (state.volume_id, state.generation)))
+        for name in known.names if isinstance(known, Bookmark) else ():
+            bookmarks.create(self._new, same, name)
+
+    def _note_bookmarks(self, found: Volume, made_id: VolumeId) -> None:
+        """Tell of bookmarks that are not saved: of one whose snapshot is gone nobody can say what was written since."""
+        names = [name for bookmark in self._old.catalog.bookmarks(found.id) for name in bookmark.names]
+        self._report.notes += [
+            f"bookmark {found.name}#{name} is not saved, its snapshot is gone or not whole; send the next one whole"
+            for name in names
+            if not self._new.catalog.has_bookmark_name(made_id, name)
+        ]
 
     def _copy_state(self, before: MapId | None, state: "Snapshot | Volume", target: MapId, lost: set[int]) -> set[int]:
         """Make the target what ``state`` is, from what ``before`` was; give the blocks that are lost."""

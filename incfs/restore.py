@@ -24,6 +24,7 @@ from incfs.errors import AlreadyExists, FormatError, NamesOutside, UnsupportedFo
 from incfs.model import HOLE, PAGE_BLOCKS, Storage
 from incfs.overlay import TableKey
 from incfs.superblock import FORMAT_VERSION, SUPERBLOCK_NAME, Superblock, decode_fields
+from incfs.validation import validate
 
 MAX_LINE_BYTES = 1 << 20
 MAX_JOURNAL_BYTES = 1 << 30
@@ -142,6 +143,8 @@ def restore(
     head: dict[str, Any] = next(documents, {})
     superblock, last_volume = _read_head(head)
     records, behind = _take_records(documents)
+    for record in records:
+        validate(record, superblock.block_bytes)  # as they came: what is left out must be sound, too
     consent = consent or Consent()
     left_out = _require_consent(records, consent, images or {}, leaves_out=leaves_out)
     builder = MetadataBuilder(superblock, directory, images or {}, backing or Backing())

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import trio
 
-from incfs import dump, repair, restore
+from incfs import bookmarks, dump, removal, repair, restore
+from incfs import snapshot as snapshots
 from incfs.errors import (
     AlreadyExists,
     FormatError,
@@ -404,7 +405,7 @@ def test_a_pool_in_use_is_not_repaired(pool: Path) -> None:
 def test_commands_that_only_look_work_without_an_image(offline: Cli) -> None:
     assert offline.pool is not None
     offline.ok("volume", "create", "db", "1M")
-    (image,) = (offline.pool / "images").iterdir()
+    (image,) = (offline.pool / "images").glob("*.img")
     image.rename(image.with_suffix(".away"))
     for noun, verb in (("storage", "list"), ("pool", "show"), ("volume", "list")):
         done = offline.run(noun, verb, "--json")
@@ -414,3 +415,48 @@ def test_commands_that_only_look_work_without_an_image(offline: Cli) -> None:
     image.with_suffix(".away").rename(image)
     offline.ok("volume", "create", "other", "1M")
     assert offline.json("storage", "list")["storages"][0]["state"] == "online"
+
+
+def test_bookmarks_of_snapshots_that_are_whole_are_saved(pool_home: Path) -> None:
+    """Replicas go on from them; they were lost, and each replica had to be sent anew as a whole."""
+    pool = pools.make_pool(pool_home)
+    with pools.open_tiny(pool) as store:
+        made = pools.new_volume(store, "v", 640)
+        for name in ("gone", "kept", "later"):
+            pools.write(store, made.map_id, 0, name.encode())
+            (taken,) = snapshots.create(store, [(made.id, name)])
+            bookmarks.create(store, taken, f"of-{name}")
+        removal.remove(store, [store.catalog.snapshot(made.id, "gone")])
+        pools.reclaim(store)
+        expected = {name: store.catalog.snapshot(made.id, name).uuid for name in ("kept", "later")}
+    report = repair.repair(pool, pool_home / "saved")
+    assert [note.partition(" is not")[0] for note in report.notes] == ["bookmark v#of-gone"]
+    with pools.open_tiny(pool_home / "saved") as store:
+        saved_id = store.catalog.volume_named("v").id
+        assert {s.name: s.uuid for s in store.catalog.snapshots(saved_id)} == expected
+        assert {name: b.uuid for b in store.catalog.bookmarks(saved_id) for name in b.names} == {
+            f"of-{name}": uuid for name, uuid in expected.items()
+        }
+        pools.check_clean(store)
+
+
+def test_a_snapshot_that_is_not_whole_is_another_one(pool_home: Path) -> None:
+    """An increment from it would leave in a replica what is a hole here."""
+    pool = pools.make_pool(pool_home)
+    with pools.open_tiny(pool) as store:
+        made = pools.new_volume(store, "v", 640)
+        uuids = []
+        for data in (b"a" * 64, b"b" * 64):
+            pools.write(store, made.map_id, 64, data)
+            (taken,) = snapshots.create(store, [(made.id, data[:1].decode())])
+            bookmarks.create(store, taken, f"of-{taken.name}")
+            uuids.append(taken.uuid)
+    (image,) = pool.rglob("*.img")
+    image.write_bytes(image.read_bytes().replace(b"a" * 64, b"a" * 63 + b"?"))
+    report = repair.repair(pool, pool_home / "saved")
+    assert report.losses
+    with pools.open_tiny(pool_home / "saved") as store:
+        saved_id = store.catalog.volume_named("v").id
+        assert not {s.uuid for s in store.catalog.snapshots(saved_id)} & set(uuids)
+        assert not store.catalog.bookmarks(saved_id)
+    assert len([note for note in report.notes if note.startswith("bookmark v#of-")]) == 2

@@ -473,4 +473,12 @@ DOMAIN: Final = (
         "",
         f"{_LOST}test_a_fault_elsewhere_ends_the_process_as_before",
     ),
+    Breakage(
+        "repaired-snapshot-taken-for-the-one-that-was",
+        "I4",
+        "incfs/repair.py",
+        "if is_proved and len(self._report.losses) == before_all:",
+        "if is_proved:",
+        "tests/damage/test_repair.py::test_a_snapshot_that_is_not_whole_is_another_one",
+    ),
 )
