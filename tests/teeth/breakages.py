@@ -8,7 +8,8 @@ from tests.teeth.domain import DOMAIN
 from tests.teeth.durability import DURABILITY
 from tests.teeth.native import NATIVE
 from tests.teeth.policy import POLICY
+from tests.teeth.schedules import SCHEDULES
 from tests.teeth.shell import SHELL
 
-ROOMS: Sequence[Sequence[Breakage]] = (DURABILITY, CORE, DOMAIN, NATIVE, SHELL, POLICY)
+ROOMS: Sequence[Sequence[Breakage]] = (DURABILITY, CORE, DOMAIN, (*NATIVE, *SCHEDULES), SHELL, POLICY)
 BREAKAGES: Sequence[Breakage] = [breakage for room in ROOMS for breakage in room]
