@@ -143,7 +143,7 @@ class Driver:
         """Get the blocks that a request needs (lease -> how many); in a full pool wait as long as the settings say."""
         space = self._store.space
         if space.grant_all(needs, urgent=urgent):  # who holds the lock may wait for a disk that is not needed here
-            return None
+            return self._leave_queue()
         deadline = trio.current_time() + space.settings.queue_s
         while True:
             try:
