@@ -146,7 +146,7 @@ class Round:
             assert not sender.returncode
         exported = []
         for volume in VOLUMES:
-            path = self.replica.parent / f"{volume}.raw"
+            path = self.replica.parent / f"{volume}-{name}.raw"
             command = [*incfs, str(self.replica), "export", f"{volume}@{name}", str(path)]
             subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
             exported.append(path.read_bytes())
@@ -182,7 +182,7 @@ def digest(images: list[bytes]) -> str:
 @pytest.mark.mount
 @pytest.mark.slow
 @pytest.mark.timeout(600 + 3 * SECONDS)
-@pytest.mark.parametrize("cache", ["none"])
+@pytest.mark.parametrize("cache", ["none", "writeback"])
 def test_a_crowd_finds_one_point_in_time_and_nothing_lost(
     cache: str, spawner: Spawner, pool_home: Path, tmp_path: Path
 ) -> None:
