@@ -170,6 +170,8 @@ def write(store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: b
         raise TrimPending(volume.id)
     if not data:
         return 0
+    if end > volume.size_bytes:
+        store.plane.close_journal()  # no commit of theirs may have the blocks and not the size
     try:
         keep_zeros = not store.space.settings_of(volume.id).zero_elision
         _write_bytes(store, table, offset_bytes, data, wait=wait, keep_zeros=keep_zeros)

@@ -44,16 +44,24 @@ class _HotServer(ctypes.Structure):
 class Sync:
     """An fsync that waits for its answer."""
 
-    def __init__(self, table: MapId, answered: Callable[["Sync", int | None], None]) -> None:
+    def __init__(self, table: MapId) -> None:
         self.table = table
         self.waiter = _Waiter(inode=table)
-        self.answers = _Answers(_DONE(lambda _, error: answered(self, error)), _REFUSED(lambda _: answered(self, None)))
 
 
 class Served:
-    """What a plane's own threads may read and write."""
+    """What a plane's own threads may read and write.
 
-    def __init__(self, plane: Any) -> None:
+    Args:
+        plane: The native one.
+        answered: Called, in any thread, when an fsync is answered: with an errno, 0 for done, None for refused.
+    """
+
+    def __init__(self, plane: Any, answered: Callable[[Sync, int | None], None] = lambda *_: None) -> None:
+        self._answered = answered
+        self._syncs: dict[int, Sync] = {}
+        # The thread that leads answers others with its own functions, so they are the same for all.
+        self._answers = _Answers(_DONE(self._answer), _REFUSED(self._answer))
         self._capsule = plane.server()
         pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
         pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
@@ -73,8 +81,13 @@ class Served:
         return bool(self._server.write(self._server.plane, table, offset_bytes, data, len(data)))
 
     def sync(self, sync: Sync) -> bool:
-        """Make durable what was written; whether it is, ``sync`` hears: an errno, 0 for done, None for refused.
+        """Make durable what was written; ``answered`` hears whether it is, perhaps later.  False: it hears nothing."""
+        address = ctypes.addressof(sync.waiter)
+        self._syncs[address] = sync
+        is_taken = bool(self._server.sync(self._server.plane, sync.waiter, True, self._answers))
+        if not is_taken:
+            del self._syncs[address]
+        return is_taken
 
-        It may hear that later, from another thread, and must live until then.  False: it hears nothing.
-        """
-        return bool(self._server.sync(self._server.plane, sync.waiter, True, sync.answers))
+    def _answer(self, waiter: int, error: int | None = None) -> None:
+        self._answered(self._syncs.pop(waiter), error)

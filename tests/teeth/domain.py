@@ -6,6 +6,7 @@ from tests.teeth.breakage import Breakage
 
 _LANE = "tests/unit/test_lane.py::"
 _STEPS = "tests/unit/test_steps.py::"
+_GREMLIN = "tests/model/test_gremlin.py::"
 _BRANCHES = "tests/model/test_branches.py::"
 _STRIPES = "tests/unit/test_stripes.py::"
 _MIRRORS = "tests/service/test_mirrors.py::"
@@ -91,6 +92,14 @@ DOMAIN: Final = (
         f"{_STEPS}test_a_field_that_changed_meanwhile_stays",
     ),
     Breakage(
+        "record-put-back-after-an-await",
+        "I12",
+        "incfs/memory.py",
+        "        changed = replace(self.catalog.current(record), **fields)\n        self._change(changed)",
+        "        changed = replace(record, **fields)\n        self._change(changed)",
+        "tests/service/test_interleaving.py::test_something_else_at_each_await[remove a storage volume in use]",
+    ),
+    Breakage(
         "half-a-step-goes-on",
         "I10",
         "incfs/memory.py",
@@ -105,6 +114,31 @@ DOMAIN: Final = (
         "        if not self._pending and self.durable_sequence == self.sequence:",
         "        if not self._pending:",
         f"{_LANE}test_a_failed_flush_is_told_and_the_pool_becomes_read_only",
+    ),
+    Breakage(
+        "eviction-seals-within-its-step",
+        "I12",
+        "incfs/memory.py",
+        "        self.absorb()\n        self.plane.evict(table)",
+        "        step, self._step = self._step, None\n        self.absorb()\n        self._step = step\n"
+        "        self.plane.evict(table)",
+        f"{_GREMLIN}test_what_is_written_while_the_newest_snapshot_goes_stays_out_of_the_older_one",
+    ),
+    Breakage(
+        "commit-of-what-the-lane-has-begun-returns-at-once",
+        "I13",
+        "incfs/checkpoint.py",
+        "        else:\n            self.journal.settle()",
+        "        else:\n            pass",
+        f"{_GREMLIN}test_an_fsync_waits_for_the_round_that_has_its_data",
+    ),
+    Breakage(
+        "lane-commits-blocks-behind-an-end",
+        "I11",
+        "incfs/ranges.py",
+        "        store.plane.close_journal()  # no commit",
+        "        pass  # no commit",
+        f"{_GREMLIN}test_an_fsync_while_a_volume_grows_has_no_blocks_behind_its_end",
     ),
     Breakage(
         "lane-overtakes-a-touched-record",
