@@ -101,7 +101,7 @@ def test_every_schedule_is_right(program: Path) -> None:
 
 @pytest.mark.parametrize("owner", range(1, len(OWNERS) + 1), ids=OWNERS)
 def test_a_wrong_owner_is_found_out(program: Path, owner: int) -> None:
-    end = run(program, 20000, owner=owner)
+    end = run(program, 200000, owner=owner)
     assert end.returncode == 1, end.stdout[-8000:] + end.stderr
     assert "FAILED: seed" in end.stdout, end.stdout[-8000:] + end.stderr
 

@@ -40,6 +40,7 @@ static struct lane *lane;
 static struct {
     struct tables tables, stored;
     enum block_state states[IMAGE_BLOCKS];
+    bool is_void[IMAGE_BLOCKS]; /* of a lease that was taken back, and sealed nowhere since: no mapping may name it */
     uint64_t freed[IMAGE_BLOCKS];
     unsigned freed_count;
     struct table_change pending[MOST_CHANGES_PENDING];
@@ -104,7 +105,10 @@ static void turn(uint64_t address, enum block_state from, enum block_state to)
     if (state.states[block] != from)
         fibres_fail("block %u becomes %s, but it is %s and not %s", block, names[to], names[state.states[block]],
                     names[from]);
+    if (to == LIVE && state.is_void[block])
+        fibres_fail("block %u is used, although its lease was taken back", block);
     state.states[block] = to;
+    state.is_void[block] = false;
 }
 
 static void note_freed(uint64_t address)
@@ -137,6 +141,13 @@ static void revoke_all(void)
         for (uint64_t k = 0; k < runs[i].count; k++)
             turn(runs[i].address + k, LEASED, FREE);
     hooks_free(runs);
+}
+
+/* What was taken from these leases and is not sealed now is never seen. */
+static void note_void(void)
+{
+    for (unsigned block = 0; block < IMAGE_BLOCKS; block++)
+        state.is_void[block] = state.states[block] == LEASED;
 }
 
 /* ---- memory.py ------------------------------------------------------------------------------- */
@@ -730,7 +741,7 @@ static void perform(const struct step *step)
         return;
     case STEP_EVICT: return evict(step->volume);
     case STEP_SHRINK: return shrink(step->block % 2);
-    case STEP_REVOKE: absorb(); return revoke_all();
+    case STEP_REVOKE: revoke_all(); absorb(); return note_void();
     case STEP_SERVE: return cut_short(step->volume, step->block);
     case STEP_QUIET: return quiet();
     case STEP_DISCARD: return discard(step->volume, step->block, step->count);

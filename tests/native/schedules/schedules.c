@@ -54,6 +54,7 @@ static unsigned draw(unsigned below)
 struct swarm {
     unsigned kinds[8], count;
     bool is_crowded; /* few blocks are wanted by all */
+    bool prefers_other; /* volume, since it is the one whose reads are not verified */
 };
 
 static struct swarm draw_swarm(unsigned most, unsigned kinds)
@@ -68,6 +69,7 @@ static struct operation draw_operation(const struct swarm *swarm)
 {
     struct operation operation = {.kind = swarm->kinds[draw(swarm->count)], .volume = draw(4) == 0};
     bool is_crowded = swarm->is_crowded;
+    operation.volume ^= swarm->prefers_other;
     operation.can_wait = draw(4);
     unsigned block = is_crowded ? BLOCKS / 2 - 1 + draw(2) : draw(BLOCKS);
     unsigned most = BLOCKS - block < 4 ? BLOCKS - block : 4, blocks = is_crowded ? 1 + draw(2) : 1 + draw(most);
@@ -128,6 +130,7 @@ static struct scenario draw_scenario(uint64_t seed, enum owner owner)
     struct swarm operations = draw_swarm(4, OPERATION_KINDS), steps = draw_swarm(6, STEP_KINDS);
     operations.kinds[operations.count++] = WRITE;
     operations.is_crowded = draw(2);
+    operations.prefers_other = draw(4) == 0;
     for (unsigned client = 0; client < CLIENTS; client++) {
         scenario.operation_count[client] = 1 + draw(MOST_OPERATIONS);
         for (unsigned i = 0; i < scenario.operation_count[client]; i++)
@@ -136,14 +139,17 @@ static struct scenario draw_scenario(uint64_t seed, enum owner owner)
     unsigned step_count = draw(MOST_STEPS + 1);
     for (unsigned i = 0; i < step_count; i++)
         scenario.steps[i] = draw_step(&steps);
+    bool has_other_leg = step_count && draw(4) == 0;
+    if (has_other_leg)
+        scenario.steps[draw(step_count)].kind = STEP_ATTACH;
     draw_schedule(&scenario.schedule, FIRST_CLIENT + CLIENTS);
     draw_faults(&scenario.faults);
     scenario.options = (struct control_options){
         .owner = owner,
         .step_count = step_count,
         .client_count = CLIENTS,
-        .is_unverified = draw(4) == 0,
-        .has_other_leg = draw(4) == 0,
+        .is_unverified = operations.prefers_other,
+        .has_other_leg = has_other_leg,
         .most_blocks = 2 + draw(12),
         .limit_bytes = draw(4) ? 40 << 10 : SECTOR_BYTES * (2 + draw(16)),
     };
