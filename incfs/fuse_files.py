@@ -51,11 +51,14 @@ class Handle:
 class Kernel(Protocol):
     """What handlers ask of the kernel."""
 
-    async def write_back(self, name: str) -> bool:
-        """Make it write its changed pages of a volume; whether that was possible.
+    async def write_back(self, name: str, inode: int) -> bool:
+        """Make it write its changed pages of a volume; whether all of them are here now.
 
         Unlike fsync this does not take the kernel's lock of the file, which a seek holds while we answer it.
         """
+
+    async def size_of(self, name: str, inode: int) -> int | None:
+        """Return a volume's size as the kernel has it; None when its name belongs to it no more."""
 
     async def wait_to_answer_sync(self, table: MapId) -> None:
         """Wait, before FSYNC of a volume is answered, until the kernel may let go of its lock of the file."""
@@ -211,20 +214,36 @@ class FileHandlers(pyfuse3.Operations):
         if handle.content is not None or whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise pyfuse3.FUSEError(errno.EINVAL)
         if self._may_have_unwritten_pages(handle.map_id) and not await self._write_back(handle.inode):
-            return self._seek_as_if_all_data(handle.inode, offset, whence)
+            return await self._seek_as_if_all_data(handle.inode, offset, whence)
         return await self.service.seek(handle.map_id, offset, data=whence == os.SEEK_DATA)
 
     async def _write_back(self, inode: int) -> bool:
         """Have the kernel write its changed pages: it asks without, and they would look like holes."""
-        name = self.service.volume_by_id(volume_of(inode)).name
-        return self.kernel is not None and bool(name) and await self.kernel.write_back(name)
+        name = self._name_of(inode)
+        return self.kernel is not None and bool(name) and await self.kernel.write_back(name, inode)
 
-    def _seek_as_if_all_data(self, inode: int, offset: int, whence: int) -> int:
-        """Answer for a volume without a name: its unwritten pages cannot be reached, but need not be missed."""
-        size_bytes = self.service.volume_by_id(volume_of(inode)).size_bytes
+    async def _seek_as_if_all_data(self, inode: int, offset: int, whence: int) -> int:
+        """Answer where unwritten pages cannot be waited for, but need not be missed.
+
+        So for a volume without a name, and on a kernel that waits for no page without the lock of the file.
+        """
+        size_bytes = await self._size_in_the_kernel(inode)
         if not 0 <= offset < size_bytes:
             raise pyfuse3.FUSEError(errno.ENXIO)
         return offset if whence == os.SEEK_DATA else size_bytes
+
+    async def _size_in_the_kernel(self, inode: int) -> int:
+        """Return a volume's size with what the kernel has appended and not written; without a name, as it is here."""
+        while self.kernel is not None and (name := self._name_of(inode)):
+            size_bytes = await self.kernel.size_of(name, inode)
+            if size_bytes is not None:
+                return size_bytes
+            if name == self._name_of(inode):
+                break
+        return self.service.volume_by_id(volume_of(inode)).size_bytes
+
+    def _name_of(self, inode: int) -> str:
+        return self.service.volume_by_id(volume_of(inode)).name
 
     def _may_have_unwritten_pages(self, table: MapId) -> bool:
         """Closing writes a file's pages and a mapping keeps its handle open, so a writer's handle tells."""

@@ -26,6 +26,7 @@ from incfs.errors import (
     UsageError,
 )
 from incfs.inodes import SNAPSHOTS_NAME
+from incfs.kernels import waits_for_pages
 from incfs.model import MapId
 from incfs.mount_table import write_pages
 from incfs.outside import Outside
@@ -44,6 +45,7 @@ class KernelHook:
         outside: Makes the system calls, which wait for this process's own mount.
         writers: Gives the volumes that somebody has open for writing.
         find_name: Gives the name of a volume; raises VolumeNotFound.
+        release: The kernel's, as ``uname -r`` has it; the running one's by default.
     """
 
     def __init__(
@@ -52,9 +54,11 @@ class KernelHook:
         outside: Outside,
         writers: Callable[[], Collection[MapId]],
         find_name: Callable[[MapId], str],
+        release: str | None = None,
     ) -> None:
         self._mountpoint = mountpoint
         self._outside = outside
+        self._waits_for_pages = waits_for_pages(release)
         self._standstill = Standstill(self, writers, lambda table: mountpoint / find_name(table))
 
     def holds(self, path: Path) -> bool:
@@ -92,14 +96,27 @@ class KernelHook:
         """Fsync files all at once, and close them; over at the first that fails."""
         await self._call(_sync_all, descriptors)
 
-    async def write_back(self, name: str) -> bool:
-        """Have the kernel write its changed pages of a volume, without its lock; whether that was possible."""
+    async def write_back(self, name: str, inode: int) -> bool:
+        """Have the kernel write its changed pages of a volume, without its lock; whether all of them are here now.
+
+        A kernel that does not wait for the writes without the lock is not asked: some would be on their way still.
+        """
+        if not self._waits_for_pages:
+            return False
         try:
-            await self._outside.run(_write_pages, self._mountpoint / name)
+            await self._outside.run(_write_pages, self._mountpoint / name, inode)
         except OSError as error:
             logger.debug("%s: its pages are not written: %s", name, error)
             return False
         return True
+
+    async def size_of(self, name: str, inode: int) -> int | None:
+        """Return a volume's size as the kernel has it, also of what it has not written; None when it has gone."""
+        try:
+            return await self._outside.run(_size_of, self._mountpoint / name, inode)
+        except OSError as error:
+            logger.debug("%s: its size in the kernel is not known: %s", name, error)
+            return None
 
     def forget_attributes(self, inode: int) -> None:
         """Have the kernel ask for an inode's attributes the next time; never blocks."""
@@ -134,13 +151,26 @@ class KernelHook:
             raise _from_kernel(error) from error
 
 
-def _write_pages(path: Path) -> None:
+def _write_pages(path: Path, inode: int) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        _require_inode(os.fstat(fd), path, inode)
         write_pages(fd)
     finally:
         # Closing takes the file's lock: it may end only after the handler that asked has answered.
         threading.Thread(target=os.close, args=(fd,), daemon=True).start()
+
+
+def _size_of(path: Path, inode: int) -> int:
+    found = os.stat(path)
+    _require_inode(found, path, inode)
+    return found.st_size
+
+
+def _require_inode(found: os.stat_result, path: Path, inode: int) -> None:
+    """The name may belong to another volume since it was looked up."""
+    if found.st_ino != inode:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
 
 
 def _sync_file(path: Path) -> None:

@@ -49,9 +49,15 @@ async def test_only_a_writers_handle_makes_seek_write_back(operations):
     asked = []
 
     class Kernel:
-        async def write_back(self, name):
+        async def write_back(self, name, inode):
             asked.append(name)
             return True
+
+        async def size_of(self, name, inode):
+            raise AssertionError("everything was written back")
+
+        def is_ours(self, pid):
+            return False
 
         def forget_attributes(self, inode):
             raise AssertionError("nothing was fsynced")
@@ -74,6 +80,33 @@ async def test_seek_in_a_nameless_volume_that_a_writer_has_open_misses_no_data(o
     assert await operations.lseek(opened.fh, 5, os.SEEK_DATA) == 5
     assert await operations.lseek(opened.fh, 5, os.SEEK_HOLE) == 100_000
     assert await errno_of(operations.lseek(opened.fh, 100_000, os.SEEK_DATA)) == errno.ENXIO
+
+
+async def test_seek_takes_all_for_data_up_to_the_kernels_end_if_its_pages_cannot_be_waited_for(operations):
+    sizes = iter([None, 300_000, 300_000, 300_000])
+
+    class Kernel:
+        async def write_back(self, name, inode):
+            return False
+
+        async def size_of(self, name, inode):
+            size_bytes = next(sizes)
+            if size_bytes is None:  # renamed while it was looked for
+                await operations.service.rename_volume(VolumeId(1), "other")
+            return size_bytes
+
+        def is_ours(self, pid):
+            return False
+
+        def forget_attributes(self, inode):
+            raise AssertionError("nothing was fsynced")
+
+    operations.kernel = Kernel()
+    opened, _ = await operations.create(inodes.ROOT, b"db", 0o600, os.O_RDWR, CONTEXT)
+    await operations.write(opened.fh, 0, b"x")
+    assert await operations.lseek(opened.fh, 200_000, os.SEEK_DATA) == 200_000
+    assert await operations.lseek(opened.fh, 5, os.SEEK_HOLE) == 300_000
+    assert await errno_of(operations.lseek(opened.fh, 300_000, os.SEEK_DATA)) == errno.ENXIO
 
 
 async def test_a_status_file_is_as_it_was_when_opened(operations):
