@@ -80,7 +80,7 @@ class Healer:
             return
         storage = store.pool.volume(storage_id)
         storage.write_blocks(stored_index, data)
-        storage.needs_sync = True
+        storage.note_written()
         self.healed_blocks += 1
 
 

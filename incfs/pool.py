@@ -179,7 +179,7 @@ class Pool:
         """
         addresses = array("Q", addresses)
         for storage_id in self._set_live(addresses, live=True):
-            self.volumes[storage_id].needs_sync = True
+            self.volumes[storage_id].note_written()
         for storage_id, group_index, bits in by_group(addresses) if self._has_mirrors else ():
             self.volumes[storage_id].note_live(group_index, bits)
             if self.volumes[storage_id].record.stale_legs:

@@ -45,7 +45,7 @@ class StorageVolume:
         self.busy: list[int] = []
         self.live_blocks = 0
         self.busy_blocks = 0
-        self.needs_sync = False
+        self._written_count = self._synced_count = 0
         self.changed: dict[int, int] = {}
         """Group -> blocks that became live while a leg was away: what it lacks."""
         self.recent: list[dict[int, int]] = [{}, {}]
@@ -139,10 +139,20 @@ class StorageVolume:
         """Write whole blocks to the page cache; ``sync`` makes them durable once they are committed."""
         self.file.pwrite(self._offset(block_index), data)
 
+    def note_written(self) -> None:
+        """Remember that the image needs a sync.  Any thread."""
+        self._written_count += 1
+
+    @property
+    def needs_sync(self) -> bool:
+        """Whether something was written that no sync which has ended made durable."""
+        return self._written_count != self._synced_count
+
     def sync(self) -> None:
         """Make every block written before this call durable."""
-        self.needs_sync = False
+        count = self._written_count
         self.file.sync()
+        self._synced_count = max(self._synced_count, count)  # not before: who asks meanwhile has to wait, too
 
     def load(self, group_index: int, bits: int) -> None:
         """Take over a stored bitmap at open."""

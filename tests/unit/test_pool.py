@@ -363,3 +363,34 @@ def test_a_sync_that_fails_is_told_when_all_have_ended(pool_home: Path, monkeypa
         store.pool.sync()
     assert len(synced) == 1
     store.abandon()
+
+
+def test_a_flush_waits_for_one_that_is_under_way(pool_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit beside a checkpoint's fold: neither takes for durable what the other is still flushing."""
+    store = pools.open_tiny(pools.make_pool(pool_home))
+    volume = pools.new_volume(store, "a")
+    pools.write(store, volume.map_id, 0, b"x" * 640)
+    store.absorb()
+    begun, may_end, sync = threading.Event(), threading.Event(), File.sync
+    ended: list[str] = []
+
+    def slow(file: File) -> None:
+        begun.set()
+        may_end.wait(10)
+        sync(file)
+        ended.append("flush")
+
+    monkeypatch.setattr(File, "sync", slow)
+    first = threading.Thread(target=store.pool.sync)
+    first.start()
+    begun.wait(10)
+    second = threading.Thread(target=lambda: (store.pool.sync(), ended.append("told")))
+    second.start()
+    second.join(0.05)
+    assert second.is_alive(), "it was told that everything is durable, and nothing is"
+    may_end.set()
+    first.join()
+    second.join()
+    assert ended[-1] == "told"
+    monkeypatch.undo()
+    store.abandon()
