@@ -16,6 +16,7 @@ from incfs.baseline import BaselineFacts
 from incfs.blocks import bit_mask, split_address
 from incfs.catalog import Catalog, Record, RecordId, record_id, record_puts
 from incfs.codec import Entries, entry_runs
+from incfs.epoch import NEVER, Standing
 from incfs.errors import AlreadyExists, FormatError
 from incfs.journal import Journal
 from incfs.model import (
@@ -32,6 +33,7 @@ from incfs.model import (
     split_map_id,
 )
 from incfs.overlay import Layer, Patch, TableKey
+from incfs.parts import create_standing
 from incfs.pool import Pool
 from incfs.store import TABLES_NAME, new_nonce
 from incfs.superblock import Superblock, write_superblock
@@ -198,6 +200,8 @@ class MetadataBuilder:
             raise
         self.finish_tables(last_volume=last_volume)
         uuid, size = UUID(self._superblock.uuid), self._superblock.journal_bytes
+        # Whatever the images were stamped with: the next opening takes them over, and other directories fit no more.
+        create_standing(self._backing, self._directory, uuid, Standing(NEVER, is_adopting=True))
         Journal.create(self._backing, self._directory, uuid, segment_bytes=size, nonce=new_nonce())
         write_superblock(self._backing, self._directory, self._superblock)
 

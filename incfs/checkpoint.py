@@ -14,6 +14,7 @@ from incfs.blocks import split_address
 from incfs.catalog import Record, RecordId, record_puts
 from incfs.changes import Change, MapRun, encode_body, map_runs
 from incfs.codec import checksum
+from incfs.epoch import Epoch, Point, Stamp
 from incfs.errors import ChecksumMismatch
 from incfs.journal import Journal
 from incfs.model import HOLE, StorageId
@@ -113,6 +114,13 @@ class Checkpoint:
     tables: Tables
     backing: Backing
     tables_path: Path
+    epoch: Epoch
+    """Of the pool: it is what the images are stamped with."""
+
+    @property
+    def _stamp(self) -> Stamp:
+        """What images and legs say from this checkpoint on."""
+        return Stamp(self.epoch, Point(self.segment_number, self.sequence))
 
     def run_commit(self) -> None:
         """Make the checkpoint's own commit durable and start the next journal segment.
@@ -124,14 +132,25 @@ class Checkpoint:
             self.commit.run()
         self.journal.start_segment(self.sequence + 1, self.nonce)
 
+    def write_stamps(self) -> None:
+        """Write what images and legs say from this checkpoint on; ``run_fold`` makes it durable.
+
+        Raises:
+            NoSpace: A host has no room; nothing was harmed, and it may be tried again.
+            BackingError: As ``Commit.run``.
+        """
+        self.pool.write_stamps(self._stamp)
+
     def reserve(self) -> None:
-        """Make sure that the host has room for the tables to grow.
+        """Make sure that the host has room for the tables to grow, and write the stamps, which may need some, too.
 
         LMDB reports a full disk as an I/O error, when it is too late: ask beforehand.
 
         Raises:
             NoSpace: It has not; nothing was changed, and it may be asked again.
+            BackingError: As ``Commit.run``.
         """
+        self.write_stamps()
         pages = sum(len(pages) for pages in self.layer.values()) + len(self.groups) + len(self.records)
         file = self.backing.open(self.tables_path)
         try:
@@ -140,14 +159,16 @@ class Checkpoint:
             file.close()
 
     def run_fold(self) -> None:
-        """Make all data durable, then the tables.
+        """Make all data durable, with a stamp that names this checkpoint on each image; then the tables.
+
+        So tables that lack it are known to be older than the images, before what it frees is used again.
 
         Atomicity: one LMDB transaction; before its commit the journal still has everything.
 
         Raises:
             BackingError: As ``Commit.run``.
         """
-        self.pool.sync()
+        self.pool.sync_stamped(self._stamp)
         values = record_puts(self.records)
         values["space"] = {
             space_key(*key): bits.to_bytes((bits.bit_length() + 7) // 8, "little") if bits else None

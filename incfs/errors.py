@@ -37,6 +37,7 @@ Owns the tree, the stable codes, and for each class its errno (FUSE), its exit c
     │   └── TokenStale             what a resume token stands for is not there any more
     ├── ReplicaFailed              the next run goes on
     ├── BaseMismatch               a stream's base is not what the target holds
+    ├── EpochMismatch              parts of a pool are of different times, or of different forks of it
     ├── UnsupportedFormat          a newer incfs wrote this
     ├── HookFailed                 a program around a snapshot
     ├── JobStopped                 somebody stopped it; what it did stays done
@@ -291,6 +292,13 @@ class BaseMismatch(IncfsError):
 
     code = "stream.base-mismatch"
     errno = _errno.EBUSY
+    exit_code = 12
+
+
+class EpochMismatch(IncfsError):
+    """A pool's directory and an image of it are of different times, or of different forks of the pool (I14)."""
+
+    code = "pool.epoch-mismatch"
     exit_code = 12
 
 

@@ -1,4 +1,4 @@
-"""The header of an image file: which storage volume of which pool it is.
+"""The header of an image file: which storage volume of which pool it is, and when it last belonged to it.
 
 ``docs/FORMAT.md`` draws the bytes.  Blocks begin at ``DATA_OFFSET_BYTES``.
 """
@@ -12,10 +12,13 @@ from uuid import UUID
 
 from incfs.backing import File
 from incfs.codec import checksum
+from incfs.epoch import SLOT_BYTES, SLOT_STEP_BYTES, Stamp, decode_stamp, encode_stamp
 from incfs.errors import BackingError, ImageMismatch, IncfsError
 
 DATA_OFFSET_BYTES = 65536
 HEADER_BYTES = 4096
+_STAMP_OFFSETS = (4096, 8192)
+"""Two, written in turn."""
 _HEADER = struct.Struct("<8sHHI16s16s")
 _CRC = struct.Struct("<I")
 _MAGIC = b"INCFSIM\0"
@@ -35,8 +38,10 @@ class ImageHeader:
         return f"storage volume {self.storage_id} ({self.storage_uuid}) of pool {self.pool_uuid}"
 
 
-def write_header(file: File, header: ImageHeader) -> None:
-    """Write the header into a new image and make the file long enough to hold it.
+def write_header(file: File, header: ImageHeader, stamp: Stamp) -> None:
+    """Write the header and the first stamp into a new image, and make the file long enough to hold them.
+
+    The room of later stamps is taken now: a full disk must not keep a pool from being opened.
 
     Durability: durable on return.
     """
@@ -49,7 +54,8 @@ def write_header(file: File, header: ImageHeader) -> None:
         header.storage_uuid.bytes,
     )
     file.truncate(DATA_OFFSET_BYTES)
-    file.pwrite(0, (head + _CRC.pack(checksum(head))).ljust(HEADER_BYTES, b"\0"))
+    header_sectors = (head + _CRC.pack(checksum(head))).ljust(HEADER_BYTES, b"\0")
+    file.pwrite(0, header_sectors + encode_stamp(stamp, 0).ljust(SLOT_STEP_BYTES, b"\0") + bytes(SLOT_STEP_BYTES))
     file.sync()
 
 
@@ -69,6 +75,40 @@ def read_header(file: File) -> ImageHeader:
     if version != _VERSION:
         raise ImageMismatch(f"{file.path} is a storage image of version {version}, supported is {_VERSION}")
     return ImageHeader(UUID(bytes=pool), UUID(bytes=storage), storage_id, block_bytes)
+
+
+def read_stamp(file: File) -> Stamp | None:
+    """Read the newest sound stamp; None when there is none.
+
+    Raises:
+        FormatError: A newer incfs wrote it.
+        BackingError: The host failed.
+    """
+    newest = max(_stamps(file), key=_serial_of, default=None)
+    return None if newest is None else newest[1]
+
+
+def write_stamp(file: File, stamp: Stamp) -> None:
+    """Write a stamp in the place of the older of the two, unless it is there already.  Any thread.
+
+    Durability: none until ``sync``, which must come before the next stamp: of both slots one is always durable.
+    """
+    newest = max(_stamps(file), key=_serial_of, default=None)
+    if newest is not None and newest[1] == stamp:
+        return
+    serial = 0 if newest is None else newest[0] + 1
+    file.pwrite(_STAMP_OFFSETS[serial % 2], encode_stamp(stamp, serial))
+
+
+def _stamps(file: File) -> list[tuple[int, Stamp]]:
+    if file.length_bytes() < DATA_OFFSET_BYTES:
+        return []
+    found = (decode_stamp(file.pread(offset, SLOT_BYTES)) for offset in _STAMP_OFFSETS)
+    return [slot for slot in found if slot is not None]
+
+
+def _serial_of(slot: tuple[int, Stamp]) -> int:
+    return slot[0]
 
 
 class AbsentImage(File):

@@ -6,8 +6,9 @@ from pathlib import Path
 from uuid import UUID
 
 from incfs.backing import Backing, File
-from incfs.errors import BackingError, ImageMismatch, IncfsError
-from incfs.image import ImageHeader, read_header, write_header
+from incfs.epoch import UNSTAMPED, Stamp
+from incfs.errors import BackingError, EpochMismatch, ImageMismatch, IncfsError
+from incfs.image import ImageHeader, read_header, read_stamp, write_header
 from incfs.mirror import MirroredFile
 from incfs.model import Storage, StorageId
 
@@ -22,6 +23,13 @@ class Images:
         self._backing = backing
         self.moved: Mapping[StorageId, Path] = {}
         """Images that are not where their records say."""
+        self.unfit: dict[tuple[StorageId, int], IncfsError] = {}
+        """Legs that do not belong to the pool as it is, found when it was opened: they are not read."""
+        self.absent: dict[tuple[StorageId, int], IncfsError] = {}
+        """Legs that could not be looked at then: they are not opened before a resilver does it."""
+        self.missing_stamp: Stamp | None = None
+        """What a leg that was missing then must at least say of itself to need only what it lacks since."""
+        self._kept: dict[Path, File] = {}
 
     def path(self, record: Storage) -> Path:
         """Resolve a storage volume's path."""
@@ -31,22 +39,22 @@ class Images:
         """Resolve the paths of a storage volume's legs."""
         return [self.path(record), *(self._directory / path for path in record.mirrors)]
 
-    def create(self, record: Storage) -> None:
+    def create(self, record: Storage, stamp: Stamp) -> None:
         """Make the image files of a storage volume, with their headers.
 
         Durability: files, headers and names are durable on return.
         """
         for path in self.leg_paths(record):
-            self.create_leg(record, path)
+            self.create_leg(record, path, stamp)
 
-    def create_leg(self, record: Storage, path: Path) -> None:
-        """Make one image file with its header.
+    def create_leg(self, record: Storage, path: Path, stamp: Stamp = UNSTAMPED) -> None:
+        """Make one image file with its header; by default it is of no epoch until it is filled.
 
         Durability: as ``create``.
         """
         file = self._backing.create(path)
         try:
-            write_header(file, self._header(record))
+            write_header(file, self._header(record), stamp)
         finally:
             file.close()
         self._backing.sync_directory(path.parent)
@@ -74,6 +82,10 @@ class Images:
             raise ImageMismatch(f"storage volume {record.id}: no sound leg is there: {why}", storage=record.id)
         mirror = MirroredFile(paths[0], legs, record.stale_legs)
         mirror.failed.update({number: str(why) for number, why in reasons.items() if number in mirror.failed})
+        for number, leg in enumerate(legs):
+            stamp = read_stamp(leg) if leg is not None else self.missing_stamp
+            if stamp is not None and (record.id, number) not in self.unfit:
+                mirror.stamps[number] = stamp
         return mirror
 
     def _open_legs(self, record: Storage, paths: Sequence[Path]) -> tuple[list[File | None], dict[int, IncfsError]]:
@@ -81,11 +93,23 @@ class Images:
         reasons: dict[int, IncfsError] = {}
         for number, path in enumerate(paths):
             try:
+                found = self.unfit.get((record.id, number)) or self.absent.get((record.id, number))
+                if found is not None and number not in record.stale_legs:
+                    raise found
                 legs.append(self.open_leg(record, path))
-            except (ImageMismatch, BackingError) as error:
+            except (ImageMismatch, EpochMismatch, BackingError) as error:
                 legs.append(None)
                 reasons[number] = error
         return legs, reasons
+
+    def keep(self, path: Path, file: File) -> None:
+        """Let an open image wait for whoever opens it next: its lock is not let go meanwhile."""
+        self._kept[path] = file
+
+    def close_kept(self) -> None:
+        """Close what nobody opened."""
+        while self._kept:
+            self._kept.popitem()[1].close()
 
     def open_leg(self, record: Storage, path: Path) -> File:
         """Open an image file and prove that it is of a storage volume.
@@ -93,6 +117,9 @@ class Images:
         Raises:
             ImageMismatch: Missing, truncated, damaged, or of another storage volume.
         """
+        kept = self._kept.pop(path, None)
+        if kept is not None:
+            return kept
         if os.path.lexists(path) and not os.path.isfile(path):  # opening a device may do harm, a pipe may hang
             raise ImageMismatch(f"storage volume {record.id}: {path} is not an ordinary file", storage=record.id)
         if not os.path.exists(path):

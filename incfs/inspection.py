@@ -94,15 +94,21 @@ class Inspection:
 
             with self._store.tables.reading() as reader:
                 volumes, block_bytes = self._store.pool.volumes, self._store.block_bytes
-                return Checker(reader, volumes, block_bytes, data=data, progress=report).run()
+                found = Checker(reader, volumes, block_bytes, data=data, progress=report).run()
+            if self._store.mismatch is not None:
+                found.damage("parts", str(self._store.mismatch))
+            return found
 
         self._store.pool.reuse.held += 1
         try:
             if self._store.failure is None:
                 await self._committer.checkpoint()
-            return await offload(run)
+            report = await offload(run)
         finally:
             self._store.pool.reuse.held -= 1
+        if data and not report.is_damaged and self._store.failure is None and self._store.standing.is_unproved:
+            await offload(self._store.prove)
+        return report
 
     async def dump(self, path: Path) -> int:
         """Write the metadata as of now to a file as text; give its length in bytes."""

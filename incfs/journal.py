@@ -22,11 +22,12 @@ from uuid import UUID
 
 from incfs.backing import Backing, File
 from incfs.codec import checksum
+from incfs.epoch import NEVER, Epoch
 from incfs.errors import FormatError, IncfsError, JournalDamaged, LimitExceeded
 
 SECTOR_BYTES = 512
 MAX_RECORD_BYTES = 1 << 30
-_SEGMENT = struct.Struct("<8sHxxI16sQQQ")
+_SEGMENT = struct.Struct("<8sHxxI16sQQQQQ")
 _SEGMENT_MAGIC = b"INCFSJN\0"
 _VERSION = 1
 _RECORD = struct.Struct("<4sIQQI")
@@ -80,6 +81,8 @@ class Segment:
     number: int
     start_sequence: int
     nonce: int
+    epoch: Epoch = NEVER
+    """In which it was started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,15 @@ def journal_paths(directory: Path) -> tuple[Path, Path]:
 def encode_segment(pool: UUID, segment: Segment) -> bytes:
     """Make the header sector of a segment."""
     head = _SEGMENT.pack(
-        _SEGMENT_MAGIC, _VERSION, SECTOR_BYTES, pool.bytes, segment.number, segment.start_sequence, segment.nonce
+        _SEGMENT_MAGIC,
+        _VERSION,
+        SECTOR_BYTES,
+        pool.bytes,
+        segment.number,
+        segment.start_sequence,
+        segment.nonce,
+        segment.epoch.counter,
+        segment.epoch.nonce,
     )
     return (head + _CRC.pack(checksum(head))).ljust(SECTOR_BYTES, b"\0")
 
@@ -112,14 +123,14 @@ def decode_segment(pool: UUID, sector: bytes) -> Segment | None:
     """
     if len(sector) < _SEGMENT.size + _CRC.size:
         return None
-    magic, version, sector_bytes, owner, number, start, nonce = _SEGMENT.unpack_from(sector)
+    magic, version, sector_bytes, owner, number, start, nonce, *epoch = _SEGMENT.unpack_from(sector)
     if magic != _SEGMENT_MAGIC or _CRC.unpack_from(sector, _SEGMENT.size)[0] != checksum(sector[: _SEGMENT.size]):
         return None
     if owner != pool.bytes:
         raise FormatError(f"the journal belongs to pool {UUID(bytes=owner)}, not to {pool}")
     if version != _VERSION or sector_bytes != SECTOR_BYTES:
         raise FormatError(f"journal version {version} with sectors of {sector_bytes} bytes is not supported")
-    return Segment(number, start, nonce)
+    return Segment(number, start, nonce, Epoch(*epoch))
 
 
 def encode_ack(sequence: int, nonce: int) -> bytes:
@@ -199,9 +210,13 @@ class Journal:
         self._next_sequence = 0
         self._borrower: Borrower | None = None
         self._segment_bytes = min(file.length_bytes() for file in files)
+        self.epoch = NEVER
+        """Of the pool: segments that are started say it."""
 
     @classmethod
-    def create(cls, backing: Backing, directory: Path, pool: UUID, *, segment_bytes: int, nonce: int) -> None:
+    def create(
+        cls, backing: Backing, directory: Path, pool: UUID, *, segment_bytes: int, nonce: int, epoch: Epoch = NEVER
+    ) -> None:
         """Make both files, written full of zeros, and start segment 1 at sequence 1.
 
         Zeros rather than holes: appending then changes no metadata of the host's filesystem,
@@ -214,7 +229,7 @@ class Journal:
                 for offset in range(0, segment_bytes, step):
                     file.pwrite(offset, bytes(min(step, segment_bytes - offset)))
                 if number == 1:
-                    file.pwrite(0, encode_segment(pool, Segment(1, 1, nonce)))
+                    file.pwrite(0, encode_segment(pool, Segment(1, 1, nonce, epoch)))
                 file.sync()
             finally:
                 file.close()
@@ -320,6 +335,11 @@ class Journal:
                         f"but record {later} behind it is not"
                     )
 
+    def sync(self) -> None:
+        """Make durable what is there: somebody who was killed may have left the last record in the host's cache."""
+        for file in self._files:
+            file.sync()
+
     def records(self) -> Iterator[JournalRecord]:
         """Yield the records of the current segment, changing nothing.  Any thread."""
         segment, end = self._segment, self.used_bytes
@@ -335,7 +355,7 @@ class Journal:
         contained in a checkpoint already.
         """
         self._reclaim()
-        segment = Segment(self._segment.number + 1, start_sequence, nonce)
+        segment = Segment(self._segment.number + 1, start_sequence, nonce, self.epoch)
         file = self._file(segment.number)
         file.pwrite(0, encode_segment(self._pool, segment))
         file.sync()

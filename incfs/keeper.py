@@ -121,7 +121,7 @@ class Keeper:
         pool = self._store.pool
         for storage_id, volume in list(pool.volumes.items()):
             for group_index in range(volume.group_count):
-                if volume.state != "online" or self._store.failure is not None:
+                if volume.state != "online" or self._store.failure is not None or pool.reuse.is_withheld:
                     break
                 try:
                     bits = await offload(lambda: volume.written_blocks(group_index))  # noqa: B023

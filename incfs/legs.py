@@ -13,11 +13,12 @@ from incfs.backing import File
 from incfs.blocks import split_address
 from incfs.codec import checksum
 from incfs.dataplane import LegFailed
+from incfs.epoch import Epoch, Point, Stamp, is_behind
 from incfs.errors import BackingError, ChecksumMismatch, IncfsError, NotFound, UsageError
-from incfs.image import DATA_OFFSET_BYTES
+from incfs.image import DATA_OFFSET_BYTES, read_stamp, write_stamp
 from incfs.memory import one_step
 from incfs.mirror import MirroredFile
-from incfs.model import HOLE, StorageId
+from incfs.model import HOLE, Storage, StorageId
 from incfs.overlay import TableKey
 from incfs.storage import StorageVolume
 from incfs.store import Store
@@ -56,7 +57,7 @@ def heal(store: Store, error: IncfsError) -> bool:
     """Put right what a read found wrong; False when that cannot be.  Any thread."""
     is_read = isinstance(error, ChecksumMismatch) or error.facts.get("action") == "read"
     volume = store.pool.volumes.get(StorageId(error.facts.get("storage", 0)))
-    if not is_read or volume is None or volume.mirror is None:
+    if not is_read or volume is None or volume.mirror is None or store.mismatch is not None:
         return False
     first = volume.mirror.sound_legs()[0][0]
     healed = volume.heal(error.facts["block"], error.facts.get("expected"))
@@ -86,6 +87,8 @@ def open_leg(store: Store, storage_id: StorageId, number: int) -> File:
     images, record = store.pool.images, volume.record
     leg = mirror.legs[number] or images.open_leg(record, images.leg_paths(record)[number])
     mirror.legs[number] = leg
+    if not _is_as_left(record, number, leg):
+        mirror.unknown.add(number)
     missing = mirror.length_bytes() - leg.length_bytes()
     if missing > 0:
         leg.allocate(leg.length_bytes(), missing)
@@ -97,10 +100,21 @@ def attach_leg(store: Store, storage_id: StorageId, number: int) -> File:
     mirror = mirror_of(store, storage_id)
     leg = mirror.legs[number]
     assert leg is not None
+    if number in mirror.unknown:
+        mirror.unknown.discard(number)
+        store.pool.lack_everything(storage_id)
     mirror.rebuilding.add(number)
     store.plane.attach(storage_id)
     store.absorb()  # what was written to the others only is among the changed blocks from now on
     return leg
+
+
+def _is_as_left(record: Storage, number: int, leg: File) -> bool:
+    """Tell whether a leg is the one that was left behind, and not an older or another copy of it."""
+    stamp, left = read_stamp(leg), next((left for left in record.left_legs if left[0] == number), None)
+    if stamp is None or left is None:
+        return False
+    return stamp.epoch == Epoch(*left[1:3]) and not is_behind(stamp.point, Point(*left[3:]))
 
 
 Lacking = list[tuple[int, int]]
@@ -150,13 +164,27 @@ def _runs(blocks: Lacking) -> Iterator[list[tuple[int, int]]]:
         yield run
 
 
+def sync_leg(store: Store, storage_id: StorageId, number: int) -> None:
+    """Make durable what was copied to a leg, and that it belongs to the pool from now on.  Any thread."""
+    leg = mirror_of(store, storage_id).legs[number]
+    assert leg is not None
+    stamp = Stamp(store.standing.settled, store.point)
+    write_stamp(leg, stamp)
+    leg.sync()
+    mirror_of(store, storage_id).stamps[number] = stamp
+
+
 @one_step
 def finish_resilver(store: Store, storage_id: StorageId, number: int) -> None:
     """Let a leg that was brought up to date, and synced, be read again; the caller commits."""
     mirror, record = mirror_of(store, storage_id), store.pool.volume(storage_id).record
     mirror.rebuilding.discard(number)
     mirror.stale.discard(number)
-    store.amend(record, stale_legs=tuple(leg for leg in record.stale_legs if leg != number))
+    store.amend(
+        record,
+        stale_legs=tuple(leg for leg in record.stale_legs if leg != number),
+        left_legs=tuple(left for left in record.left_legs if left[0] != number),
+    )
     store.plane.attach(storage_id)
 
 
@@ -183,8 +211,10 @@ def replace_leg(store: Store, storage_id: StorageId, number: int, path: str) -> 
     mirror.leave(number, "it is replaced")
     mirror.failed.pop(number, None)
     mirror.legs[number] = None
+    mirror.stamps.pop(number, None)
     stale = tuple(sorted({*record.stale_legs, number}))
-    store.amend(record, path=paths[0], mirrors=tuple(paths[1:]), stale_legs=stale)
+    left = tuple(left for left in record.left_legs if left[0] != number)
+    store.amend(record, path=paths[0], mirrors=tuple(paths[1:]), stale_legs=stale, left_legs=left)
     store.pool.lack_everything(storage_id)
     store.plane.attach(storage_id)
 

@@ -65,7 +65,7 @@ class IncrementalLog:
         self._emptied_to: dict[TableKey, int] = {}
         self.baselines: Mapping[StorageId, MadePages] = {}
         """Tables of volume 0: their pages are made, not stored."""
-        self.epoch = 0
+        self.thaw_count = 0
         """Rises when a checkpoint ends: pages fetched before are stale."""
 
     def append(self, newest_generation: int, sealed: Sealed) -> "array[int]":
@@ -309,7 +309,7 @@ class IncrementalLog:
     def thaw(self) -> None:
         """End a checkpoint: its layer is in the tables now."""
         self._overlay.thaw()
-        self.epoch += 1
+        self.thaw_count += 1
 
     @property
     def overlay_pages(self) -> int:

@@ -13,7 +13,7 @@ Invariants:
 import logging
 import time
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -28,6 +28,7 @@ from incfs.catalog import Catalog, Record, RecordId, RecordT, record_id
 from incfs.changes import Change, map_change
 from incfs.codec import Entries, encode_record
 from incfs.dataplane import Batch, DataPlane
+from incfs.epoch import NEVER, Stamp, Standing
 from incfs.errors import BackingError, IncfsError, PoolReadOnly
 from incfs.events import EventLog
 from incfs.log import IncrementalLog
@@ -80,6 +81,8 @@ class Memory:
         self.options = options
         self.catalog = Catalog()
         self.failure: IncfsError | None = None
+        self.mismatch: IncfsError | None = None
+        """Why directory and images do not belong together, when the pool was opened only to be looked at."""
         self.clock: Callable[[], int] = time.time_ns
         """Nanoseconds since 1970, for the records' times."""
         self.pending_mappings = 0
@@ -90,6 +93,8 @@ class Memory:
         """Of the last commit begun."""
         self.durable_sequence = 0
         """Of the last commit whose flush is known to have ended (I13)."""
+        self.standing = Standing(NEVER)
+        """Which epoch the pool is in; settled once it was opened to be written."""
         self.backing = backing
         self.tables = tables
         self.log = IncrementalLog(tables)
@@ -279,7 +284,7 @@ class Memory:
             if volume.mirror is None or not volume.mirror.failed:
                 continue
             failed, volume.mirror.failed = volume.mirror.failed, {}
-            self.touch(volume.record, stale_legs=tuple(sorted({*volume.record.stale_legs, *failed})))
+            self.touch(volume.record, **_without_legs(volume.record, failed, volume.mirror.stamps))
             self.plane.attach(storage_id)
             for number, reason in failed.items():
                 self.events.record("leg-failed", f"storage {storage_id}", f"leg {number}: {reason}", leg=number)
@@ -516,6 +521,16 @@ def one_step(function: Callable[Concatenate[StoreT, Args], Result]) -> Callable[
             return function(store, *args, **named)
 
     return within
+
+
+def _without_legs(record: Storage, failed: Collection[int], stamps: Mapping[int, Stamp]) -> dict[str, Any]:
+    """Tell what a record says once legs are stale, and when they were left behind, as far as that is known."""
+    left = {leg: (leg, s.epoch.counter, s.epoch.nonce, *s.point) for leg, s in stamps.items() if leg in failed}
+    known = {leg[0]: leg for leg in record.left_legs} | {
+        leg: entry for leg, entry in left.items() if leg not in record.stale_legs
+    }
+    stale = tuple(sorted({*record.stale_legs, *failed}))
+    return {"stale_legs": stale, "left_legs": tuple(known[leg] for leg in sorted(known))}
 
 
 def _reads_otherwise(record: Volume, before: Volume) -> bool:

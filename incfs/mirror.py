@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from incfs.backing import File, begun
+from incfs.epoch import Stamp
 from incfs.errors import BackingError, IncfsError, NoSpace
+from incfs.image import write_stamp
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,10 @@ class MirroredFile(File):
         """Stale ones that are being brought up to date: written, not read."""
         self.failed: dict[int, str] = {i: "missing" for i, leg in enumerate(legs) if leg is None and i not in stale}
         """Newly stale ones and why, until that is recorded."""
+        self.stamps: dict[int, Stamp] = {}
+        """The last stamp that each leg surely has; none of those whose contents are not known."""
+        self.unknown: set[int] = set()
+        """Stale ones that were opened and are not as they were left behind: they lack everything."""
 
     def sound_legs(self) -> list[tuple[int, File]]:
         """List the legs that may be read."""
@@ -81,10 +87,10 @@ class MirroredFile(File):
         assert error is not None
         raise error
 
-    def _write(self, write: Callable[[File], Result]) -> list[Result]:
-        """Do it on every leg; those that fail are left behind while another is sound."""
+    def _write(self, write: Callable[[File], Result], legs: Sequence[tuple[int, File]] | None = None) -> list[Result]:
+        """Do it on every leg, or on these; those that fail are left behind while another is sound."""
         results = []
-        for number, leg in self.written_legs():
+        for number, leg in self.written_legs() if legs is None else legs:
             try:
                 results.append(write(leg))
             except NoSpace:
@@ -106,6 +112,14 @@ class MirroredFile(File):
     def pwrite(self, offset_bytes: int, data: bytes | memoryview) -> None:
         """Write to every leg."""
         self._write(lambda leg: leg.pwrite(offset_bytes, data))
+
+    def stamp(self, stamp: Stamp) -> None:
+        """Stamp the sound legs; ``note_stamped`` follows the sync.  One that is being filled is stamped when it is."""
+        self._write(lambda leg: write_stamp(leg, stamp), self.sound_legs())
+
+    def note_stamped(self, stamp: Stamp) -> None:
+        """Note that the sound legs have a stamp, durably."""
+        self.stamps |= {number: stamp for number, _ in self.sound_legs()}
 
     @property
     def waits(self) -> bool:

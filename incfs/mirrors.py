@@ -100,7 +100,7 @@ class Mirrors:
         await self._committer.commit()  # its staleness is durable before it is touched
         async with self._space_lock:  # meanwhile the others do not grow
             await offload(lambda: legs.open_leg(store, storage_id, number))
-            leg = legs.attach_leg(store, storage_id, number)
+            legs.attach_leg(store, storage_id, number)
         bits = dict(volume.changed)
         total = sum(group.bit_count() for group in bits.values())
         reason = f"leg {number} lacks up to {total * store.block_bytes} bytes that were written while it was away"
@@ -116,7 +116,7 @@ class Mirrors:
                     progress(min(copied, total), total)
                     await throttle(len(lacks) * store.block_bytes, rate_bytes)
         report.copied_blocks += copied
-        await offload(leg.sync)
+        await offload(lambda: legs.sync_leg(store, storage_id, number))
         legs.finish_resilver(store, storage_id, number)
         await self._committer.commit()
         self._tell("resilver-ended", storage_id, f"{copied * store.block_bytes} bytes were copied to leg {number}")

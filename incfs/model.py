@@ -242,6 +242,9 @@ class Storage:
     """Paths of further images with the same contents: with ``path`` they are the legs of a mirror."""
     stale_legs: tuple[int, ...] = ()
     """Legs that lack something (0 is ``path``): not used until they are resilvered."""
+    left_legs: tuple[tuple[int, ...], ...] = ()
+    """Of stale legs of which it is known what they lack: (leg, counter and nonce of the epoch in which it was left
+    behind, journal segment and commit that it surely has); one that says something else of itself lacks everything."""
 
     @property
     def leg_paths(self) -> tuple[str, ...]:

@@ -194,7 +194,11 @@ def _is_left_behind(mountpoint: Path) -> bool:
 
 
 def _store_options(options: MountOptions) -> Options:
-    chosen: dict[str, Any] = {"degraded": options.degraded, "dump_interval_s": options.dump_s}
+    chosen: dict[str, Any] = {
+        "degraded": options.degraded,
+        "force_older": options.force_older,
+        "dump_interval_s": options.dump_s,
+    }
     if options.commit_s is not None:
         chosen["commit_interval_s"] = options.commit_s
     if options.data_plane is not None:

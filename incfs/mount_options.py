@@ -41,6 +41,8 @@ class MountOptions:
     """Threads of the native data plane that read and write past Python; 0 for none."""
     degraded: bool = False
     """Mount also without all images: read-only, what is on the others can be read."""
+    force_older: bool = False
+    """Mount although directory and images are of different times: what is newer is lost."""
     hooks: bool = False
     """Run the programs that the pool's policy names."""
     metrics: str | None = None
@@ -137,6 +139,7 @@ _PARSERS: Final = {
     "threads": ("threads", _parse_threads),
     "dump": ("dump_s", _parse_dump),
     "degraded": ("degraded", _parse_flag),
+    "force_older": ("force_older", _parse_flag),
     "allow_other": ("allow_other", _parse_flag),
     "hooks": ("hooks", _parse_flag),
     "metrics": ("metrics", _parse_metrics),

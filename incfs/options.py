@@ -46,4 +46,6 @@ class Options:
     """Write the metadata beside the images at the first checkpoint after so many seconds; None: never."""
     degraded: bool = False
     """Open also when an image is missing, cut off or another one: read-only, the rest can be read."""
+    force_older: bool = False
+    """Open although directory and images are of different times: what is newer is lost (I14)."""
     salvage: Salvage | None = None

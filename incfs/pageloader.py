@@ -39,12 +39,12 @@ class PageLoader:
     async def load(self, table: MapId, page_index: int) -> None:
         """Load a page, unless a checkpoint or a snapshot came between: then the caller asks again."""
         log, catalog = self._store.log, self._store.catalog
-        tables, epoch = catalog.chain(table), log.epoch
+        tables, thaw_count = catalog.chain(table), log.thaw_count
         wanted = range(page_index, page_index + 1 + self._count_ahead(table, page_index))
         self._sequences.append((table, wanted.stop))
         neighbours = self._neighbours(table, page_index, tables)
         stored = await offload(lambda: _fetch(log, tables, wanted, neighbours))
-        if epoch != log.epoch or tables != catalog.chain(table):
+        if thaw_count != log.thaw_count or tables != catalog.chain(table):
             return
         for index, pages in stored.items():
             if not self._store.plane.is_resident(table, index):

@@ -7,16 +7,19 @@ committed or free.
 import os
 from array import array
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
 from incfs.backing import Backing, File, begun
 from incfs.blocks import address_runs, pack_address, split_address
+from incfs.epoch import Stamp
 from incfs.errors import FormatError, IncfsError, StorageNotFound
 from incfs.groups import by_group, split_groups
 from incfs.image import AbsentImage
 from incfs.images import Images
 from incfs.model import STALE_GROUPS, Address, Storage, StorageId
+from incfs.parts import Part
 from incfs.reuse import Reuse
 from incfs.storage import StorageVolume
 
@@ -259,12 +262,39 @@ class Pool:
             for end in ends:
                 end()
 
+    def sync_stamped(self, stamp: Stamp) -> None:
+        """Make every block written before this call durable, and a stamp on every image and sound leg.  Any thread."""
+        volumes = [volume for volume in list(self.volumes.values()) if volume.state == "online"]
+        works = [partial(volume.sync_stamped, stamp) for volume in volumes]
+        with begun(works, side_by_side=all(v.file.waits for v in volumes)) as ends:
+            for end in ends:
+                end()
+
+    def write_stamps(self, stamp: Stamp) -> None:
+        """Write what ``sync_stamped`` will make durable.  Any thread.
+
+        Raises:
+            NoSpace: A host has no room; it may be tried again.
+        """
+        for volume in list(self.volumes.values()):
+            if volume.state == "online":
+                volume.write_stamp(stamp)
+
+    def parts(self) -> list[Part]:
+        """List the images and the sound legs."""
+        found = []
+        for storage_id, volume in list(self.volumes.items()):
+            legs = [(0, volume.file)] if volume.mirror is None else volume.mirror.sound_legs()
+            found += [Part(storage_id, number, file) for number, file in legs]
+        return found
+
     def used_blocks(self) -> int:
         """Live blocks of all storage volumes."""
         return sum(volume.live_blocks for volume in self.volumes.values())
 
     def close(self) -> None:
         """Close every image."""
+        self.images.close_kept()
         for volume in (*self.volumes.values(), *self.retired.values()):
             volume.file.close()
         self.volumes.clear()

@@ -16,17 +16,18 @@ from incfs.blocks import split_address
 from incfs.catalog import KINDS, record_from, record_puts
 from incfs.changes import Change, MapRun, decode_body, map_runs, move_triples
 from incfs.codec import Entries
+from incfs.epoch import EPOCH_NAME, Point, Stamp, Standing
 from incfs.errors import (
     AlreadyExists,
     BackingError,
     FormatError,
     ImageMismatch,
-    IncfsError,
     JournalDamaged,
     LimitExceeded,
     NotAPool,
     UsageError,
 )
+from incfs.groups import group_start
 from incfs.image import DATA_OFFSET_BYTES
 from incfs.journal import Journal, JournalRecord, journal_paths
 from incfs.lock import LOCK_NAME, PoolLock
@@ -44,8 +45,10 @@ from incfs.model import (
     VolumeId,
     map_id,
 )
+from incfs.muster import Expected, degrade, muster
 from incfs.options import Options
 from incfs.overlay import TableKey
+from incfs.parts import create_standing, first_epoch
 from incfs.pool import Pool
 from incfs.sealed import seal_pages
 from incfs.store import TABLES_NAME, Store, new_nonce
@@ -124,15 +127,17 @@ def _create_files(
     backing: Backing, directory: Path, superblock: Superblock, places: Sequence[Path], capacity_bytes: int | None
 ) -> None:
     pool = Pool(directory, UUID(superblock.uuid), superblock.block_bytes, backing)
-    records = []
+    records, epoch = [], first_epoch()
     for number, place in enumerate(places, 1):
         backing.make_directory(place)
         backing.sync_directory(place.parent)
         capacity = None if capacity_bytes is None else capacity_bytes // len(places)
         record = new_storage(superblock, directory, place, StorageId(number), capacity_bytes=capacity)
-        pool.images.create(record)
+        pool.images.create(record, Stamp(epoch, Point(1, 0)))
         records.append(record)
-    Journal.create(backing, directory, UUID(superblock.uuid), segment_bytes=superblock.journal_bytes, nonce=new_nonce())
+    uuid, size = UUID(superblock.uuid), superblock.journal_bytes
+    create_standing(backing, directory, uuid, Standing(epoch))
+    Journal.create(backing, directory, uuid, segment_bytes=size, nonce=new_nonce(), epoch=epoch)
     tables = Tables(directory / TABLES_NAME, backing, create=True)
     try:
         values = record_puts({("storage", (record.id,)): record for record in records})
@@ -158,7 +163,7 @@ def _clear_half_made(backing: Backing, directory: Path, places: Sequence[Path]) 
     if not _is_half_made(directory):
         return
     tables = directory / TABLES_NAME
-    doomed = [*journal_paths(directory), tables, tables.with_name(f"{TABLES_NAME}-lock")]
+    doomed = [*journal_paths(directory), tables, tables.with_name(f"{TABLES_NAME}-lock"), directory / EPOCH_NAME]
     try:
         uuid = read_superblock(backing, directory, ANNOUNCED_NAME).uuid
     except (NotAPool, FormatError):
@@ -263,7 +268,7 @@ def make_storage(
     if mirrors:
         _require_separate_legs(store, record, force=force)
     _clear_half_added(store, record)
-    store.pool.images.create(record)
+    store.pool.images.create(record, Stamp(store.standing.settled, store.point))
     return record
 
 
@@ -301,6 +306,8 @@ def open_store(directory: Path, options: Options | None = None, backing: Backing
         NotAPool, UnsupportedFormat, FormatError: The directory is no pool this incfs can read.
         PoolLocked: Another process has it open.
         ImageMismatch: An image is missing, truncated or another one, and the options do not allow that.
+        EpochMismatch: Directory and images are of different times, and the options do not allow that; nothing was
+            touched.
         JournalDamaged: Committed changes are lost; nothing was touched.
     """
     backing = backing or Backing()
@@ -311,41 +318,51 @@ def open_store(directory: Path, options: Options | None = None, backing: Backing
         store = Store(directory, superblock, backing, lock, options or Options())
         stack.pop_all()
         stack.callback(store.abandon)
-        sequence, segment = _load(store)
-        store.loaded_sequence = sequence
-        replayed = _replay(store, segment, sequence)
+        folded, segment = _load_records(store)
+        store.loaded_sequence = folded
+        records = _read_journal(store, segment, folded)
+        muster(store, _expected(store, records, Point(segment, folded)))
+        _attach_all(store)
+        replayed = _replay(store, records, folded)
         _verify_lengths(store)
         if store.failure is None:
             store.fold_recovered(replayed)
         else:
             store.keep_recovered(replayed)
+        store.pool.images.close_kept()
         stack.pop_all()
         return store
 
 
-def _load(store: Store) -> tuple[int, int]:
+def _load_records(store: Store) -> tuple[int, int]:
+    """Read the records of the last checkpoint; give the commit that it ends with, and the segment that follows."""
     with store.tables.reading() as reader:
         for kind in KINDS:
             for body in reader.bodies(kind):
                 store.catalog.load(kind, body)
-        for record in store.catalog.storages.values():
-            _attach(store, record)
-        for volume in store.catalog.volumes.values():
-            store.baselines.need(volume.baseline)
+        sequence, segment, last_volume = reader.checkpoint()
+    store.catalog.last_volume_id = max(store.catalog.last_volume_id, VolumeId(last_volume))
+    return sequence, segment
+
+
+def _attach_all(store: Store) -> None:
+    """Open what the records name, and load the bitmaps."""
+    for record in store.catalog.storages.values():
+        _attach(store, record)
+    for volume in store.catalog.volumes.values():
+        store.baselines.need(volume.baseline)
+    with store.tables.reading() as reader:
         for storage_id, group_index, bits in reader.space():
             store.pool.volume(StorageId(storage_id)).load(group_index, bits)
         for storage_id, group_index, bits in reader.stale():
             store.pool.load_stale(StorageId(storage_id), group_index, bits)
-        sequence, segment, last_volume = reader.checkpoint()
-    store.catalog.last_volume_id = max(store.catalog.last_volume_id, VolumeId(last_volume))
-    return sequence, segment
 
 
 def _attach(store: Store, record: Storage) -> None:
     try:
         store.pool.attach(record)
     except (BackingError, ImageMismatch) as error:
-        _degrade(store, error)
+        degrade(store, error)
         if store.options.salvage:
             with contextlib.suppress(BackingError):
                 store.pool.attach_unproved(record)
@@ -364,22 +381,43 @@ def _verify_lengths(store: Store) -> None:
     try:
         store.pool.verify_lengths()
     except ImageMismatch as error:
-        _degrade(store, error)
+        degrade(store, error)
 
 
-def _degrade(store: Store, error: IncfsError) -> None:
-    """Go on without a storage volume, if that is wanted: nothing is written then, not even what was replayed."""
-    if not store.options.degraded:
-        raise error
-    store.fail(error)
-
-
-def _replay(store: Store, segment: int, sequence: int) -> int:
+def _read_journal(store: Store, segment: int, sequence: int) -> list[JournalRecord]:
     # All of them are looked at before the first is applied: that writes to the images.
     cut = store.options.salvage is not None and store.options.salvage.cut_journal
     records = list(store.journal.replay(segment, sequence, cut=cut))
     for record in records:
         _require_tables(store, decode_body(record.body).folded_sequence, sequence)
+    return records
+
+
+def _expected(store: Store, records: Sequence[JournalRecord], folded: Point) -> Expected:
+    """Tell what tables and journal expect of the images."""
+    reached = Point(store.journal.segment.number, records[-1].sequence if records else folded.sequence)
+    expected = Expected(dict(store.catalog.storages), folded, reached)
+    with store.tables.reading() as reader:
+        for storage_id, group_index, bits in reader.space():
+            expected.need(StorageId(storage_id), group_start(group_index) + bits.bit_length())
+    for record in records:
+        changes, data, _ = decode_body(record.body)
+        for change in changes:
+            match change:
+                case ["put", "storage", value]:
+                    storage = record_from("storage", value)
+                    assert isinstance(storage, Storage)
+                    expected.storages[storage.id] = storage
+                case ["drop", "storage", [int(number)]]:
+                    expected.storages.pop(StorageId(number), None)
+                case ["map", int(_), flat] if not data:  # else it is written again
+                    for run in map_runs(flat):
+                        storage_id, block_index = split_address(run.address)
+                        expected.need(storage_id, block_index + run.block_count)
+    return expected
+
+
+def _replay(store: Store, records: Sequence[JournalRecord], sequence: int) -> int:
     for record in records:
         try:
             apply_record(store, record)
@@ -479,7 +517,7 @@ def _apply_map(store: Store, volume_id: VolumeId, runs: list[MapRun], blocks: _D
             volume = store.pool.volume(storage_id)
             if blocks.has_data:
                 data = blocks.take(run.block_count)
-                if volume.state == "online":
+                if volume.state == "online" and store.mismatch is None:
                     volume.write_blocks(block_index, data)
             store.pool.adopt(range(run.address, run.address + run.block_count))
     live = TableKey(volume_id)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from incfs import bookmarks, copies, extents, ranges, snapshot, volume
 from incfs.backing import Backing, File, translate
@@ -27,8 +28,10 @@ from incfs.image import read_header
 from incfs.journal import journal_paths
 from incfs.lock import LOCK_NAME
 from incfs.model import HOLE, PAGE_BLOCKS, Bookmark, MapId, Snapshot, Storage, StorageId, Volume, VolumeId, split_map_id
+from incfs.muster import differences
 from incfs.options import Options, Salvage
 from incfs.overlay import TableKey
+from incfs.parts import read_standing
 from incfs.recovery import DEFAULT_JOURNAL_BYTES, UNLIMITED_BLOCKS, create_pool, open_store
 from incfs.store import TABLES_NAME, Store
 from incfs.superblock import SUPERBLOCK_NAME, Superblock, read_superblock, write_superblock
@@ -213,6 +216,7 @@ def _salvaged(damaged: Path, scratch: Path, images: Mapping[int, Path], report: 
             failures.append(str(error))
             continue
         report.notes += [*failures[:1], *attempt.notes]
+        report.notes += _parts_apart(damaged, store)
         for storage in store.pool.volumes.values():
             if storage.state != "online" and storage.record.id != _LOST_ID:
                 report.notes.append(f"storage volume {storage.record.id} is {storage.state}: {storage.file.path}")
@@ -222,6 +226,18 @@ def _salvaged(damaged: Path, scratch: Path, images: Mapping[int, Path], report: 
             store.abandon()
         return
     raise Damaged(f"nothing of {damaged} can be read: {failures[-1]}; if there is a dump, try `incfs pool restore`")
+
+
+def _parts_apart(damaged: Path, store: Store) -> list[str]:
+    """Say which images are of another time than the directory: of what they do not share, ranges are lost."""
+    try:
+        standing = read_standing(_SalvageBacking(damaged / "nothing"), damaged, UUID(store.superblock.uuid))
+    except IncfsError as error:
+        return [str(error)]
+    if standing.is_adopting:
+        return []
+    parts = [part for part in store.pool.parts() if store.pool.volumes[part.storage_id].state == "online"]
+    return differences(standing, parts, reached=store.point)
 
 
 def _find_superblock(damaged: Path, images: Mapping[int, Path], report: RepairReport) -> Superblock:

@@ -59,6 +59,8 @@ class Reuse:
         self._block_bytes = block_bytes
         self.held = 0
         """While positive, freed blocks stay unused: somebody verifies a checkpoint's data."""
+        self.is_withheld = True
+        """Nothing goes back to the host: the tables were not proved to be the newest (I14)."""
         self.quarantine = array("Q")
         """Freed blocks that wait for that."""
         self._fresh: _Sets = {}
@@ -110,7 +112,7 @@ class Reuse:
             most_blocks: Up to so many altogether.
         """
         held: list[Held] = []
-        while self._settled and most_runs and most_blocks:
+        while not self.is_withheld and self._settled and most_runs and most_blocks:
             (storage_id, group_index), bits = self._settled.popitem()
             free = self._look_again(storage_id, group_index, bits)
             end = 0

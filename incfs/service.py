@@ -510,7 +510,7 @@ class Service:
 
 @asynccontextmanager
 async def open_service(
-    directory: Path, options: Options | None = None, *, degraded: bool = False
+    directory: Path, options: Options | None = None, *, degraded: bool = False, force_older: bool = False
 ) -> AsyncIterator[Service]:
     """Open a pool under its lock, recover it, and run its background work meanwhile.
 
@@ -518,6 +518,7 @@ async def open_service(
         directory: The pool.
         options: How it behaves.
         degraded: Open it also when images are missing, read-only.
+        force_older: Open it although directory and images are of different times.
 
     Durability: on a normal exit everything is durable, and folded into the tables if there is room for that.
 
@@ -525,8 +526,8 @@ async def open_service(
         IncfsError: As ``recovery.open_store``, and whatever closing meets.
     """
     chosen = options or Options()
-    if degraded:
-        chosen = replace(chosen, degraded=True)
+    if degraded or force_older:
+        chosen = replace(chosen, degraded=degraded or chosen.degraded, force_older=force_older)
     store = await offload(lambda: recovery.open_store(directory, chosen))
     try:
         async with trio.open_nursery() as nursery:
@@ -543,5 +544,7 @@ async def open_service(
                     await service.close()
             finally:
                 background.cancel()
+        if store.failure is None:
+            await offload(store.raise_epoch)  # not beside a fold, which stamps, too
     finally:
         store.abandon()

@@ -42,6 +42,8 @@ def pool_facts(store: Store) -> dict[str, Any]:
         "resident_pages": store.plane.page_count,
         "data_plane": "python" if isinstance(store.plane, DataPlane) else "native",
         "overlay_pages": store.log.overlay_pages,
+        "epoch": str(store.standing.newest),
+        "is_proved": store.mismatch is None and not store.standing.is_unproved,
         "read_only": store.failure is not None,
         "failure": None if store.failure is None else str(store.failure),
     }

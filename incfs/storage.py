@@ -19,9 +19,10 @@ from incfs import groups
 from incfs.backing import File
 from incfs.blocks import bit_mask, clear_runs
 from incfs.codec import checksum
+from incfs.epoch import NEVER, Stamp
 from incfs.errors import ImageMismatch, NoSpace
 from incfs.groups import group_start
-from incfs.image import DATA_OFFSET_BYTES
+from incfs.image import DATA_OFFSET_BYTES, write_stamp
 from incfs.mirror import MirroredFile
 from incfs.model import Storage
 
@@ -153,6 +154,26 @@ class StorageVolume:
         count = self._written_count
         self.file.sync()
         self._synced_count = max(self._synced_count, count)  # not before: who asks meanwhile has to wait, too
+
+    def sync_stamped(self, stamp: Stamp) -> None:
+        """Make every block written before this call durable, and with them a stamp, unless it is of no epoch."""
+        self.write_stamp(stamp)
+        self.sync()
+        if self.mirror is not None and stamp.epoch != NEVER:
+            self.mirror.note_stamped(stamp)
+
+    def write_stamp(self, stamp: Stamp) -> None:
+        """Write a stamp, unless it is there; ``sync_stamped`` makes it durable.  Any thread.
+
+        Raises:
+            NoSpace: A host that writes elsewhere each time has no room; nothing is harmed.
+        """
+        if stamp.epoch == NEVER:
+            return  # a pool that is salvaged only reads its images
+        if self.mirror is None:
+            write_stamp(self.file, stamp)
+        else:
+            self.mirror.stamp(stamp)
 
     def load(self, group_index: int, bits: int) -> None:
         """Take over a stored bitmap at open."""

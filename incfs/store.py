@@ -12,6 +12,7 @@ Invariants:
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,11 +22,13 @@ from incfs.backing import Backing
 from incfs.checkpoint import Checkpoint, Commit
 from incfs.codec import encode_record
 from incfs.dataplane import DataPlane
-from incfs.errors import IncfsError, NoSpace
+from incfs.epoch import Point, Standing
+from incfs.errors import BackingError, IncfsError, NoSpace
 from incfs.journal import Journal
 from incfs.lock import PoolLock
 from incfs.memory import Memory
 from incfs.options import Options
+from incfs.parts import Raise, next_epoch, write_standing
 from incfs.superblock import Superblock
 from incfs.tables import Tables
 
@@ -128,6 +131,7 @@ class Store(Memory):
             tables=self.tables,
             backing=self.backing,
             tables_path=self.directory / TABLES_NAME,
+            epoch=self.standing.settled,
         )
         return self._checkpoint
 
@@ -170,6 +174,48 @@ class Store(Memory):
         self.plane.set_folded(checkpoint.sequence)
         self.log.thaw()
         self.pool.reuse.make_free(checkpoint.freed)
+
+    def enter(self, standing: Standing) -> None:
+        """Go on in an epoch that parts and directory are at."""
+        self.standing = standing
+        self.journal.epoch = standing.settled
+        self.pool.reuse.is_withheld = standing.is_unproved
+
+    @property
+    def point(self) -> Point:
+        """How far journal and commits are, durably."""
+        return Point(self.journal.segment.number, self.durable_sequence)
+
+    def raise_epoch(self) -> None:
+        """End the epoch: what was copied from the pool while it was open fits no more.  Any thread.
+
+        Nothing may be written beside it or afterwards.
+
+        Durability: as ``parts.Raise.run``.
+
+        Raises:
+            BackingError: The host failed; everything else is durable.
+        """
+        begun = Raise(
+            self.backing,
+            UUID(self.superblock.uuid),
+            [self.directory],
+            self.pool.parts(),
+            self.point,
+        )
+        standing, failed = begun.run(self.standing, next_epoch(self.standing.newest))
+        for part, error in failed.items():
+            logger.warning("leg %d of storage volume %d is left behind: %s", part.leg, part.storage_id, error)
+        self.enter(standing)
+
+    def prove(self) -> None:
+        """Take a directory for right that somebody insisted on: all data was checked.  Any thread.
+
+        Durability: durable on return.
+        """
+        standing = replace(self.standing, is_unproved=False)
+        write_standing(self.backing, self.directory, UUID(self.superblock.uuid), standing)
+        self.enter(standing)
 
     @property
     def was_written(self) -> bool:
@@ -237,6 +283,11 @@ class Store(Memory):
 
     def _finish(self, checkpoint: Checkpoint) -> None:
         """Fold; when the host has no room for that, it may be tried again."""
+        try:
+            checkpoint.write_stamps()
+        except BackingError as error:
+            self.fail(error)
+            raise
         checkpoint.reserve()
         self._guard(checkpoint.run_fold)
         self.end_checkpoint(checkpoint)
@@ -257,6 +308,7 @@ class Store(Memory):
         try:
             if self.failure is None:
                 self._checkpoint_or_commit()
+                self._guard(self.raise_epoch)
         finally:
             self.abandon()
 

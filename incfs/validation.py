@@ -78,7 +78,13 @@ def _is_storage(record: Storage) -> bool:
         and all(legs)
         and len(legs) <= MAX_LEGS
         and set(record.stale_legs) < set(range(len(legs)))  # one at least is sound
+        and all(_is_left_leg(left, record.stale_legs) for left in record.left_legs)
     )
+
+
+def _is_left_leg(left: tuple[int, ...], stale_legs: tuple[int, ...]) -> bool:
+    """A stale leg, an epoch and a point."""
+    return len(left) == 5 and left[0] in stale_legs and all(0 <= number < 1 << 64 for number in left)
 
 
 def _is_volume(record: Volume) -> bool:

@@ -32,7 +32,7 @@ from incfs.cli import (
     transfer,
     volume,
 )
-from incfs.cli.options import POOL_VARIABLE
+from incfs.cli.options import FORCE_OLDER, POOL_VARIABLE
 from incfs.errors import IncfsError
 
 app = typer.Typer(
@@ -116,6 +116,13 @@ def _common(
         Path | None,
         typer.Option("-p", "--pool", metavar="DIR", envvar=POOL_VARIABLE, help="The pool."),
     ] = None,
+    force_older: Annotated[
+        bool,
+        typer.Option(
+            "--force-older",
+            help="Open the pool although its parts are of different times; what is newer is lost.",
+        ),
+    ] = False,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
@@ -123,3 +130,4 @@ def _common(
 ) -> None:
     del version
     context.obj = pool_directory
+    context.meta[FORCE_OLDER] = force_older

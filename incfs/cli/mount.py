@@ -5,8 +5,11 @@ from typing import Annotated
 
 import typer
 
+from incfs.cli.options import FORCE_OLDER
+
 
 def mount_command(
+    context: typer.Context,
     pool: Annotated[Path, typer.Argument(metavar="POOL", help="The pool's directory.")],
     mountpoint: Annotated[Path, typer.Argument(metavar="MNT", help="Where its volumes shall appear.")],
     *,
@@ -18,7 +21,8 @@ def mount_command(
     """Mount a pool; returns when the mount answers."""
     from incfs.mount import mount_pool  # late: other commands need no FUSE
 
-    mount_pool(pool.absolute(), mountpoint.absolute(), ",".join(options or []), foreground=foreground)
+    forced = ["force_older"] if context.meta.get(FORCE_OLDER) else []
+    mount_pool(pool.absolute(), mountpoint.absolute(), ",".join([*(options or []), *forced]), foreground=foreground)
 
 
 def umount_command(

@@ -14,6 +14,8 @@ from incfs.errors import UsageError
 from incfs.units import parse_size
 
 POOL_VARIABLE: Final = "INCFS_POOL"
+FORCE_OLDER: Final = "incfs.force-older"
+"""Where a command's context has the option of that name."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 NoHeader = Annotated[bool, typer.Option("-H", "--no-header", help="No header, tabs between columns.")]

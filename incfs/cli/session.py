@@ -18,7 +18,7 @@ import typer
 
 from incfs.admin import VERBS, run_verb
 from incfs.admin.verb import NO_CHANNEL, Channel
-from incfs.cli.options import pool_directory
+from incfs.cli.options import FORCE_OLDER, pool_directory
 from incfs.cli.progress import ProgressDisplay
 from incfs.control import connect_control
 from incfs.documents import Document
@@ -88,7 +88,14 @@ def run(context: typer.Context, work: Callable[[Admin], Awaitable[T]], *, degrad
         with ProgressDisplay() as progress:
             # Ctrl-C is taken at checkpoints only: never inside a change to the pool.
             return trio.run(
-                partial(_work, pool_directory(context), work, progress, degraded=degraded),
+                partial(
+                    _work,
+                    pool_directory(context),
+                    work,
+                    progress,
+                    degraded=degraded,
+                    force_older=bool(context.meta.get(FORCE_OLDER)),
+                ),
                 restrict_keyboard_interrupt_to_checkpoints=True,
             )
     except KeyboardInterrupt:
@@ -101,12 +108,17 @@ def run(context: typer.Context, work: Callable[[Admin], Awaitable[T]], *, degrad
 
 
 async def _work(
-    directory: Path, work: Callable[[Admin], Awaitable[T]], progress: ProgressDisplay, *, degraded: bool
+    directory: Path,
+    work: Callable[[Admin], Awaitable[T]],
+    progress: ProgressDisplay,
+    *,
+    degraded: bool,
+    force_older: bool,
 ) -> T:
     deadline = trio.current_time() + LOCK_WAIT_S
     while True:
         try:
-            async with open_admin(directory, progress, degraded=degraded) as admin:
+            async with open_admin(directory, progress, degraded=degraded, force_older=force_older) as admin:
                 return await work(admin)
         except PoolLocked:
             if trio.current_time() > deadline:
@@ -115,7 +127,9 @@ async def _work(
 
 
 @contextlib.asynccontextmanager
-async def open_admin(directory: Path, progress: ProgressDisplay, *, degraded: bool = False) -> AsyncIterator[Admin]:
+async def open_admin(
+    directory: Path, progress: ProgressDisplay, *, degraded: bool = False, force_older: bool = False
+) -> AsyncIterator[Admin]:
     """Reach the pool: its daemon when that answers, else the pool itself.
 
     Raises:
@@ -129,7 +143,7 @@ async def open_admin(directory: Path, progress: ProgressDisplay, *, degraded: bo
     from incfs.service import open_service  # late: an online command does not need the core
 
     remains = find_remains(directory)
-    async with open_service(directory, degraded=degraded) as service:
+    async with open_service(directory, degraded=degraded, force_older=force_older) as service:
         for line in await trio.to_thread.run_sync(remains.describe):
             logger.warning("%s", line)
         remains.forget()

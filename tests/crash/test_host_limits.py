@@ -113,7 +113,7 @@ def test_lmdb_cannot_write_its_pages(pool_home: Path, monkeypatch: pytest.Monkey
     volume = pools.new_volume(store, "a")
     pools.write(store, volume.map_id, 0, b"x" * 640)
     monkeypatch.setattr(Checkpoint, "reserve", lambda checkpoint: None)
-    with files_up_to(8192), pytest.raises(BackingError, match=r"tables\.mdb"):
+    with files_up_to(12288), pytest.raises(BackingError, match=r"tables\.mdb"):
         store.checkpoint()
     with pytest.raises(PoolReadOnly):
         store.commit()

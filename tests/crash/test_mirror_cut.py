@@ -37,14 +37,15 @@ def add_mirror(store: Store) -> None:
 def resilver(store: Store) -> int:
     """Bring leg 1 up to date; give the blocks copied."""
     legs.open_leg(store, MIRROR, 1)
-    leg, copied = legs.attach_leg(store, MIRROR, 1), 0
+    legs.attach_leg(store, MIRROR, 1)
+    copied = 0
     bits = dict(store.pool.volumes[MIRROR].changed)
     for table in relocation.tables(store):
         for page_index in store.log.page_indexes(table):
             lacks = legs.lacking(store, table, page_index, MIRROR, bits)
             assert not legs.copy_lacking(store, MIRROR, 1, lacks)
             copied += len(lacks)
-    leg.sync()
+    legs.sync_leg(store, MIRROR, 1)
     legs.finish_resilver(store, MIRROR, 1)
     return copied
 

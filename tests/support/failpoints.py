@@ -47,6 +47,7 @@ class Point:
 _PUNCH = "storage:StorageVolume.punch"
 _FOLD = "checkpoint:Checkpoint.run_fold"
 _APPEND, _SEGMENT = "journal:Journal.append", "journal:Journal.start_segment"
+_STAMP = "storage:write_stamp"
 _RECOVER = "store:Store.fold_recovered"
 _WRITE, _SYNC, _ALLOCATE = "backing:File.pwrite", "backing:File.sync", "backing:File.allocate"
 _COPIES = "copies:write"
@@ -76,7 +77,9 @@ _ALL = (
     Point("checkpoint.committed", "store:Store.end_checkpoint_commit", most=3),
     Point("checkpoint.reserving", _ALLOCATE, "after", "checkpoint:Checkpoint.reserve", most=3),
     Point("checkpoint.reserved", "checkpoint:Checkpoint.reserve", most=3),
-    Point("fold.images-flushed", "pool:Pool.sync", "after", _FOLD, most=3),
+    Point("fold.stamp-torn", _WRITE, "half", _STAMP, most=3),
+    Point("fold.stamped", "pool:Pool.write_stamps", most=3),
+    Point("fold.images-flushed", "pool:Pool.sync_stamped", "after", _FOLD, most=3),
     Point("fold.page-put", "log:Tables._fold", "after", _FOLD),
     Point("fold.value-put", _PUT, "after", _FOLD, most=20),
     Point("fold.writing", _TABLES, "during", _FOLD, most=3),
@@ -119,11 +122,17 @@ _ALL = (
     Point("dump.replaced", "backing:Backing.replace", "after", _COPIES, most=5, options="dump=checkpoint"),
     # Recovery after a kill.
     Point("recovery.opened", "store:Store.__init__", load="start", most=1),
-    Point("recovery.loaded", "recovery:_load", load="start", most=1),
+    Point("recovery.loaded", "recovery:_load_records", load="start", most=1),
+    Point("raise.announcement-torn", _WRITE, "half", "parts:write_standing", "start", most=1),
+    Point("raise.announced", "parts:write_standing", load="start", most=1),
+    Point("raise.stamp-torn", _WRITE, "half", "parts:_stamp_part", "start", most=1),
+    Point("raise.stamped", "parts:Raise._stamp", load="start", most=1),
+    Point("raise.settled", "parts:Raise.run", load="start", most=1),
+    Point("recovery.mustered", "recovery:muster", load="start", most=1),
     Point("recovery.applied", "recovery:apply_record", load="start", most=3),
     Point("recovery.data-torn", _WRITE, "half", "recovery:_apply_map", "start", most=3),
     Point("recovery.replayed", "recovery:_replay", load="start", most=1),
-    Point("recovery.images-flushed", "pool:Pool.sync", "after", _RECOVER, "start", most=1),
+    Point("recovery.images-flushed", "pool:Pool.sync_stamped", "after", _RECOVER, "start", most=1),
     Point("recovery.value-put", _PUT, "after", _RECOVER, "start", most=5),
     Point("recovery.fold-writing", _TABLES, "during", _RECOVER, "start", most=1),
     Point("recovery.fold-durable", _TABLES, "after", _RECOVER, "start", most=1),
@@ -137,6 +146,9 @@ _ALL = (
     Point("end.closing", "service:Service.close", "before", load="end", most=1),
     Point("end.folding", _TABLES, "during", load="end", most=1),
     Point("end.folded", "service:Service.close", load="end", most=1),
+    Point("end.raising", "parts:Raise.run", "before", load="end", most=1),
+    Point("end.raise-stamped", "parts:Raise._stamp", load="end", most=1),
+    Point("end.raised", "store:Store.raise_epoch", load="end", most=1),
     Point("end.closed", "store:Store.abandon", load="end", most=1),
 )
 _BEGINS = {"work": "daemon:Parent.tell_ready", "end": "mount:_Stopping._unmount"}

@@ -199,7 +199,7 @@ def test_every_byte_is_durable_once_a_pool_is_made(pool_home: Path) -> None:
     unsynced: set[str] = set()
     for event in events:
         (unsynced.discard if event.kind == "sync" else unsynced.add)(event.name)
-    assert len({event.name for event in events}) == 5
+    assert len({event.name for event in events}) == 6
     assert not unsynced
 
 
@@ -384,13 +384,18 @@ def test_a_flush_waits_for_one_that_is_under_way(pool_home: Path, monkeypatch: p
     first = threading.Thread(target=store.pool.sync)
     first.start()
     begun.wait(10)
-    second = threading.Thread(target=lambda: (store.pool.sync(), ended.append("told")))
+
+    def ask() -> None:
+        store.pool.sync()
+        ended.append("told")
+
+    second = threading.Thread(target=ask)
     second.start()
     second.join(0.05)
     assert second.is_alive(), "it was told that everything is durable, and nothing is"
     may_end.set()
     first.join()
     second.join()
-    assert ended[-1] == "told"
+    assert "flush" in ended[: ended.index("told")]
     monkeypatch.undo()
     store.abandon()
