@@ -44,9 +44,9 @@ def leave(store: Store, refusal: LegFailed) -> None:
         BackingError: It was the last sound one; the pool is read-only.
     """
     mirror = mirror_of(store, refusal.storage_id)
-    written = mirror.written_legs()
+    attached = store.pool.volume(refusal.storage_id).attached_legs  # a flush may have left one of them meanwhile
     reason = os.strerror(refusal.host_errno)
-    if refusal.position < len(written) and not mirror.leave(written[refusal.position][0], reason):
+    if refusal.position < len(attached) and not mirror.leave(attached[refusal.position], reason):
         error = BackingError(f"cannot write {mirror.path}: {reason}", path=str(mirror.path), action="write")
         store.fail(error)
         raise error

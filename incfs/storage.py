@@ -55,6 +55,8 @@ class StorageVolume:
         """By the last look; a host that does not answer must not keep those waiting who only ask how full it is."""
         self.is_silent = False
         """Whether its host has not answered for some time."""
+        self.attached_legs: list[int] = []
+        """The legs whose descriptors the data plane has, in that order; some may have been left behind since."""
         self.state = "online"
         """online; or what is wrong with the image: missing, mismatch, truncated."""
         self.measure()
@@ -94,7 +96,9 @@ class StorageVolume:
         mirror = self.mirror
         if mirror is None:
             return self.file.fileno(), DATA_OFFSET_BYTES
-        return tuple(leg.fileno() for _, leg in mirror.written_legs()), DATA_OFFSET_BYTES
+        legs = mirror.written_legs()
+        self.attached_legs = [number for number, _ in legs]
+        return tuple(leg.fileno() for _, leg in legs), DATA_OFFSET_BYTES
 
     def note_live(self, group_index: int, bits: int) -> None:
         """Remember new blocks for legs that are, or turn out to be, away."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import trio
 
-from incfs import restore
+from incfs import legs, restore
 from incfs.errors import ChecksumMismatch, ImageMismatch, UsageError
 from incfs.model import StorageId
 from incfs.planes import HAS_NATIVE, PlaneKind
@@ -276,3 +276,22 @@ async def test_a_dump_names_legs_so_that_they_are_found_from_elsewhere(pool_home
         restore.restore(lines, pool_home / "elsewhere")
     async with open_service(pool_home / "elsewhere", pools.tiny_options()) as service:
         assert [leg["state"] for leg in service.storages()[1]["legs"]] == ["online", "online"]
+
+
+async def test_a_leg_that_a_flush_left_behind_is_not_taken_for_the_next_one(tmp_path: Path) -> None:
+    """The data plane tells legs by their position among those it was given, before one of them was left."""
+    if not HAS_NATIVE:
+        pytest.skip("no C")
+    async with opened(tmp_path, "native") as service:
+        await service.create_volume("v", 64 * BLOCK)
+        table = service.volume("v").map_id
+        await service.write(table, 0, noise(2))
+        store = service._store
+        mirror = legs.mirror_of(store, TWO)
+        lent, full = mirror.legs[0].fileno(), os.open("/dev/null", os.O_RDONLY)  # type: ignore[union-attr]
+        os.dup2(full, lent)
+        os.close(full)
+        assert mirror.leave(0, "a flush failed")
+        await service.write(table, 0, noise(4, seed=2))
+        assert store.failure is None
+        assert await service.read(table, 0, 4 * BLOCK) == noise(4, seed=2)
