@@ -85,9 +85,9 @@ SOAK_MINUTES ?= 10
 soak: setup system-test sweep ## a day's work in SOAK_MINUTES=10: memory, descriptors, threads and space must not grow
 	INCFS_SOAK_MINUTES=$(SOAK_MINUTES) $(BIN)/python -m pytest -rP tests/system/test_soak.py $(PYTEST_ARGS)
 
-crash-long: setup ## cut the power in more than 300,000 ways, let every operation of the host fail, and try 1,000,000 schedules of the C code
+crash-long: setup ## cut the power in more than 300,000 ways, let every operation of the host fail, try 1,000,000 schedules of the C code, and 5,000 stories with hot threads between
 	INCFS_TEST_PROFILE=long INCFS_CRASH_SEEDS=30 INCFS_SCHEDULES=1000000 $(BIN)/python -m pytest -o timeout=7200 \
-	    tests/crash tests/native/test_schedules.py $(PYTEST_ARGS)
+	    tests/crash tests/native/test_schedules.py tests/model/test_gremlin.py tests/model/test_gremlin_sweep.py $(PYTEST_ARGS)
 
 # Thousands of rounds, and many writers for twice CROWD_S seconds: hours; `make kill-long KILL_ROUNDS=500 CROWD_S=300` for fewer.
 KILL_ROUNDS ?= 3000
