@@ -9,6 +9,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -72,6 +73,8 @@ class File:
         self.path = path
         self._fd = fd
         self._nowait_flag = os.RWF_NOWAIT
+        self._syncing = threading.Lock()
+        self._sync_failure: IncfsError | None = None
 
     def fileno(self) -> int:
         """Give the descriptor, for locks and statistics."""
@@ -133,11 +136,24 @@ class File:
     def sync(self) -> None:
         """Make everything written to this file durable, its length included.
 
+        The kernel tells of pages that it could not write once, and drops them: whoever asks beside or after the one
+        who was told is told the same (I10).
+
         Raises:
-            BackingError: The sync failed.  Never call it again on this file (I10): the kernel
-                may have dropped the pages and would report success.
+            BackingError: The sync failed, or an earlier one did.
         """
-        self._call("sync", os.fdatasync, self._fd)
+        with self._syncing:
+            if self._sync_failure is not None:
+                raise type(self._sync_failure)(self._sync_failure.message, **self._sync_failure.facts)
+            try:
+                self._call("sync", os.fdatasync, self._fd)
+            except IncfsError as error:
+                self._sync_failure = error
+                raise
+
+    def begin_anew(self) -> None:
+        """Sync again after a failure: whatever was written since the sync before that will be written again."""
+        self._sync_failure = None
 
     def truncate(self, length_bytes: int) -> None:
         """Set the file's length; the part that is new reads as zeros."""

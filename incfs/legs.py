@@ -100,6 +100,7 @@ def attach_leg(store: Store, storage_id: StorageId, number: int) -> File:
     mirror = mirror_of(store, storage_id)
     leg = mirror.legs[number]
     assert leg is not None
+    leg.begin_anew()
     if number in mirror.unknown:
         mirror.unknown.discard(number)
         store.pool.lack_everything(storage_id)

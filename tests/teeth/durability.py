@@ -17,6 +17,14 @@ DURABILITY: Final = (
         f"{CUTS}[flush-images]",
     ),
     Breakage(
+        "failed-sync-asked-again",
+        "I10",
+        "incfs/backing.py",
+        "                self._sync_failure = error\n",
+        "",
+        "tests/unit/test_backing.py::test_a_failed_sync_is_told_to_whoever_asks_later",
+    ),
+    Breakage(
         "record-before-its-data",
         "I2",
         "incfs/checkpoint.py",

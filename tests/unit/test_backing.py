@@ -31,6 +31,26 @@ def test_a_sync_reaches_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert asked == [str(tmp_path / "file"), str(tmp_path)]
 
 
+def test_a_failed_sync_is_told_to_whoever_asks_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells of lost pages once: a fold beside the commit that was told stored tables which name them."""
+    told: list[int] = []
+
+    def sync(fd: int) -> None:
+        told.append(fd)
+        if len(told) == 1:
+            raise OSError(errno.EIO, "lost")
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    file = Backing().create(tmp_path / "file")
+    for _ in range(2):
+        with pytest.raises(BackingError, match="cannot sync"):
+            file.sync()
+    assert len(told) == 1
+    file.begin_anew()
+    file.sync()
+    file.close()
+
+
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
