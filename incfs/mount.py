@@ -6,6 +6,7 @@ Owns the order of events.  Everything is built up in ``_run`` and taken down in 
 
 1. The pool is closed after the last request was answered, and the process ends after the pool is closed.
 2. A daemon that dies leaves its mount behind: ENOTCONN, never an empty directory.  Only a clean end unmounts.
+   A daemon that is told to end while its mount is in use serves it until it is free.
 3. The kernel's own pages are written before a clean end and before a snapshot.
 4. No thread of the daemon waits for the daemon's own mount: another process does that (``outside``).  After the last
    request nobody waits for that process either.
@@ -14,8 +15,10 @@ Owns the order of events.  Everything is built up in ``_run`` and taken down in 
 import contextlib
 import errno
 import logging
+import math
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +39,7 @@ from incfs.errors import Busy, IncfsError, UsageError
 from incfs.exporter import serve_metrics
 from incfs.fuse_ops import Operations
 from incfs.kernel_hook import KernelHook
+from incfs.lastcall import is_last_call, release_devices
 from incfs.model import Volume
 from incfs.mount_options import MountOptions, parse_options
 from incfs.mount_table import (
@@ -50,6 +54,7 @@ from incfs.outside import Outside, fork_outside
 from incfs.resume import resume_jobs
 from incfs.service import open_service
 from incfs.superblock import read_superblock
+from incfs.systemd import leave_session
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -62,6 +67,10 @@ MIN_TASKS: Final = 8
 MAX_TASKS: Final = 4096
 """A request that waits for others (a snapshot for the write-back of its volumes, FSYNC of each for the others) holds
 its task, so tasks must not run out: twice the volumes of one standstill."""
+RETRY_S: Final = 1.0
+"""Between attempts to unmount what is in use; what the kernel holds is written as often."""
+REMIND_S: Final = 60.0
+"""How often the log says who uses the mount still."""
 
 
 def mount_pool(pool: Path, mountpoint: Path, options: str, *, foreground: bool) -> None:
@@ -73,8 +82,8 @@ def mount_pool(pool: Path, mountpoint: Path, options: str, *, foreground: bool) 
     Raises:
         UsageError: An option or the mount point makes no sense.
         PoolLocked: The pool is open elsewhere.
-        Busy: SIGTERM or SIGINT came while files were open: everything is on disk, the mount is dead but in place.
-        IncfsError: The pool or the FUSE device cannot be used.
+        IncfsError: The pool or the FUSE device cannot be used; or SIGTERM or SIGINT came and the mount could not be
+            taken away though nobody uses it: everything is on disk, the mount is dead but in place.
     """
     parsed = parse_options(options)
     pool, mountpoint = Path(os.path.realpath(pool)), resolve_mountpoint(mountpoint)
@@ -86,6 +95,7 @@ def mount_pool(pool: Path, mountpoint: Path, options: str, *, foreground: bool) 
     read_superblock(Backing(), pool)
     parent = fork_daemon(pool)
     if parent is not None:
+        leave_session(mountpoint)
         _run_child(pool, mountpoint, parsed, parent)
 
 
@@ -189,8 +199,12 @@ async def _serve_requests(mountpoint: Path, outside: Outside, stopping: "_Stoppi
 
 
 def _is_left_behind(mountpoint: Path) -> bool:
+    return _is_mounted(mountpoint) and is_dead(mountpoint)
+
+
+def _is_mounted(mountpoint: Path) -> bool:
     mounted = find_mount(mountpoint)
-    return mounted is not None and mounted.filesystem_type == FILESYSTEM_TYPE and is_dead(mountpoint)
+    return mounted is not None and mounted.filesystem_type == FILESYSTEM_TYPE
 
 
 def _store_options(options: MountOptions) -> Options:
@@ -275,7 +289,7 @@ async def _tell_ready(mountpoint: Path, session: _Session, parent: Parent, outsi
 
 
 class _Stopping:
-    """Unmounts when the daemon is asked to end.
+    """Unmounts when the daemon is asked to end, as soon as nobody uses the mount.
 
     Args:
         service: The mounted pool.
@@ -290,25 +304,29 @@ class _Stopping:
         self._mountpoint = mountpoint
         self._outside = outside
         self._is_asked = False
+        self._unwritten: set[str] = set()
+        self._reminded_at = -math.inf
         self.refused: IncfsError | None = None
         """Why the mount was left in place, dead."""
 
     async def watch_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Unmount at the first SIGTERM or SIGINT; the end is under way when others come."""
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
-            task_status.started()
-            async for number in received:
-                name = signal.Signals(number).name
-                if self._is_asked:
-                    logger.info("%s: %s changes nothing: the mount is ending already", self._mountpoint, name)
-                    continue
-                self._is_asked = True
-                logger.info("%s: unmounting because of %s", self._mountpoint, name)
-                await self._unmount()
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                async for number in received:
+                    name = signal.Signals(number).name
+                    if self._is_asked:
+                        logger.info("%s: %s changes nothing: the mount is ending already", self._mountpoint, name)
+                        continue
+                    self._is_asked = True
+                    logger.info("%s: unmounting because of %s", self._mountpoint, name)
+                    nursery.start_soon(self._unmount)
 
     async def _unmount(self) -> None:
         try:
-            await self._outside.run(detach, self._mountpoint)
+            while not await self._is_unmounted():  # noqa: ASYNC110 - nobody tells when a mount becomes free
+                await trio.sleep(RETRY_S)
         except IncfsError as error:
             # An end was asked for: write what the kernel holds and go.  The mount stays and answers ENOTCONN.
             logger.warning("%s; the mount stays in place without its daemon", error)
@@ -317,6 +335,38 @@ class _Stopping:
             pyfuse3.terminate()
             # Snapshots under way wait for answers of the mount: their handlers, and so the end, would wait for ever.
             self._outside.give_up()
+
+    async def _is_unmounted(self) -> bool:
+        """Unmount; while somebody uses the mount, see that nothing is left to lose should SIGKILL come.
+
+        A mount that was taken away lazily serves those who use it until they have gone.
+        """
+        try:
+            if await self._outside.run(_is_mounted, self._mountpoint):
+                await self._outside.run(detach, self._mountpoint)
+        except Busy as busy:
+            self._say_for_whom(busy)
+            await self._make_durable()
+            if is_last_call():
+                await self._outside.run(release_devices, self._mountpoint)
+            return False
+        return True
+
+    async def _make_durable(self) -> None:
+        """Take over what the kernel holds and commit it: an fsync of our own does not."""
+        await self._write_open_volumes()
+        try:
+            await self._service.commit()
+        except IncfsError as error:
+            if not self._unwritten:
+                logger.error("not everything could be written: %s", error)
+            self._unwritten.add("")
+
+    def _say_for_whom(self, busy: Busy) -> None:
+        notify_systemd(f"STATUS={busy}; it is served until it is free")
+        if time.monotonic() - self._reminded_at >= REMIND_S:
+            self._reminded_at = time.monotonic()
+            logger.warning("%s; it is served until it is free, and what is written goes to disk at once", busy)
 
     async def _write_open_volumes(self) -> None:
         """Take over what the kernel has not written yet (syncfs does not wait for FUSE)."""
@@ -331,5 +381,6 @@ class _Stopping:
             now = next((found for found in self._service.volumes() if found.id == volume.id), None)
             if now is not None and now.name != volume.name:
                 await self._write_volume(now)
-            elif now is not None:
+            elif now is not None and volume.name not in self._unwritten:
+                self._unwritten.add(volume.name)
                 logger.error("%s: not everything could be written: %s", volume.name, error)

@@ -148,7 +148,7 @@ def find_holders(mountpoint: Path) -> list[str]:
     """Name the processes, loop devices and mounts that keep the mount busy."""
     place = str(resolve_mountpoint(mountpoint))
     prefix = place.rstrip("/") + "/"
-    loops = [f"{device} on {file}" for device, file in _loop_devices() if file.startswith(prefix)]
+    loops = [f"{device} on {file}" for device, file in loop_devices() if file.startswith(prefix)]
     inner = [f"the mount {m.mountpoint}" for m in read_mounts() if str(m.mountpoint).startswith(prefix)]
     return [*_processes(place, prefix), *loops, *inner]
 
@@ -189,7 +189,8 @@ def _command_name(pid: int) -> str:
         return "ended"
 
 
-def _loop_devices() -> Iterator[tuple[str, str]]:
+def loop_devices() -> Iterator[tuple[str, str]]:
+    """Yield each loop device and the file that it is on."""
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         try:
             yield f"/dev/{backing.parent.parent.name}", os.fsdecode(backing.read_bytes()).rstrip("\n")

@@ -36,12 +36,15 @@ list_test() {
     cat <<EOF
 attr|command -v getfattr
 btrfs-progs|command -v mkfs.btrfs
+dbus|test -x /usr/bin/dbus-daemon
 fio|command -v fio
 git|command -v git
+libpam-systemd|ls /usr/lib/*/security/pam_systemd.so
 openssh-server|test -x /usr/sbin/sshd
 procps|command -v pgrep
 qemu-utils|command -v qemu-img
 sqlite3|command -v sqlite3
+systemd|test -x /lib/systemd/systemd
 xfsprogs|command -v mkfs.xfs
 EOF
 }

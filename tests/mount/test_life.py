@@ -3,14 +3,17 @@
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from incfs.backing_device import MAX_RATIO_PERCENT, READ_AHEAD_KIB, widen_page_cache
+from incfs.mount import RETRY_S
 from incfs.mount_table import FILESYSTEM_TYPE, find_mount
 from tests.mount.conftest import END_TIMEOUT_S, INCFS, START_TIMEOUT_S, incfs, mounted_pool, require_fuse, wait_for
 from tests.mount.test_names import errno_of
@@ -202,17 +205,52 @@ def test_a_signal_unmounts_cleanly(mounted, number):
     assert (mounted / "db").read_bytes() == b"x" * 1_000_000
 
 
-def test_a_signal_while_files_are_open_saves_everything_and_leaves_the_mount_dead(mounted):
-    mounted.expected_log = ["is in use by", "incfs: "]
-    fd = os.open(mounted / "db", os.O_CREAT | os.O_WRONLY)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_files_are_open_is_obeyed_when_they_are_closed(mounted, number):
+    mounted.expected_log = ["in use by"]
+    fd = os.open(mounted / "db", os.O_CREAT | os.O_RDWR)
     os.pwrite(fd, b"x" * 1_000_000, 0)
+    mounted.process.send_signal(number)
+    wait_for(lambda: "it is served until it is free" in mounted.log())
+    assert re.search(rf"in use by pid {os.getpid()} \(.*\) on {mounted.path}/db", mounted.log())
+    os.pwrite(fd, b"y" * 1_000_000, 1_000_000)
+    os.fsync(fd)
+    assert os.pread(fd, 2_000_000, 0) == b"x" * 1_000_000 + b"y" * 1_000_000
+    (mounted / "more").write_bytes(b"z")
+    mounted.process.send_signal(number)
+    with pytest.raises(subprocess.TimeoutExpired):
+        mounted.process.wait(3 * RETRY_S)
+    os.close(fd)
+    assert mounted.process.wait(END_TIMEOUT_S) == 0
+    assert find_mount(mounted.path) is None
+    mounted.start()
+    assert (mounted / "db").read_bytes() == b"x" * 1_000_000 + b"y" * 1_000_000
+
+
+def test_what_is_written_after_a_signal_goes_to_disk_without_being_asked(mounted):
+    """SIGKILL may be next."""
+    mounted.expected_log = ["in use by", "detaching the dead mount"]
+    mounted.remount("commit=3600")
+    fd = os.open(mounted / "db", os.O_CREAT | os.O_RDWR)
     mounted.process.send_signal(signal.SIGTERM)
-    assert mounted.process.wait(END_TIMEOUT_S) == 11
-    assert errno_of(os.listdir, mounted.path) == errno.ENOTCONN
-    assert "clean" in incfs("-p", mounted.pool, "pool", "check").stdout
+    wait_for(lambda: "it is served until it is free" in mounted.log())
+    os.pwrite(fd, b"x" * 1_000_000, 0)
+    time.sleep(4 * RETRY_S)
+    mounted.kill()
     assert errno_of(os.close, fd) == errno.ENOTCONN
-    mounted.expected_log.append("detaching the dead mount")
-    mounted.log_path.write_text("")
+    mounted.start()
+    assert (mounted / "db").read_bytes() == b"x" * 1_000_000
+
+
+def test_a_signal_after_a_lazy_unmount_waits_for_the_last_who_uses_it(mounted):
+    fd = os.open(mounted / "db", os.O_CREAT | os.O_RDWR)
+    subprocess.run(["umount", "-i", "-l", mounted.path], check=True)
+    mounted.process.send_signal(signal.SIGTERM)
+    os.pwrite(fd, b"x" * 1_000_000, 0)
+    os.fsync(fd)
+    assert mounted.process.poll() is None
+    os.close(fd)
+    assert mounted.process.wait(END_TIMEOUT_S) == 0
     mounted.start()
     assert (mounted / "db").read_bytes() == b"x" * 1_000_000
 

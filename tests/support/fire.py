@@ -217,11 +217,13 @@ def committing(target: Target) -> Iterator[None]:
     Through the root directory: an fsync of a volume would wait for the write that is under way.
     """
 
+    is_over = threading.Event()
+
     def commit() -> None:
         fd = -1
         with suppress(OSError):  # the daemon was killed
             fd = os.open(target.mountpoint, os.O_RDONLY | os.O_DIRECTORY)
-            while True:
+            while not is_over.is_set():
                 os.fsync(fd)
                 target.counts["commits beside the writer"] += 1
         if fd >= 0:
@@ -232,4 +234,5 @@ def committing(target: Target) -> Iterator[None]:
     try:
         yield
     finally:
+        is_over.set()
         thread.join()

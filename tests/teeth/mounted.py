@@ -31,4 +31,28 @@ MOUNTED: Final = (
         "",
         "tests/mount/test_race.py::test_seek_finds_what_was_just_appended[unwaiting]",
     ),
+    Breakage(
+        "daemon-ends-though-its-mount-is-in-use",
+        "I1",
+        "incfs/mount.py",
+        "            self._say_for_whom(busy)\n            await self._make_durable()\n",
+        "            self._say_for_whom(busy)\n            raise\n",
+        "tests/mount/test_life.py::test_a_signal_while_files_are_open_is_obeyed_when_they_are_closed[Signals.SIGTERM]",
+    ),
+    Breakage(
+        "nothing-is-written-while-the-mount-is-in-use",
+        "I1",
+        "incfs/mount.py",
+        "            self._say_for_whom(busy)\n            await self._make_durable()\n",
+        "            self._say_for_whom(busy)\n",
+        "tests/mount/test_life.py::test_what_is_written_after_a_signal_goes_to_disk_without_being_asked",
+    ),
+    Breakage(
+        "daemon-stays-in-the-session",
+        "I1",
+        "incfs/mount.py",
+        "        leave_session(mountpoint)\n",
+        "",
+        "tests/system/test_boots.py::test_each_daemon_has_a_unit_of_its_own",
+    ),
 )
