@@ -167,16 +167,40 @@ PyObject *method_server(DataPlane *self, PyObject *unused)
 
 PyObject *method_lend(DataPlane *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"fd", "end_bytes", "limit_bytes", "nonce", "sequence", "folded", "most_blocks", NULL};
-    int fd;
+    static char *names[] = {"fds", "end_bytes", "limit_bytes", "nonce", "sequence", "folded", "most_blocks", NULL};
+    PyObject *fds;
     unsigned long long end_bytes, limit_bytes, nonce, sequence, folded;
     Py_ssize_t most_blocks;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$iKKKKKn", names, &fd, &end_bytes, &limit_bytes, &nonce, &sequence,
-                                     &folded, &most_blocks))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$O!KKKKKn", names, &PyList_Type, &fds, &end_bytes, &limit_bytes,
+                                     &nonce, &sequence, &folded, &most_blocks))
         return NULL;
-    lane_lend(self->lane, &(struct lane_journal){fd, end_bytes, limit_bytes, nonce, sequence, folded, most_blocks,
-                                                 self->block_bytes});
+    struct lane_journal journal = {.copies = PyList_GET_SIZE(fds), .end_bytes = end_bytes, .limit_bytes = limit_bytes,
+                                   .nonce = nonce, .sequence = sequence, .folded = folded, .most_blocks = most_blocks,
+                                   .block_bytes = self->block_bytes};
+    if (journal.copies < 1 || journal.copies > LANE_MOST_COPIES) {
+        PyErr_SetString(PyExc_ValueError, "the journal has 1 to 4 copies");
+        return NULL;
+    }
+    for (size_t i = 0; i < journal.copies; i++)
+        journal.fds[i] = PyLong_AsLong(PyList_GET_ITEM(fds, i));
+    if (PyErr_Occurred())
+        return NULL;
+    lane_lend(self->lane, &journal);
     Py_RETURN_NONE;
+}
+
+PyObject *method_left(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    PyObject *found = PyList_New(0);
+    for (size_t i = 0; found && i < LANE_MOST_COPIES; i++) {
+        int error = lane_left(self->lane, i);
+        PyObject *entry = error ? Py_BuildValue("(ni)", (Py_ssize_t)i, error) : NULL;
+        if (error && (!entry || PyList_Append(found, entry)))
+            Py_CLEAR(found);
+        Py_XDECREF(entry);
+    }
+    return found;
 }
 
 PyObject *method_reopen(DataPlane *self, PyObject *unused)

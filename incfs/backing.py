@@ -80,6 +80,10 @@ class File:
         """Give the descriptor, for locks and statistics."""
         return self._fd
 
+    def filenos(self) -> dict[int, int]:
+        """Give the descriptors of all files that this one stands for, by number."""
+        return {0: self.fileno()}
+
     def pread(self, offset_bytes: int, length_bytes: int) -> bytes:
         """Read exactly that range.
 
@@ -256,6 +260,9 @@ class File:
 
 class Backing:
     """Opens files and changes directories on the host."""
+
+    waits = True
+    """Whether its files do (``File.waits``), also those that others write."""
 
     def open(self, path: Path) -> File:
         """Open an existing file for reading and writing."""

@@ -19,6 +19,7 @@ from incfs.codec import Entries, entry_runs
 from incfs.epoch import NEVER, Standing
 from incfs.errors import AlreadyExists, FormatError
 from incfs.journal import Journal
+from incfs.metadata import TABLES_NAME
 from incfs.model import (
     HOLE,
     MAX_VOLUME_BYTES,
@@ -35,7 +36,7 @@ from incfs.model import (
 from incfs.overlay import Layer, Patch, TableKey
 from incfs.parts import create_standing
 from incfs.pool import Pool
-from incfs.store import TABLES_NAME, new_nonce
+from incfs.store import new_nonce
 from incfs.superblock import Superblock, write_superblock
 from incfs.tables import Puts, Tables, space_key
 from incfs.transfers import decode_receiving

@@ -7,20 +7,20 @@ frozen for them, so a worker thread may execute them while the owner goes on.
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
-from incfs.backing import Backing
 from incfs.blocks import split_address
 from incfs.catalog import Record, RecordId, record_puts
 from incfs.changes import Change, MapRun, encode_body, map_runs
 from incfs.codec import checksum
-from incfs.epoch import Epoch, Point, Stamp
+from incfs.epoch import Point
 from incfs.errors import ChecksumMismatch
 from incfs.journal import Journal
+from incfs.metadata import TableCopies
 from incfs.model import HOLE, StorageId
 from incfs.overlay import Layer
 from incfs.pool import Pool
-from incfs.tables import Puts, Tables, space_key
+from incfs.tables import Puts, space_key
 
 _PAGE_COST_BYTES = 16384
 """Most that folding one map page can add to the tables' file: the page and its branch."""
@@ -94,6 +94,16 @@ class Commit:
         return checksum(data[number * self.block_bytes : (number + 1) * self.block_bytes]) != crc
 
 
+class Stamps(Protocol):
+    """Stamps images and legs with the epoch that holds."""
+
+    def write_stamps(self, point: Point) -> None:
+        """Write what they say from a checkpoint on."""
+
+    def sync_stamped(self, point: Point) -> None:
+        """Make all data durable, and what they say."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """One fold of the journal into the tables."""
@@ -111,16 +121,13 @@ class Checkpoint:
     freed: "array[int]"
     pool: Pool
     journal: Journal
-    tables: Tables
-    backing: Backing
-    tables_path: Path
-    epoch: Epoch
-    """Of the pool: it is what the images are stamped with."""
+    tables: TableCopies
+    stamps: Stamps
 
     @property
-    def _stamp(self) -> Stamp:
+    def _point(self) -> Point:
         """What images and legs say from this checkpoint on."""
-        return Stamp(self.epoch, Point(self.segment_number, self.sequence))
+        return Point(self.segment_number, self.sequence)
 
     def run_commit(self) -> None:
         """Make the checkpoint's own commit durable and start the next journal segment.
@@ -139,7 +146,7 @@ class Checkpoint:
             NoSpace: A host has no room; nothing was harmed, and it may be tried again.
             BackingError: As ``Commit.run``.
         """
-        self.pool.write_stamps(self._stamp)
+        self.stamps.write_stamps(self._point)
 
     def reserve(self) -> None:
         """Make sure that the host has room for the tables to grow, and write the stamps, which may need some, too.
@@ -152,11 +159,7 @@ class Checkpoint:
         """
         self.write_stamps()
         pages = sum(len(pages) for pages in self.layer.values()) + len(self.groups) + len(self.records)
-        file = self.backing.open(self.tables_path)
-        try:
-            file.allocate(file.length_bytes(), (1 << 20) + pages * _PAGE_COST_BYTES, keep_size=True)
-        finally:
-            file.close()
+        self.tables.reserve((1 << 20) + pages * _PAGE_COST_BYTES)
 
     def run_fold(self) -> None:
         """Make all data durable, with a stamp that names this checkpoint on each image; then the tables.
@@ -168,7 +171,7 @@ class Checkpoint:
         Raises:
             BackingError: As ``Commit.run``.
         """
-        self.pool.sync_stamped(self._stamp)
+        self.stamps.sync_stamped(self._point)
         values = record_puts(self.records)
         values["space"] = {
             space_key(*key): bits.to_bytes((bits.bit_length() + 7) // 8, "little") if bits else None

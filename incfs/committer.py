@@ -10,8 +10,9 @@ thread.  Worker threads get only what the store froze for them.
 import contextlib
 import logging
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar, cast
 
 import trio
 
@@ -41,6 +42,16 @@ class _Round:
         self.error: IncfsError | None = None
 
 
+class _Interlude:
+    """Work that is done while nobody commits."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self.work = work
+        self.done = trio.Event()
+        self.result: object = None
+        self.error: IncfsError | None = None
+
+
 def _unexpected(where: str, error: Exception) -> IncfsError:
     logger.exception("unexpected error in %s", where)
     return IncfsError(f"unexpected error in {where}: {error!r}")
@@ -67,6 +78,12 @@ class Committer:
         self._opened = time.monotonic()
         self._copies_deadline: float | None = None
         """When those under way are given up: the pool is being closed."""
+        self._at_rest: list[_Interlude] = []
+        """What waits to be done between two commits."""
+        self._holders = 0
+        """Who does not want a checkpoint meanwhile."""
+        self._unheld = trio.Event()
+        self._unheld.set()
         self.freed: Callable[[], None]
         """Called when a checkpoint has made blocks free; set by the service."""
         self.is_closing = False
@@ -111,8 +128,56 @@ class Committer:
         await self._wait_for_fold()
         self._store.require_writable()
 
+    async def at_rest(self, work: Callable[[], Result]) -> Result:
+        """Run something in a worker thread while no commit is under way; those that come meanwhile wait."""
+        interlude = _Interlude(work)
+        self._at_rest.append(interlude)
+        self._wake.set()
+        with trio.CancelScope(shield=True):
+            await interlude.done.wait()
+        if interlude.error is not None:
+            raise interlude.error
+        return cast(Result, interlude.result)
+
+    async def _do_at_rest(self) -> None:
+        waiting, self._at_rest = self._at_rest, []
+        for interlude in waiting:
+            try:
+                interlude.result = await offload(interlude.work)
+            except IncfsError as error:
+                interlude.error = error
+            except Exception as error:  # noqa: BLE001 - as in run
+                interlude.error = _unexpected("work between two commits", error)
+            interlude.done.set()
+
+    @asynccontextmanager
+    async def without_checkpoints(self) -> AsyncIterator[None]:
+        """Let no checkpoint begin meanwhile; the one under way ends before.
+
+        Raises:
+            NoSpace: It waits for room on the metadata's disk.
+        """
+        if not self._holders:
+            self._unheld = trio.Event()
+        self._holders += 1
+        try:
+            while self._store.is_checkpointing:
+                await self._fold_told.wait()
+                self._raise_no_room()
+                await trio.lowlevel.checkpoint()
+            yield
+        finally:
+            self._holders -= 1
+            if not self._holders:
+                self._unheld.set()
+                self._wake.set()
+
     async def _wait_for_fold(self) -> None:
+        await self._unheld.wait()
         await self._fold_told.wait()
+        self._raise_no_room()
+
+    def _raise_no_room(self) -> None:
         if self._no_room is not None:
             raise type(self._no_room)(self._no_room.message, **self._no_room.facts)
 
@@ -125,6 +190,7 @@ class Committer:
             current, self._next = self._next, _Round()
             try:
                 with trio.CancelScope(shield=True):
+                    await self._do_at_rest()
                     await self._commit_or_checkpoint()
                 self._store.lend_journal()
             except IncfsError as error:
@@ -135,8 +201,12 @@ class Committer:
                 self._store.fail(current.error)
             finally:
                 current.done.set()
-            if self._store.failure is None and self._store.wants_checkpoint and not self._store.is_checkpointing:
+            if self._store.failure is None and self._store.wants_checkpoint and not self._must_wait_for_checkpoint:
                 self.checkpoint_soon()
+
+    @property
+    def _must_wait_for_checkpoint(self) -> bool:
+        return self._store.is_checkpointing or bool(self._holders)
 
     def _go_on_with_recovery(self) -> None:
         """Finish the checkpoint that there was no room for when the pool was opened."""
@@ -165,7 +235,7 @@ class Committer:
 
     async def _commit_or_checkpoint(self) -> None:
         store = self._store
-        if self._wants_checkpoint and not store.is_checkpointing:
+        if self._wants_checkpoint and not self._must_wait_for_checkpoint:
             self._wants_checkpoint = False
             checkpoint = store.begin_checkpoint(new_nonce())
             self._checkpoints_begun += 1

@@ -22,8 +22,10 @@ import trio
 
 from incfs.admin import VERBS, run_verb
 from incfs.admin.verb import NO_CHANNEL, Channel, Progress
+from incfs.backing import Backing
 from incfs.documents import Document
 from incfs.errors import DaemonError, IncfsError, PermissionRefused, UsageError
+from incfs.gather import other_directories
 from incfs.protocol import (
     MAX_REPLY_BYTES,
     MAX_REQUEST_BYTES,
@@ -92,7 +94,8 @@ def _listening_socket(directory: Path) -> Iterator[socket.socket]:
         try:
             yield listening
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # its disk may be lost; the next daemon takes it away
+                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -327,7 +330,7 @@ class ControlClient:
 
 @contextlib.asynccontextmanager
 async def connect_control(directory: Path, progress: Progress) -> AsyncIterator[ControlClient | None]:
-    """Connect to the daemon of the pool in ``directory``; None when there is none.
+    """Connect to the daemon of the pool in ``directory``, or in another copy of it; None when there is none.
 
     A socket file that a killed daemon left behind counts as none.
 
@@ -338,12 +341,19 @@ async def connect_control(directory: Path, progress: Progress) -> AsyncIterator[
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
         # While the daemon is slow to accept, the kernel waits this long before EAGAIN.
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(CONNECT_TIMEOUT_S, 0))
-        if not await trio.to_thread.run_sync(_connect, connected, directory):
+        if not await trio.to_thread.run_sync(_connect_any, connected, directory):
             yield None
             return
         connected.setblocking(False)
         async with trio.SocketStream(trio.socket.from_stdlib_socket(connected)) as stream:
             yield ControlClient(stream, progress)
+
+
+def _connect_any(unconnected: socket.socket, directory: Path) -> bool:
+    """Connect where the pool was opened: in this directory, or in another that holds its metadata."""
+    if _connect(unconnected, directory):
+        return True
+    return any(_connect(unconnected, other) for other in other_directories(Backing(), directory))
 
 
 def _connect(unconnected: socket.socket, directory: Path) -> bool:

@@ -38,6 +38,7 @@ Owns the tree, the stable codes, and for each class its errno (FUSE), its exit c
     ├── ReplicaFailed              the next run goes on
     ├── BaseMismatch               a stream's base is not what the target holds
     ├── EpochMismatch              parts of a pool are of different times, or of different forks of it
+    ├── MetadataStale              the newest metadata is elsewhere
     ├── UnsupportedFormat          a newer incfs wrote this
     ├── HookFailed                 a program around a snapshot
     ├── JobStopped                 somebody stopped it; what it did stays done
@@ -308,6 +309,13 @@ class NamesOutside(IncfsError):
     code = "restore.names-outside"
     errno = _errno.EPERM
     exit_code = 2
+
+
+class MetadataStale(IncfsError):
+    """The copies of the metadata that are there are not the newest, or two were used without each other."""
+
+    code = "pool.metadata-stale"
+    exit_code = 12
 
 
 class UnsupportedFormat(IncfsError):

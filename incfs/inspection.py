@@ -9,6 +9,7 @@ import trio
 from incfs import dump, extents, removal, snapshot, status
 from incfs.check import Checker, CheckReport, Progress
 from incfs.committer import Committer, offload
+from incfs.errors import IncfsError
 from incfs.extents import Extent
 from incfs.handles import Handles
 from incfs.model import PAGE_BLOCKS, MapId, Snapshot, VolumeId
@@ -97,6 +98,7 @@ class Inspection:
                 found = Checker(reader, volumes, block_bytes, data=data, progress=report).run()
             if self._store.mismatch is not None:
                 found.damage("parts", str(self._store.mismatch))
+            self._check_other_copies(found)
             return found
 
         self._store.pool.reuse.held += 1
@@ -109,6 +111,14 @@ class Inspection:
         if data and not report.is_damaged and self._store.failure is None and self._store.standing.is_unproved:
             await offload(self._store.prove)
         return report
+
+    def _check_other_copies(self, report: CheckReport) -> None:
+        """Prove those copies of the tables that nobody reads.  Any thread."""
+        for number in self._store.copies.current[1:]:
+            try:
+                self._store.table_copies.verify(number)
+            except IncfsError as error:
+                report.damage(f"metadata in {self._store.copies.path_of(number)}", str(error))
 
     async def dump(self, path: Path) -> int:
         """Write the metadata as of now to a file as text; give its length in bytes."""

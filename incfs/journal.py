@@ -13,6 +13,7 @@ Invariants:
 """
 
 import contextlib
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from uuid import UUID
 from incfs.backing import Backing, File
 from incfs.codec import checksum
 from incfs.epoch import NEVER, Epoch
-from incfs.errors import FormatError, IncfsError, JournalDamaged, LimitExceeded
+from incfs.errors import BackingError, FormatError, IncfsError, JournalDamaged, LimitExceeded
 
 SECTOR_BYTES = 512
 MAX_RECORD_BYTES = 1 << 30
@@ -31,6 +32,7 @@ _SEGMENT = struct.Struct("<8sHxxI16sQQQQQ")
 _SEGMENT_MAGIC = b"INCFSJN\0"
 _VERSION = 1
 _RECORD = struct.Struct("<4sIQQI")
+_COPY_BYTES = 1 << 20
 _RECORD_MAGIC = b"JREC"
 _ACK_MAGIC = b"JACK"
 _CRC = struct.Struct("<I")
@@ -46,7 +48,7 @@ class Borrower(Protocol):
     def lend(
         self,
         *,
-        fd: int,
+        fds: list[int],
         end_bytes: int,
         limit_bytes: int,
         nonce: int,
@@ -54,7 +56,10 @@ class Borrower(Protocol):
         folded: int,
         most_blocks: int,
     ) -> None:
-        """Begin to append; no record at or behind ``limit_bytes``."""
+        """Begin to append to each of several files that are alike; no record at or behind ``limit_bytes``."""
+
+    def left(self) -> list[tuple[int, int]]:
+        """Say which lent files failed while another has everything, as (position, errno): it goes no further then."""
 
     def reopen(self) -> None:
         """Go on appending after ``close_journal``."""
@@ -72,6 +77,16 @@ class Borrower(Protocol):
         Raises:
             BackingError: A record could not be written or flushed.
         """
+
+
+class Survivors(Protocol):
+    """Which copies of a journal are up to date; ``copies`` knows."""
+
+    def leave(self, number: int, reason: str) -> bool:
+        """Stop using a copy; False when no other is up to date."""
+
+    def settle(self) -> None:
+        """Make it known, durably, who was left behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +214,20 @@ def _sequence_at(file: File, offset_bytes: int, length_bytes: int, nonce: int | 
 class Journal:
     """The two segment files of one pool.
 
+    Args:
+        pool: Its UUID.
+        files: Both; each may stand for several that are alike.
+        survivors: Which of those count, if there are several.
+
     Concurrency: one caller at a time; any thread.
     """
 
-    def __init__(self, pool: UUID, files: tuple[File, File]) -> None:
+    def __init__(self, pool: UUID, files: tuple[File, File], survivors: Survivors | None = None) -> None:
         self._pool = pool
         self._files = files
+        self._survivors = survivors
+        self._lent: list[int] = []
+        """The copies whose files are lent, in that order."""
         self._segment = Segment(0, 0, 0)
         self._end_bytes = SECTOR_BYTES
         self._next_sequence = 0
@@ -254,9 +277,38 @@ class Journal:
             return cls(pool, files)
 
     @property
+    def files(self) -> tuple[File, File]:
+        """Both files."""
+        return self._files
+
+    @property
     def segment(self) -> Segment:
         """The segment that takes new records."""
         return self._segment
+
+    @property
+    def next_sequence(self) -> int:
+        """Of the record that follows the last one that ``replay`` found."""
+        return self._next_sequence
+
+    def catch_up(self, ahead: "Journal") -> None:
+        """Append what another copy of this journal has beyond; both were replayed.
+
+        Durability: durable on return.  Cut off, it has some of it, as if that were all.
+
+        Raises:
+            JournalDamaged: The two are not of one history.
+        """
+        ours, theirs = self._segment, ahead._segment
+        if theirs.number == ours.number + 1 and theirs.start_sequence == self._next_sequence:
+            self._begin_segment(theirs)
+        elif theirs != ours:
+            raise JournalDamaged(f"{self._file(ours.number).path} is at segment {ours}, another copy at {theirs}")
+        source, target = ahead._file(theirs.number), self._file(theirs.number)
+        if self._end_bytes < ahead._end_bytes:
+            target.pwrite(self._end_bytes, source.pread(self._end_bytes, ahead._end_bytes - self._end_bytes))
+            target.sync()
+        self._end_bytes, self._next_sequence = ahead._end_bytes, ahead._next_sequence
 
     @property
     def used_bytes(self) -> int:
@@ -355,10 +407,13 @@ class Journal:
         contained in a checkpoint already.
         """
         self._reclaim()
-        segment = Segment(self._segment.number + 1, start_sequence, nonce, self.epoch)
+        self._begin_segment(Segment(self._segment.number + 1, start_sequence, nonce, self.epoch))
+
+    def _begin_segment(self, segment: Segment) -> None:
         file = self._file(segment.number)
         file.pwrite(0, encode_segment(self._pool, segment))
         file.sync()
+        self._tell_survivors()
         self._segment = segment
         self._end_bytes = SECTOR_BYTES
 
@@ -372,9 +427,47 @@ class Journal:
         file = self._file(self._segment.number)
         file.pwrite(self._end_bytes, framed)
         file.sync()
+        self._tell_survivors()
         self._end_bytes += len(framed)
         # Nobody waits for it: the host writes it some time, or with the record that replaces it.
         file.pwrite(self._end_bytes, encode_ack(sequence, self._segment.nonce))
+
+    def copy_to(self, targets: tuple[File, File]) -> int:
+        """Write all of it into two other files; records may be appended meanwhile, no segment may be begun.
+
+        Durability: durable on return.
+
+        Returns:
+            Up to where they have the current segment; ``finish_copy`` goes on there.
+        """
+        end = self.used_bytes
+        for source, target in zip(self._files, targets, strict=True):
+            length = source.length_bytes()
+            for offset in range(0, length, _COPY_BYTES):
+                target.pwrite(offset, source.pread(offset, min(_COPY_BYTES, length - offset)))
+            target.truncate(length)
+            target.sync()
+        return end
+
+    def finish_copy(self, targets: tuple[File, File], copied_bytes: int) -> None:
+        """Write what was appended since ``copy_to``; nothing may be appended meanwhile.
+
+        Durability: durable on return.
+        """
+        self.take_back()
+        source, target = self._file(self._segment.number), targets[self._segment.number % 2]
+        end = min(self.used_bytes + SECTOR_BYTES, source.length_bytes())
+        target.pwrite(copied_bytes, source.pread(copied_bytes, end - copied_bytes))
+        target.sync()
+
+    def take_back(self) -> None:
+        """Have the journal's end back from whoever appends, for the next lending to be of other files.
+
+        Raises:
+            BackingError: A record could not be written or flushed.
+        """
+        self._reclaim()
+        self._tell_survivors()
 
     def lend(self, borrower: "Borrower", *, sequence: int, folded: int, most_blocks: int) -> None:
         """Let native threads append records behind the one of ``sequence``, until the next call of ours that appends.
@@ -388,8 +481,10 @@ class Journal:
         if self._borrower is not None:  # it knows where the journal ends, we do not
             return self._borrower.reopen()
         file = self._file(self._segment.number)
+        lent = file.filenos()
+        self._lent = list(lent)
         borrower.lend(
-            fd=file.fileno(),
+            fds=list(lent.values()),
             end_bytes=self._end_bytes,
             limit_bytes=self._segment_bytes // 2,
             nonce=self._segment.nonce,
@@ -401,19 +496,32 @@ class Journal:
         return None
 
     def settle(self) -> None:
-        """Wait until every record that the borrower has begun is durable.
+        """Wait until every record that the borrower has begun is durable, and known who lacks it.
 
         Raises:
             BackingError: One could not be written or flushed.
         """
         if self._borrower is not None:
             self._borrower.settle()
+            if self._borrower.left():
+                self._reclaim()
+        self._tell_survivors()
 
     def _reclaim(self) -> None:
-        """Wait until the borrower has stopped."""
-        if self._borrower is not None:
-            self._end_bytes = self._borrower.reclaim()
-            self._borrower = None
+        """Wait until the borrower has stopped; leave behind what failed it."""
+        if self._borrower is None:
+            return
+        self._end_bytes = self._borrower.reclaim()
+        left, self._borrower = self._borrower.left(), None
+        for position, host_errno in left:
+            reason = f"cannot write the journal: {os.strerror(host_errno)}"
+            if self._survivors is None or not self._survivors.leave(self._lent[position], reason):
+                raise BackingError(reason, action="write")
+
+    def _tell_survivors(self) -> None:
+        """Make it durable who lacks what was just written, before anybody hears that it is durable."""
+        if self._survivors is not None:
+            self._survivors.settle()
 
     def close(self) -> None:
         """Close both files, once nobody appends any more."""

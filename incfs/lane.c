@@ -22,6 +22,7 @@ struct lane {
     uint64_t durable_sequence;
     bool is_open, is_committing;
     int failed_errno;
+    int left_errno[LANE_MOST_COPIES]; /* of copies that failed while another has everything */
     struct hot_waiter *first_waiter, *last_waiter;
     struct lane_batch *first_batch, *last_batch;
     size_t queued_mappings;
@@ -68,11 +69,20 @@ void lane_divert(struct lane *lane, const struct lane_disk *disk)
 
 /* ---- For the control plane ------------------------------------------------------------------------------ */
 
+static bool has_left(const struct lane *lane)
+{
+    for (size_t i = 0; i < LANE_MOST_COPIES; i++)
+        if (lane->left_errno[i])
+            return true;
+    return false;
+}
+
 void lane_lend(struct lane *lane, const struct lane_journal *journal)
 {
     pthread_mutex_lock(&lane->lock);
     lane->journal = *journal;
     lane->durable_sequence = journal->sequence;
+    memset(lane->left_errno, 0, sizeof lane->left_errno);
     lane->is_open = !lane->failed_errno;
     pthread_mutex_unlock(&lane->lock);
 }
@@ -80,7 +90,7 @@ void lane_lend(struct lane *lane, const struct lane_journal *journal)
 void lane_reopen(struct lane *lane)
 {
     pthread_mutex_lock(&lane->lock);
-    lane->is_open = !lane->failed_errno;
+    lane->is_open = !lane->failed_errno && !has_left(lane);
     pthread_mutex_unlock(&lane->lock);
 }
 
@@ -106,6 +116,14 @@ int lane_reclaim(struct lane *lane, uint64_t *end_bytes)
 {
     int error = lane_settle(lane);
     *end_bytes = lane_end_bytes(lane);
+    return error;
+}
+
+int lane_left(struct lane *lane, size_t copy)
+{
+    pthread_mutex_lock(&lane->lock);
+    int error = lane->left_errno[copy];
+    pthread_mutex_unlock(&lane->lock);
     return error;
 }
 
@@ -348,9 +366,58 @@ static void make_head(unsigned char *head, const char *magic, uint32_t length, u
     memcpy(head + HEAD_BYTES - 4, &checksum, 4);
 }
 
-/* Writes the record and flushes it; *end_bytes moves behind it.  Returns an errno. */
+/* A flush of one copy, in a thread of its own where there is one. */
+struct flush {
+    const struct lane_disk *disk;
+    int fd;
+    int error;
+    bool has_thread;
+    pthread_t thread;
+};
+
+static void *run_flush(void *arg)
+{
+    struct flush *flush = arg;
+    if (!flush->error)
+        flush->error = flush->disk->flush(flush->fd);
+    return NULL;
+}
+
+static bool has_sound(const struct lane_journal *journal, const int *errors)
+{
+    for (size_t i = 0; i < journal->copies; i++)
+        if (!errors[i])
+            return true;
+    return false;
+}
+
+/* Writes the bytes to every copy, then flushes all of them, side by side: as long as the slowest takes.  Each copy's
+ * errno goes into errors.  Returns 0 when one has them durable, else the first errno. */
+static int write_copies(const struct lane_disk *disk, const struct lane_journal *journal, const struct bytes *bytes,
+                        uint64_t offset, int *errors)
+{
+    struct flush flushes[LANE_MOST_COPIES];
+    for (size_t i = 0; i < journal->copies; i++) {
+        int error = disk->write(journal->fds[i], bytes->start, bytes->length, offset);
+        flushes[i] = (struct flush){.disk = disk, .fd = journal->fds[i], .error = error};
+    }
+    for (size_t i = 1; i < journal->copies; i++)
+        flushes[i].has_thread = !flushes[i].error && !pthread_create(&flushes[i].thread, NULL, run_flush, &flushes[i]);
+    for (size_t i = 0; i < journal->copies; i++)
+        if (!flushes[i].has_thread)
+            run_flush(&flushes[i]);
+    for (size_t i = 0; i < journal->copies; i++) {
+        if (flushes[i].has_thread)
+            pthread_join(flushes[i].thread, NULL);
+        errors[i] = flushes[i].error;
+    }
+    return has_sound(journal, errors) ? 0 : errors[0];
+}
+
+/* Writes the record and flushes it; *end_bytes moves behind it.  Returns an errno when no copy has it; else errors
+ * has those of the copies that lack it. */
 static int write_record(const struct lane_disk *disk, const struct lane_journal *journal, struct record *record,
-                        uint64_t *end_bytes)
+                        uint64_t *end_bytes, int *errors)
 {
     struct bytes *bytes = &record->bytes;
     size_t body = bytes->length - HEAD_BYTES, padding = -bytes->length % SECTOR_BYTES;
@@ -359,16 +426,17 @@ static int write_record(const struct lane_disk *disk, const struct lane_journal 
         return ENOMEM;
     memset(rest, 0, padding);
     make_head(bytes->start, "JREC", body, record->sequence, journal->nonce, crc32c(bytes->start + HEAD_BYTES, body));
-    int error = disk->write(journal->fd, bytes->start, bytes->length, *end_bytes);
-    if (!error)
-        error = disk->flush(journal->fd);
+    int error = write_copies(disk, journal, bytes, *end_bytes, errors);
     if (error)
         return error;
     *end_bytes += bytes->length;
     /* Nobody waits for it: see encode_ack in journal.py. */
     unsigned char ack[SECTOR_BYTES] = {0};
     make_head(ack, "JACK", 0, record->sequence, journal->nonce, 0);
-    return disk->write(journal->fd, ack, sizeof ack, *end_bytes);
+    for (size_t i = 0; i < journal->copies; i++)
+        if (!errors[i])
+            errors[i] = disk->write(journal->fds[i], ack, sizeof ack, *end_bytes);
+    return has_sound(journal, errors) ? 0 : errors[0];
 }
 
 /* ---- Commits ------------------------------------------------------------------------------------------------ */
@@ -451,13 +519,15 @@ static bool begin(struct lane *lane, struct hot_waiter *waiters, struct record *
     return true;
 }
 
-static int finish(struct lane *lane, const struct lane_journal *journal, struct record *record, uint64_t *end_bytes)
+static int finish(struct lane *lane, const struct lane_journal *journal, struct record *record, uint64_t *end_bytes,
+                  int *errors)
 {
     int error = put_data(record, lane->plane, journal->block_bytes);
-    return error ? error : write_record(&lane->disk, journal, record, end_bytes);
+    return error ? error : write_record(&lane->disk, journal, record, end_bytes, errors);
 }
 
-/* Under the lock, which it lets go of while the disk is waited for.  False when the control plane must act. */
+/* Under the lock, which it lets go of while the disk is waited for.  False when the control plane must act, or must
+ * tell who was left behind before anybody hears that the record is durable. */
 static bool commit(struct lane *lane, struct hot_waiter *waiters, int *error)
 {
     struct record record = {0};
@@ -467,15 +537,21 @@ static bool commit(struct lane *lane, struct hot_waiter *waiters, int *error)
     if (record.sequence) {
         const struct lane_journal journal = lane->journal;
         uint64_t end_bytes = journal.end_bytes;
+        int errors[LANE_MOST_COPIES] = {0};
         pthread_mutex_unlock(&lane->lock);
-        *error = finish(lane, &journal, &record, &end_bytes);
+        *error = finish(lane, &journal, &record, &end_bytes, errors);
         if (*error)
             plane_fail(lane->plane, *error, 0);
         pthread_mutex_lock(&lane->lock);
         lane->journal.end_bytes = end_bytes;
+        if (!*error)
+            memcpy(lane->left_errno, errors, sizeof errors);
     }
+    bool is_settled = !has_left(lane);
     if (*error) {
         lane->failed_errno = *error;
+        lane->is_open = false;
+    } else if (!is_settled) {
         lane->is_open = false;
     } else {
         lane->durable_sequence = lane->journal.sequence;
@@ -484,7 +560,7 @@ static bool commit(struct lane *lane, struct hot_waiter *waiters, int *error)
         plane_call(lane->plane);
     free(record.bytes.start);
     free(record.stored.start);
-    return true;
+    return is_settled;
 }
 
 bool lane_sync(struct lane *lane, struct hot_waiter *waiter, bool can_wait, const struct hot_answers *answers)

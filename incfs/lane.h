@@ -10,8 +10,10 @@
  *      that of the seals.
  *   2. Record n+1 is begun after record n is durable; waiters are answered only then (I5).  A batch may be
  *      taken while its record is being flushed: whoever answers for it waits with lane_settle (I13).
- *   3. After a failed write or flush the plane is frozen before anybody is answered, and the lane never
- *      opens again (I10).
+ *   3. A record is written to every copy of the journal, and flushed side by side.  When some fail and another has it
+ *      durable, the waiters are refused: the control plane first makes it known who was left behind, then answers.
+ *   4. After a write or flush that failed for all copies the plane is frozen before anybody is answered, and the lane
+ *      never opens again (I10).
  *
  * Locks: the lane's comes before the plane's gate, and is never held while the disk is waited for.
  */
@@ -23,9 +25,12 @@
 
 struct lane;
 
+enum { LANE_MOST_COPIES = 4 };
+
 /* The journal's end, as it is lent. */
 struct lane_journal {
-    int fd;
+    int fds[LANE_MOST_COPIES]; /* of files that are alike */
+    size_t copies;
     uint64_t end_bytes;   /* where the next record goes */
     uint64_t limit_bytes; /* no record is begun at or behind it */
     uint64_t nonce;       /* of the segment */
@@ -62,6 +67,8 @@ void lane_close(struct lane *lane);
 int lane_settle(struct lane *lane);
 /* The same, and gives the journal's end back. */
 int lane_reclaim(struct lane *lane, uint64_t *end_bytes);
+/* The errno for which a copy was left behind since the journal was lent, or 0.  While there is one, nothing is begun. */
+int lane_left(struct lane *lane, size_t copy);
 uint64_t lane_end_bytes(struct lane *lane);
 /* The last commit whose flush has ended; those of batches that lane_take gave may be later. */
 uint64_t lane_durable_sequence(struct lane *lane);

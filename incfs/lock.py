@@ -48,6 +48,14 @@ class PoolLock:
         with contextlib.suppress(OSError):
             os.pwrite(self._fd, f"{os.getpid():<{_PID_BYTES}}\n".encode(), 0)
 
+    def is_of(self, directory: Path) -> bool:
+        """Whether it is the lock of what is at that path now: the disk may have been away."""
+        try:
+            found, held = os.stat(directory / LOCK_NAME), os.fstat(self._fd)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
+
     def release(self) -> None:
         """Let the next process have the pool."""
         os.close(self._fd)

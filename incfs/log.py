@@ -25,7 +25,7 @@ from incfs.errors import FormatError
 from incfs.model import HOLE, INHERIT, PAGE_BLOCKS, StorageId, split_map_id
 from incfs.overlay import Chain, Layer, Overlay, TableKey
 from incfs.sealed import Sealed
-from incfs.tables import Reader, Tables
+from incfs.tables import ReadableTables, Reader
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class IncrementalLog:
     Concurrency: the owner thread only, but for ``fetch``.
     """
 
-    def __init__(self, tables: Tables) -> None:
+    def __init__(self, tables: ReadableTables) -> None:
         self._tables = tables
         self._overlay = Overlay()
         self._replaced: dict[tuple[int, int], tuple[int, bytes]] = {}

@@ -32,6 +32,7 @@ from incfs.epoch import NEVER, Stamp, Standing
 from incfs.errors import BackingError, IncfsError, PoolReadOnly
 from incfs.events import EventLog
 from incfs.log import IncrementalLog
+from incfs.metadata import TableCopies
 from incfs.model import (
     HOLE,
     INHERIT,
@@ -53,7 +54,6 @@ from incfs.sealed import Sealed
 from incfs.settings import VolumeSettings
 from incfs.space import Space
 from incfs.superblock import Superblock
-from incfs.tables import Tables
 from incfs.trails import Trails
 
 logger = logging.getLogger(__name__)
@@ -74,9 +74,18 @@ class Memory:
     """
 
     def __init__(
-        self, directory: Path, superblock: Superblock, backing: Backing, tables: Tables, options: Options
+        self,
+        directory: Path,
+        superblock: Superblock,
+        backing: Backing,
+        tables: TableCopies,
+        options: Options,
+        *,
+        home: Path,
     ) -> None:
         self.directory = directory
+        self.home = home
+        """Where relative paths of images start: another directory, when the pool is opened by another copy of it."""
         self.superblock = superblock
         self.options = options
         self.catalog = Catalog()
@@ -100,7 +109,7 @@ class Memory:
         self.log = IncrementalLog(tables)
         salvage = options.salvage
         self.pool = Pool(
-            salvage.images_home if salvage else directory, UUID(superblock.uuid), superblock.block_bytes, backing
+            salvage.images_home if salvage else home, UUID(superblock.uuid), superblock.block_bytes, backing
         )
         if salvage:
             self.pool.images.moved = salvage.image_paths

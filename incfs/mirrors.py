@@ -138,9 +138,9 @@ class Mirrors:
             raise NotFound(f"storage volume {storage_id} has no leg {number}", storage=storage_id)
         legs.require_other_leg(store, storage_id, number)
         name = f"incfs-{store.superblock.uuid[:8]}-{storage_id}.leg{number}.img"
-        stored = await offload(lambda: stored_path(store.directory, Path(path), name))
+        stored = await offload(lambda: stored_path(store.home, Path(path), name))
         record = store.catalog.storage(storage_id)
-        await offload(lambda: store.pool.images.create_leg(record, store.directory / stored))
+        await offload(lambda: store.pool.images.create_leg(record, store.home / stored))
         legs.replace_leg(store, storage_id, number, stored)
         await self._committer.commit()
         self._tell("leg-replaced", storage_id, f"leg {number} is {stored} from now on; it is empty")

@@ -84,6 +84,7 @@ def muster(store: Store, expected: Expected) -> None:
     if store.failure is None:
         if standing.raising is None:
             store.pool.images.missing_stamp = Stamp(standing.settled, expected.folded)
+        store.agree()
         if standing.is_adopting:
             _extend(store, expected, present)
         _raise(store, standing, present, expected.reached)
@@ -102,7 +103,9 @@ def differences(standing: Standing, parts: Sequence[Part], *, reached: Point) ->
 def _standing(store: Store) -> Standing | None:
     """Read what the directory says of itself; None: nothing can be compared with it."""
     try:
-        standing = read_standing(store.backing, store.directory, UUID(store.superblock.uuid))
+        uuid = UUID(store.superblock.uuid)
+        found = [read_standing(store.backing, path, uuid) for path in store.copies.current_directories]
+        standing = max(found, key=lambda known: (known.newest.counter, known.settled.counter))
     except (FormatError, BackingError) as error:
         if not store.options.force_older:
             _note_mismatch(store, error)
@@ -250,16 +253,22 @@ def _end_bytes(store: Store, expected: Expected, storage_id: StorageId) -> int:
 def _raise(store: Store, standing: Standing, present: Sequence[_Present], reached: Point) -> None:
     parts = [found.part for found in present if found.fit is Fit.FITS and not found.is_stale]
     uuid = UUID(store.superblock.uuid)
-    begun = Raise(store.backing, uuid, [store.directory], parts, reached)
+    directories = store.copies.current_directories
+    begun = Raise(store.backing, uuid, directories, parts, reached, store.copies.leave_directory)
     begun.settle_host(store.journal.sync)
     if standing.raising is not None and not standing.is_adopting:
         standing, failed = begun.run(standing, standing.raising)  # it was cut off
-        begun = replace(begun, parts=[part for part in parts if part not in failed])
+        begun = replace(
+            begun,
+            directories=store.copies.current_directories,
+            parts=[part for part in parts if part not in failed],
+        )
         _leave_failed(store, failed)
     seen = [standing.newest, *(found.stamp.epoch for found in present if found.stamp is not None)]
     standing, failed = begun.run(standing, next_epoch(*seen))
     _leave_failed(store, failed)
     store.enter(standing)
+    store.copies.settle()
 
 
 def _leave_failed(store: Store, failed: Mapping[Part, IncfsError]) -> None:

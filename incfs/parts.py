@@ -155,6 +155,7 @@ class Raise:
         directories: Its metadata directories, which all say the same.
         parts: Its sound images and legs.
         point: How far the directories are, durably.
+        leave: Leaves a directory behind that failed; False when there is no other.
     """
 
     backing: Backing
@@ -162,6 +163,7 @@ class Raise:
     directories: Sequence[Path]
     parts: Sequence[Part]
     point: Point
+    leave: Callable[[Path, IncfsError], bool] = lambda path, error: False
 
     def settle_host(self, *others: Callable[[], None]) -> None:
         """Have the host write what a process that was killed left in its cache: a raise relies upon it.
@@ -169,7 +171,8 @@ class Raise:
         Args:
             others: Flushes of what else is relied upon.
         """
-        self._side_by_side([*others, *(part.file.sync for part in self.parts), *map(self._flush, self.directories)])
+        self._side_by_side([*others, *(part.file.sync for part in self.parts)])
+        self._each(list(self.directories), self._flush)
 
     def _flush(self, directory: Path) -> Callable[[], None]:
         def flush() -> None:
@@ -191,10 +194,11 @@ class Raise:
         Raises:
             BackingError, NoSpace: The host failed; the next raise ends this one.
         """
-        self._write(replace(before, raising=to))
+        directories = list(self.directories)
+        self._write(directories, replace(before, raising=to))
         failed = self._stamp(Stamp(to, self.point))
         after = Standing(to, is_unproved=before.is_unproved or before.is_adopting)
-        self._write(after)
+        self._write(directories, after)
         return after, failed
 
     @property
@@ -206,9 +210,23 @@ class Raise:
             for end in ends:
                 end()
 
-    def _write(self, standing: Standing) -> None:
+    def _write(self, directories: list[Path], standing: Standing) -> None:
         write = partial(write_standing, self.backing, pool=self.pool, standing=standing)
-        self._side_by_side([partial(write, path) for path in self.directories])
+        self._each(directories, lambda path: partial(write, path))
+
+    def _each(self, directories: list[Path], work_for: Callable[[Path], Callable[[], None]]) -> None:
+        """Do something in each directory; take those out of the list that failed and were left behind."""
+        errors: dict[Path, IncfsError] = {}
+        with begun([work_for(path) for path in directories], side_by_side=self._waits) as ends:
+            for path, end in zip(directories, ends, strict=True):
+                try:
+                    end()
+                except IncfsError as error:
+                    errors[path] = error
+        for path, failure in errors.items():
+            if not self.leave(path, failure):
+                raise failure
+            directories.remove(path)
 
     def _stamp(self, stamp: Stamp) -> dict[Part, IncfsError]:
         failed: dict[Part, IncfsError] = {}

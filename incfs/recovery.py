@@ -9,8 +9,10 @@ import time
 import uuid as uuids
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
+from incfs import copymaker
 from incfs.backing import Backing
 from incfs.blocks import split_address
 from incfs.catalog import KINDS, record_from, record_puts
@@ -27,10 +29,12 @@ from incfs.errors import (
     NotAPool,
     UsageError,
 )
+from incfs.gather import gather
 from incfs.groups import group_start
 from incfs.image import DATA_OFFSET_BYTES
 from incfs.journal import Journal, JournalRecord, journal_paths
 from incfs.lock import LOCK_NAME, PoolLock
+from incfs.metadata import TABLES_NAME
 from incfs.model import (
     DEFAULT_BLOCK_BYTES,
     HOLE,
@@ -51,7 +55,7 @@ from incfs.overlay import TableKey
 from incfs.parts import create_standing, first_epoch
 from incfs.pool import Pool
 from incfs.sealed import seal_pages
-from incfs.store import TABLES_NAME, Store, new_nonce
+from incfs.store import Store, new_nonce
 from incfs.superblock import (
     ANNOUNCED_NAME,
     SUPERBLOCK_NAME,
@@ -77,9 +81,10 @@ def create_pool(
     capacity_bytes: int | None = None,
     directories: Sequence[Path] = (),
     journal_bytes: int = DEFAULT_JOURNAL_BYTES,
+    mirrors: Sequence[Path] = (),
     backing: Backing | None = None,
 ) -> Superblock:
-    """Make a pool with one storage volume in each image directory.
+    """Make a pool with one storage volume in each image directory, or with one that is mirrored.
 
     Args:
         directory: Made if missing; otherwise it may hold empty directories, and what a creation
@@ -88,6 +93,7 @@ def create_pool(
         capacity_bytes: Most that all storage volumes together may grow to; None for no limit.
         directories: Where the images go; ``DIRECTORY/images`` without any.
         journal_bytes: Size of each of the two journal segments, at least 64 KiB.
+        mirrors: Directories for further legs of the only storage volume.
         backing: The host's files, unless a test brings its own.
 
     Durability: durable on return.
@@ -112,11 +118,11 @@ def create_pool(
     _require_empty(directory)
     lock = PoolLock(directory)
     try:
-        _clear_half_made(backing, directory, places)
+        _clear_half_made(backing, directory, [*places, *mirrors])
         _require_empty(directory)
         superblock = Superblock(str(uuids.uuid4()), block_bytes, journal_bytes, LMDB_LIB_VERSION, time.time_ns())
         announce_superblock(backing, directory, superblock)
-        _create_files(backing, directory, superblock, places, capacity_bytes)
+        _create_files(backing, directory, superblock, places, capacity_bytes, mirrors)
         publish_superblock(backing, directory)
     finally:
         lock.release()
@@ -124,15 +130,21 @@ def create_pool(
 
 
 def _create_files(
-    backing: Backing, directory: Path, superblock: Superblock, places: Sequence[Path], capacity_bytes: int | None
+    backing: Backing,
+    directory: Path,
+    superblock: Superblock,
+    places: Sequence[Path],
+    capacity_bytes: int | None,
+    mirrors: Sequence[Path],
 ) -> None:
     pool = Pool(directory, UUID(superblock.uuid), superblock.block_bytes, backing)
     records, epoch = [], first_epoch()
-    for number, place in enumerate(places, 1):
+    for place in (*places, *mirrors):
         backing.make_directory(place)
         backing.sync_directory(place.parent)
+    for number, place in enumerate(places, 1):
         capacity = None if capacity_bytes is None else capacity_bytes // len(places)
-        record = new_storage(superblock, directory, place, StorageId(number), capacity_bytes=capacity)
+        record = new_storage(superblock, directory, place, StorageId(number), capacity_bytes=capacity, mirrors=mirrors)
         pool.images.create(record, Stamp(epoch, Point(1, 0)))
         records.append(record)
     uuid, size = UUID(superblock.uuid), superblock.journal_bytes
@@ -144,6 +156,46 @@ def _create_files(
         tables.write({}, Puts(values, {"sequence": 0, "segment": 1, "last_volume": 0}))
     finally:
         tables.close()
+
+
+def create_mirrored_pool(
+    directory: Path,
+    *,
+    metadata_mirrors: Sequence[Path],
+    with_images: bool = False,
+    force: bool = False,
+    backing: Backing | None = None,
+    **options: Any,
+) -> Superblock:
+    """Make a pool whose metadata is in further directories, too.
+
+    Args:
+        directory: As ``create_pool``.
+        metadata_mirrors: The others.
+        with_images: Let each directory have a leg of the first storage volume.
+        force: Also on one filesystem.
+        backing: As ``create_pool``.
+        options: As ``create_pool``.
+
+    Durability: durable on return.
+    Atomicity: cut off, it leaves a pool with fewer copies, or none.
+
+    Raises:
+        UsageError, AlreadyExists: A directory cannot be used; nothing was made.
+        IncfsError: As ``create_pool``.
+    """
+    backing = backing or Backing()
+    places = [directory, *metadata_mirrors]
+    copymaker.require_separate(backing, places, force=force)
+    for place in metadata_mirrors:
+        copymaker.require_free(place)
+    if with_images:
+        options["mirrors"] = [place / IMAGES_NAME for place in metadata_mirrors]
+    superblock = create_pool(directory, backing=backing, **options)
+    with open_store(directory, backing=backing) as store:
+        for place in metadata_mirrors:
+            copymaker.bring_back(store, copymaker.announce(store, place, force=force))
+    return superblock
 
 
 def _is_half_made(directory: Path) -> bool:
@@ -257,7 +309,7 @@ def make_storage(
         raise LimitExceeded(f"a pool can have {MAX_STORAGE_ID} storage volumes")
     record = new_storage(
         store.superblock,
-        store.directory,
+        store.home,
         path,
         storage_id,
         capacity_bytes=capacity_bytes,
@@ -308,14 +360,14 @@ def open_store(directory: Path, options: Options | None = None, backing: Backing
         ImageMismatch: An image is missing, truncated or another one, and the options do not allow that.
         EpochMismatch: Directory and images are of different times, and the options do not allow that; nothing was
             touched.
+        MetadataStale: The newest metadata is in copies that are away.
         JournalDamaged: Committed changes are lost; nothing was touched.
     """
     backing = backing or Backing()
-    superblock = read_superblock(backing, directory)
     with contextlib.ExitStack() as stack:
-        lock = PoolLock(directory)
-        stack.callback(lock.release)
-        store = Store(directory, superblock, backing, lock, options or Options())
+        gathered = gather(directory, backing)
+        stack.callback(gathered.close)
+        store = Store(directory, gathered, backing, options or Options())
         stack.pop_all()
         stack.callback(store.abandon)
         folded, segment = _load_records(store)
@@ -327,6 +379,8 @@ def open_store(directory: Path, options: Options | None = None, backing: Backing
         _verify_lengths(store)
         if store.failure is None:
             store.fold_recovered(replayed)
+            store.note_left_copies()
+            copymaker.bring_all_back(store)
         else:
             store.keep_recovered(replayed)
         store.pool.images.close_kept()

@@ -27,13 +27,14 @@ from incfs.errors import AlreadyExists, Damaged, FormatError, IncfsError, NotFou
 from incfs.image import read_header
 from incfs.journal import journal_paths
 from incfs.lock import LOCK_NAME
+from incfs.metadata import TABLES_NAME
 from incfs.model import HOLE, PAGE_BLOCKS, Bookmark, MapId, Snapshot, Storage, StorageId, Volume, VolumeId, split_map_id
 from incfs.muster import differences
 from incfs.options import Options, Salvage
 from incfs.overlay import TableKey
 from incfs.parts import read_standing
 from incfs.recovery import DEFAULT_JOURNAL_BYTES, UNLIMITED_BLOCKS, create_pool, open_store
-from incfs.store import TABLES_NAME, Store
+from incfs.store import Store
 from incfs.superblock import SUPERBLOCK_NAME, Superblock, read_superblock, write_superblock
 from incfs.tables import DATABASES, LMDB_LIB_VERSION
 from incfs.tablesfile import salvage

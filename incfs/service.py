@@ -16,6 +16,7 @@ import trio
 from incfs import extents, ranges, recovery, removal, snapshot, status, stripes, volume
 from incfs.branches import Branches
 from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
+from incfs.copykeeper import CopyKeeper
 from incfs.dataplane import DataPlane
 from incfs.driver import Driver
 from incfs.errors import BackingError, IncfsError, NoSpace, VolumeNotFound
@@ -88,6 +89,8 @@ class Service:
         """Clones, holds, going back."""
         self.upkeep = Upkeep(store, self._committer, self._driver)
         """Storage volumes, and where data lies."""
+        self.copies = CopyKeeper(store, self._committer)
+        """Where the metadata is."""
         self._keeper = self._driver.keeper = Keeper(store, self._driver.space_lock, self.upkeep.add_image)
         self._committer.freed = self._keeper.hurry
         self.inspection = Inspection(store, self._committer, self.handles)
@@ -123,6 +126,10 @@ class Service:
     async def look_at_hosts(self) -> None:
         """Learn how full the images' filesystems are, from those that answer soon; else that is some seconds old."""
         await self._keeper.hosts.look()
+
+    def metadata_copies(self) -> list[dict[str, Any]]:
+        """Report every copy of the metadata."""
+        return status.copy_facts(self._store)
 
     def storages(self) -> list[dict[str, Any]]:
         """Report every storage volume."""
@@ -458,6 +465,7 @@ class Service:
             nursery.start_soon(self._trim_interrupted)
             nursery.start_soon(self._attend)
             nursery.start_soon(self._keeper.run)
+            nursery.start_soon(self.copies.run)
             nursery.start_soon(self._keeper.give_back)
             nursery.start_soon(self._keeper.survey)
 

@@ -16,7 +16,7 @@ from incfs.recovery import UNLIMITED_BLOCKS
 from incfs.storage import StorageVolume
 from incfs.store import Store
 from incfs.superblock import FORMAT_VERSION
-from incfs.tables import DATABASES, Tables
+from incfs.tables import DATABASES, ReadableTables
 
 
 def pool_facts(store: Store) -> dict[str, Any]:
@@ -38,6 +38,9 @@ def pool_facts(store: Store) -> dict[str, Any]:
         "journal_used_bytes": store.journal.used_bytes,
         "metadata_used_bytes": store.tables.used_bytes(),
         "metadata_map_bytes": store.tables.map_bytes(),
+        "metadata_copy_count": len(store.copies.current),
+        "metadata_paths": [str(store.copies.path_of(number)) for number in sorted(store.copies.current)],
+        "metadata_warning": _copies_warning(store),
         "sequence": store.durable_sequence,
         "resident_pages": store.plane.page_count,
         "data_plane": "python" if isinstance(store.plane, DataPlane) else "native",
@@ -116,6 +119,35 @@ def _leg_facts(store: Store, storage: Storage) -> list[dict[str, Any]]:
     ]
 
 
+def copy_facts(store: Store) -> list[dict[str, Any]]:
+    """Report every copy of the metadata."""
+    copies = store.copies
+    if copies.roster is None:
+        return [{"copy": copies.here, "path": str(store.directory), "state": "online", "reason": ""}]
+    return [
+        {
+            "copy": place.number,
+            "path": str(copies.path_of(place.number)),
+            "state": "online" if place.number in copies.current else "stale",
+            "reason": "" if place.number in copies.current else copies.reasons.get(place.number, "it is away"),
+        }
+        for place in copies.roster.places
+    ]
+
+
+def _copies_warning(store: Store) -> str | None:
+    """Say when the loss of one disk takes all metadata, but not all data."""
+    mirrored = [storage.id for storage in store.catalog.storages.values() if storage.mirrors]
+    count = len(store.copies.current)
+    if not mirrored or count > 1:
+        return None
+    return (
+        f"storage volume {', '.join(map(str, mirrored))} is mirrored, but the metadata has one copy up to date, in "
+        f"{store.copies.path_of(store.copies.current[0])}: the loss of that disk would take the pool; "
+        f"`incfs pool metadata add DIR` makes another one"
+    )
+
+
 def extent_document(extent: Extent) -> dict[str, Any]:
     """Describe a stretch of a volume."""
     document: dict[str, Any] = {"offset": extent.offset_bytes, "length": extent.length_bytes}
@@ -125,7 +157,7 @@ def extent_document(extent: Extent) -> dict[str, Any]:
     return {**document, "kind": "data", "storage": storage_id, "block": block_index}
 
 
-def dump_tables(tables: Tables) -> list[dict[str, Any]]:
+def dump_tables(tables: ReadableTables) -> list[dict[str, Any]]:
     """Decode every record of the tables.  Any thread."""
     found = []
     with tables.reading() as reader:

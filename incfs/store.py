@@ -11,6 +11,7 @@ Invariants:
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,19 +23,14 @@ from incfs.backing import Backing
 from incfs.checkpoint import Checkpoint, Commit
 from incfs.codec import encode_record
 from incfs.dataplane import DataPlane
-from incfs.epoch import Point, Standing
+from incfs.epoch import NEVER, Point, Stamp, Standing
 from incfs.errors import BackingError, IncfsError, NoSpace
-from incfs.journal import Journal
-from incfs.lock import PoolLock
+from incfs.gather import Gathered
 from incfs.memory import Memory
 from incfs.options import Options
-from incfs.parts import Raise, next_epoch, write_standing
-from incfs.superblock import Superblock
-from incfs.tables import Tables
+from incfs.parts import Part, Raise, next_epoch, write_standing
 
 logger = logging.getLogger(__name__)
-
-TABLES_NAME = "tables.mdb"
 
 
 class Store(Memory):
@@ -43,19 +39,17 @@ class Store(Memory):
     Concurrency: the owner thread, unless a method says otherwise.
     """
 
-    def __init__(
-        self, directory: Path, superblock: Superblock, backing: Backing, lock: PoolLock, options: Options
-    ) -> None:
-        self._lock = lock
-        tables = Tables(directory / TABLES_NAME, backing)
-        try:
-            self.journal = Journal.open(
-                backing, directory, UUID(superblock.uuid), segment_bytes=superblock.journal_bytes
-            )
-        except BaseException:
-            tables.close()
-            raise
-        super().__init__(directory, superblock, backing, tables, options)
+    def __init__(self, directory: Path, gathered: Gathered, backing: Backing, options: Options) -> None:
+        self.copies = gathered.copies
+        self.journal = gathered.journal
+        self.journal_files = gathered.journal_files
+        self.table_copies = gathered.tables
+        self.agree = gathered.agree
+        """Lets the copies of the metadata be alike: the first thing that is written."""
+        self._stamping = threading.Lock()
+        """A checkpoint stamps the images with the epoch, and a copy that is left behind ends it."""
+        super().__init__(directory, gathered.superblock, backing, gathered.tables, options, home=gathered.copies.home)
+        self.copies.on_left = self._raise_without_left_copies
         self.loaded_sequence = 0
         """The last commit that the tables contained when the pool was opened."""
         self._folded_sequence = 0
@@ -102,6 +96,7 @@ class Store(Memory):
         assert commit is self._commit
         self._commit = None
         self.durable_sequence = commit.sequence
+        self.note_left_copies()
 
     def begin_checkpoint(self, nonce: int) -> Checkpoint:
         """Begin a commit and freeze what it leads to.
@@ -128,10 +123,8 @@ class Store(Memory):
             freed=freed,
             pool=self.pool,
             journal=self.journal,
-            tables=self.tables,
-            backing=self.backing,
-            tables_path=self.directory / TABLES_NAME,
-            epoch=self.standing.settled,
+            tables=self.table_copies,
+            stamps=self,
         )
         return self._checkpoint
 
@@ -174,6 +167,12 @@ class Store(Memory):
         self.plane.set_folded(checkpoint.sequence)
         self.log.thaw()
         self.pool.reuse.make_free(checkpoint.freed)
+        self.note_left_copies()
+
+    def note_left_copies(self) -> None:
+        """Tell of copies of the metadata that were left behind; the others know already."""
+        for number, reason in self.copies.take_failed().items():
+            self.events.record("metadata-failed", f"metadata {self.copies.path_of(number)}", reason, copy=number)
 
     def enter(self, standing: Standing) -> None:
         """Go on in an epoch that parts and directory are at."""
@@ -196,17 +195,47 @@ class Store(Memory):
         Raises:
             BackingError: The host failed; everything else is durable.
         """
-        begun = Raise(
-            self.backing,
-            UUID(self.superblock.uuid),
-            [self.directory],
-            self.pool.parts(),
-            self.point,
-        )
-        standing, failed = begun.run(self.standing, next_epoch(self.standing.newest))
-        for part, error in failed.items():
-            logger.warning("leg %d of storage volume %d is left behind: %s", part.leg, part.storage_id, error)
-        self.enter(standing)
+        self._raise()
+        self.copies.settle()
+
+    def _raise(self) -> None:
+        with self._stamping:
+            begun = Raise(
+                self.backing,
+                UUID(self.superblock.uuid),
+                self.copies.current_directories,
+                self.pool.parts(),
+                self.point,
+                self.copies.leave_directory,
+            )
+            standing, failed = begun.run(self.standing, next_epoch(self.standing.newest))
+            self.enter(standing)
+            for part, error in failed.items():
+                self._leave_leg(part, error)
+            for volume in list(self.pool.volumes.values()):
+                if volume.mirror is not None:
+                    volume.mirror.note_stamped(Stamp(standing.settled, begun.point))
+
+    def _leave_leg(self, part: Part, error: IncfsError) -> None:
+        logger.warning("leg %d of storage volume %d is left behind: %s", part.leg, part.storage_id, error)
+        mirror = self.pool.volumes[part.storage_id].mirror
+        if mirror is not None:
+            mirror.leave(part.leg, str(error))
+
+    def _raise_without_left_copies(self) -> None:
+        """End the epoch because a copy of the metadata lacks what comes now: alone, it fits no image any more."""
+        if self.standing.settled != NEVER:
+            self._raise()
+
+    def write_stamps(self, point: Point) -> None:
+        """Write what images and legs say from a checkpoint on.  Any thread."""
+        with self._stamping:
+            self.pool.write_stamps(Stamp(self.standing.settled, point))
+
+    def sync_stamped(self, point: Point) -> None:
+        """Make all data durable, and what images and legs say from a checkpoint on.  Any thread."""
+        with self._stamping:
+            self.pool.sync_stamped(Stamp(self.standing.settled, point))
 
     def prove(self) -> None:
         """Take a directory for right that somebody insisted on: all data was checked.  Any thread.
@@ -214,8 +243,10 @@ class Store(Memory):
         Durability: durable on return.
         """
         standing = replace(self.standing, is_unproved=False)
-        write_standing(self.backing, self.directory, UUID(self.superblock.uuid), standing)
+        uuid = UUID(self.superblock.uuid)
+        self.copies.each_directory(lambda path: write_standing(self.backing, path, uuid, standing))
         self.enter(standing)
+        self.copies.settle()
 
     @property
     def was_written(self) -> bool:
@@ -327,8 +358,8 @@ class Store(Memory):
         self.pool.close()
         self.baselines.close()
         self.journal.close()
-        self.tables.close()
-        self._lock.release()
+        self.table_copies.close()
+        self.copies.release()
 
     def __enter__(self) -> Self:
         return self

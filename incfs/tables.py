@@ -9,10 +9,10 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lmdb
 
@@ -48,6 +48,7 @@ _READERS_BYTES = 8192
 """More than ``max_readers`` need."""
 _EMPTY_PAGE = struct.pack("<QHHHH", 0, 0, 2, 16, 4096)
 """A leaf of LMDB's without keys: what it finds where a page cannot be read.  At others it ends the process."""
+_COPY_BYTES = 1 << 20
 _CHECKPOINT_KEY = b"checkpoint"
 _SPACE_KEY = struct.Struct(">HQ")
 
@@ -99,6 +100,13 @@ def _reserve_readers(path: Path) -> None:
             os.posix_fallocate(fd, 0, _READERS_BYTES)
         finally:
             os.close(fd)
+
+
+class ReadableTables(Protocol):
+    """Tables as those see them who look things up: in one file, or in several that hold the same."""
+
+    def reading(self) -> "AbstractContextManager[Reader]":
+        """Give a consistent view of the last checkpoint."""
 
 
 class Tables:
@@ -280,6 +288,29 @@ class Tables:
             self._env.set_mapsize(self.map_bytes() * 4)
             self._mapped.look()
 
+    @property
+    def waits(self) -> bool:
+        """Whether a write waits for a disk, so that those of several copies are worth threads of their own."""
+        return self._backing.waits
+
+    def reserve(self, length_bytes: int) -> None:
+        """Make sure that the host has room for the file to grow by so much.
+
+        Raises:
+            NoSpace: It has not; nothing was changed.
+        """
+        file = self._backing.open(self._path)
+        try:
+            file.allocate(file.length_bytes(), length_bytes, keep_size=True)
+        finally:
+            file.close()
+
+    def facts(self) -> tuple[int, int]:
+        """Tell what the last checkpoint contains: (journal segment that follows, sequence)."""
+        with self.reading() as reader:
+            sequence, segment, _ = reader.checkpoint()
+        return segment, sequence
+
     def used_bytes(self) -> int:
         """Tell how much of the map has ever been used."""
         return int(self._env.info()["last_pgno"] + 1) * int(self._env.stat()["psize"])
@@ -292,6 +323,27 @@ class Tables:
         """Close the environment."""
         self._mapped.close()
         self._env.close()
+
+    def close_when_idle(self) -> None:
+        """Close the environment once nobody reads; no reader may come any more."""
+        with self._readers_changed:
+            self._readers_changed.wait_for(lambda: not self._reader_count)
+        self.close()
+
+    def copy_to(self, path: Path) -> None:
+        """Make a file that holds the same; nothing may be written meanwhile.
+
+        Durability: its content is durable on return, its name is not.
+        """
+        source, target = self._backing.open(self._path), self._backing.create(path)
+        try:
+            end = self.used_bytes()
+            for offset in range(0, end, _COPY_BYTES):
+                target.pwrite(offset, source.pread(offset, min(_COPY_BYTES, end - offset)))
+            target.sync()
+        finally:
+            source.close()
+            target.close()
 
 
 class Reader:

@@ -61,6 +61,7 @@ async def pool_scrub(
 ) -> Document:
     """Verify every copy of every block on disk, and heal what can be."""
     async with service.jobs.under_way(Request("pool.scrub", "pool", {"rate_bytes": rate_bytes}), progress) as tell:
+        await service.copies.scrub()
         report = await service.upkeep.mirrors.scrub(rate_bytes=rate_bytes, restart=restart, progress=tell)
     return {"scrub": report}
 
@@ -70,6 +71,29 @@ async def pool_balance(service: "Service", *, rate_bytes: int | None = None, pro
     async with service.jobs.under_way(Request("pool.balance", "pool", {"rate_bytes": rate_bytes}), progress) as tell:
         report = await service.upkeep.balance(rate_bytes=rate_bytes, progress=tell)
     return {"move": report.to_dict(service.block_bytes)}
+
+
+async def metadata_list(service: "Service") -> Document:
+    """List the directories that hold the metadata."""
+    return {"copies": service.metadata_copies()}
+
+
+async def metadata_add(service: "Service", *, path: str, force: bool = False) -> Document:
+    """Have the metadata in a further directory, or bring the copy in it up to date."""
+    await service.copies.add(_absolute(path), force=force)
+    return {"copies": service.metadata_copies()}
+
+
+async def metadata_remove(service: "Service", *, path: str) -> Document:
+    """Have the metadata in a directory no more."""
+    await service.copies.remove(_absolute(path))
+    return {"copies": service.metadata_copies()}
+
+
+def _absolute(path: str) -> Path:
+    if not Path(path).is_absolute():
+        raise UsageError(f"a directory's path must be absolute, not {path!r}")
+    return Path(path)
 
 
 async def pool_jobs(service: "Service") -> Document:
@@ -90,6 +114,9 @@ VERBS: Final = {
     "pool.stop": Verb(pool_stop, is_read_only=False),
     "pool.show": Verb(pool_show, is_read_only=True),
     "pool.activity": Verb(pool_activity, is_read_only=True),
+    "pool.metadata.list": Verb(metadata_list, is_read_only=True),
+    "pool.metadata.add": Verb(metadata_add, is_read_only=False),
+    "pool.metadata.remove": Verb(metadata_remove, is_read_only=False),
     "pool.check": Verb(pool_check, is_read_only=True),
     "pool.dump": Verb(pool_dump, is_read_only=True),
 }

@@ -30,7 +30,7 @@ async def storage_add(
         mirrors=mirrors or [],
         force=force,
     )
-    return {"storage": storage}
+    return {"storage": storage, "metadata_warning": service.facts()["metadata_warning"] if mirrors else None}
 
 
 async def storage_list(service: "Service") -> Document:

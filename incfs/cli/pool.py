@@ -22,6 +22,7 @@ MIN_POOL_BLOCK_BYTES: Final = 512
 EXIT_SKIPPED: Final = 3
 EXIT_DAMAGE: Final = 4
 EXIT_LEAKS: Final = 5
+_COPY_COLUMNS: Final = ("copy", "path", "state", "reason")
 _JOB_COLUMNS: Final = ("number", "job", "subject", "percent")
 
 app = new_noun("pool", "Pools.")
@@ -29,8 +30,19 @@ app = new_noun("pool", "Pools.")
 
 @verb(app, "create")
 def create(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the pool shall be.")],
+    places: Annotated[
+        list[Path], typer.Argument(metavar="DIR", help="Where the pool shall be; several with --mirror.")
+    ],
     *,
+    mirror: Annotated[
+        bool,
+        typer.Option("--mirror", help="Metadata in each DIR, and a first storage volume mirrored over all of them."),
+    ] = False,
+    metadata_mirrors: Annotated[
+        list[Path] | None,
+        typer.Option("--metadata-mirror", metavar="DIR", help="Another directory for the metadata; repeatable."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also with copies on one filesystem.")] = False,
     block_size: Annotated[
         int | None,
         typer.Option(parser=parse_size, metavar="SIZE", help="A power of two from 512 to 64K.", show_default="4K"),
@@ -48,20 +60,66 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Create an empty pool in DIR."""
-    from incfs.recovery import DEFAULT_JOURNAL_BYTES, create_pool  # late: other commands may need only the daemon
+    # Late: other commands may need only the daemon.
+    from incfs.recovery import DEFAULT_JOURNAL_BYTES, create_mirrored_pool, create_pool
 
     block_bytes = DEFAULT_BLOCK_BYTES if block_size is None else block_size
     if block_bytes < MIN_POOL_BLOCK_BYTES:
         raise UsageError(f"a block has at least {MIN_POOL_BLOCK_BYTES} bytes, not {block_bytes}")
-    create_pool(
-        directory.absolute(),
-        block_bytes=block_bytes,
-        capacity_bytes=capacity,
-        directories=[path.absolute() for path in directories or []],
-        journal_bytes=DEFAULT_JOURNAL_BYTES if journal_size is None else journal_size,
-    )
+    directory, *others = (path.absolute() for path in places)
+    if mirror != bool(others):
+        raise UsageError("--mirror takes two to four directories; without it a pool is in one")
+    if mirror and (metadata_mirrors or directories):
+        raise UsageError("--mirror says where metadata and images go; --metadata-mirror and --dir do not go with it")
+    options: dict[str, Any] = {
+        "block_bytes": block_bytes,
+        "capacity_bytes": capacity,
+        "directories": [path.absolute() for path in directories or []],
+        "journal_bytes": DEFAULT_JOURNAL_BYTES if journal_size is None else journal_size,
+    }
+    others += [path.absolute() for path in metadata_mirrors or []]
+    if others:
+        create_mirrored_pool(directory, metadata_mirrors=others, with_images=mirror, force=force, **options)
+    else:
+        create_pool(directory, **options)
     if as_json:
-        output.print_json({"pool": {"directory": str(directory.absolute()), "block_bytes": block_bytes}})
+        facts = {
+            "directory": str(directory),
+            "block_bytes": block_bytes,
+            "metadata": [str(directory), *map(str, others)],
+        }
+        output.print_json({"pool": facts})
+
+
+metadata_app = new_noun("metadata", "The directories that hold the pool's metadata.")
+app.add_typer(metadata_app)
+
+
+@verb(metadata_app, "list", "ls")
+@table
+def metadata_list(context: typer.Context, *, style: output.TableStyle) -> None:
+    """List the copies of the metadata, and why one is not up to date."""
+    output.print_list(call(context, "pool.metadata.list"), "copies", _COPY_COLUMNS, style)
+
+
+@verb(metadata_app, "add")
+def metadata_add(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory on another disk.")],
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Also on the filesystem of another copy.")] = False,
+) -> None:
+    """Keep the metadata in DIR, too; or bring the copy that is there up to date."""
+    call(context, "pool.metadata.add", path=str(directory.absolute()), force=force)
+
+
+@verb(metadata_app, "remove", "rm")
+def metadata_remove(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="One of the directories, also one that is lost.")],
+) -> None:
+    """Keep the metadata in DIR no more."""
+    call(context, "pool.metadata.remove", path=str(directory.absolute()))
 
 
 @verb(app, "show")

@@ -65,6 +65,8 @@ def add(
     )
     if as_json:
         output.print_json(document)
+    elif (warning := document["metadata_warning"]) is not None:
+        typer.echo(f"incfs: warning: {warning}", err=True)
 
 
 @verb(app, "list", "ls")

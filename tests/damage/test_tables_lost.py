@@ -10,9 +10,10 @@ import pytest
 
 from incfs.errors import PoolReadOnly, TablesLost
 from incfs.mapped import MappedFile
+from incfs.metadata import TABLES_NAME
 from incfs.options import Options
 from incfs.recovery import open_store
-from incfs.store import TABLES_NAME, Store
+from incfs.store import Store
 from tests.support import pools
 from tests.support.child import in_a_child
 from tests.support.faulty_fs import Fault, faulty

@@ -35,16 +35,18 @@ def incfs(*args, check=True, **kwargs):
 
 
 class MountedPool:
-    """A pool in a temporary directory with a daemon in the foreground."""
+    """A pool in a temporary directory, or one that is there already, with a daemon in the foreground."""
 
-    def __init__(self, directory, *pool_options):
-        self.pool = directory / "pool"
+    def __init__(self, directory, *pool_options, pool=None):
+        directory.mkdir(exist_ok=True)
+        self.pool = pool or directory / "pool"
         self.path = directory / "mnt"
         self.log_path = directory / "log"
         self.expected_log: list[str] = []
         self.process: Any = None
         self.path.mkdir()
-        incfs("pool", "create", self.pool, *pool_options)
+        if pool is None:
+            incfs("pool", "create", self.pool, *pool_options)
 
     def __truediv__(self, name):
         return self.path / name

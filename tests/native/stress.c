@@ -40,7 +40,7 @@ static const uint64_t TABLE = 1ull << 32, STORAGE = 1ull << 48;
 
 static struct plane *plane;
 static struct lane *lane;
-static int journal;
+static int journals[2]; /* which are alike */
 static atomic_bool is_over;
 static _Atomic uint64_t acknowledged[BLOCKS];
 /* Twice the number of discards begun, plus 1 while zeros may be read. */
@@ -380,8 +380,10 @@ int main(int count, char **arguments)
     plane_attach(plane, 1, &image, 1, 0);
     plane_watch(plane, 64);
     lane = lane_new(plane);
-    journal = memfd_create("journal", MFD_CLOEXEC);
-    lane_lend(lane, &(struct lane_journal){.fd = journal,
+    for (int i = 0; i < 2; i++)
+        journals[i] = memfd_create("journal", MFD_CLOEXEC);
+    lane_lend(lane, &(struct lane_journal){.fds = {journals[0], journals[1]},
+                                           .copies = 2,
                                            .end_bytes = 512,
                                            .limit_bytes = UINT64_MAX,
                                            .most_blocks = 64,
@@ -403,7 +405,8 @@ int main(int count, char **arguments)
     check_all();
     lane_free(lane);
     plane_free(plane);
-    close(journal);
+    for (int i = 0; i < 2; i++)
+        close(journals[i]);
     printf("ok: %lu writes, %lu reads, %lu refusals, %lu seals, %lu syncs\n", writes, reads, refusals, seals, syncs);
     return 0;
 }

@@ -21,7 +21,7 @@ _HOOKED = """
     pthread_mutex_init pthread_mutex_destroy pthread_mutex_lock pthread_mutex_trylock pthread_mutex_unlock
     pthread_rwlock_init pthread_rwlock_destroy pthread_rwlock_rdlock pthread_rwlock_wrlock pthread_rwlock_unlock
     pthread_cond_init pthread_cond_destroy pthread_cond_wait pthread_cond_timedwait pthread_cond_clockwait
-    pthread_cond_signal pthread_cond_broadcast
+    pthread_cond_signal pthread_cond_broadcast pthread_create pthread_join
 """
 HOOKED = _HOOKED.split()
 """What the product calls and hooks.c or disk.c stands for."""

@@ -12,13 +12,13 @@ import trio
 
 from incfs.backing import File
 from incfs.errors import NoSpace
+from incfs.metadata import TABLES_NAME
 from incfs.model import Volume
 from incfs.options import Options
 from incfs.planes import HAS_NATIVE, PlaneKind
 from incfs.recovery import create_pool
 from incfs.reuse import CHUNK_BYTES
 from incfs.service import Service, open_service
-from incfs.store import TABLES_NAME
 from incfs.tables import Tables
 
 PLANES: list[PlaneKind] = [kind for kind in get_args(PlaneKind) if kind != "auto" and (HAS_NATIVE or kind != "native")]

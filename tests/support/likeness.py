@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from incfs.backing import File
 from incfs.codec import checksum
 from incfs.errors import IncfsError
-from incfs.store import TABLES_NAME
+from incfs.metadata import TABLES_NAME
 from incfs.tablesfile import TablesFile
 from tests.support.media import PAGE, SECTOR, Media
 
@@ -58,9 +58,9 @@ class Likeness(Generic[Outcome]):
 
     def _key(self, media: Media) -> Any:
         """What counts as read at once: names and lengths, and the tables, which LMDB maps."""
-        tables = media.get(f"pool/{TABLES_NAME}", b"")
+        tables = tuple(self._live_digest(media[name]) for name in sorted(media) if name.endswith(TABLES_NAME))
         lengths = tuple(sorted((name, len(content)) for name, content in media.items()))
-        return self._live_digest(tables), lengths
+        return tables, lengths
 
     def _live_digest(self, tables: bytes) -> bytes:
         """Digest what LMDB may look at: both roots, and every page that is not free."""

@@ -22,7 +22,7 @@ from typing import Any
 
 from incfs.backing import Backing, File
 from incfs.errors import AlreadyExists, BackingError
-from incfs.store import TABLES_NAME
+from incfs.metadata import TABLES_NAME
 from incfs.tables import Tables
 
 SECTOR = 512
@@ -126,13 +126,26 @@ class MemoryFile(File):
 class TablesFile(File):
     """LMDB's file, which is a real one."""
 
-    def __init__(self, path: Path, fd: int, host: "MemoryBacking") -> None:
+    def __init__(self, path: Path, name: str, fd: int, host: "MemoryBacking") -> None:
         super().__init__(path, fd)
+        self._name = name
         self._host = host
 
     def allocate(self, offset_bytes: int, length_bytes: int, *, keep_size: bool = False) -> None:
         """There is room, unless a fault is injected."""
         self._host.meet("reserve", self.path)
+
+    def pwrite(self, offset_bytes: int, data: bytes | memoryview) -> None:
+        """A copy of the tables is made."""
+        event = Event("write", self._name, offset_bytes, len(data), bytes(data))
+        self._host.meet("write", self.path, event)
+        super().pwrite(offset_bytes, data)
+        self._host.events.append(event)
+
+    def sync(self) -> None:
+        self._host.meet("sync", self.path)
+        self._host.events.append(Event("sync", self._name))
+        self._host.tables[self._name] = self.path.read_bytes()
 
 
 class MemoryBacking(Backing):
@@ -143,6 +156,8 @@ class MemoryBacking(Backing):
             they exist.  The pool is in ``root / "pool"``.
     """
 
+    waits = False
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self.files: dict[str, bytearray] = {}
@@ -152,7 +167,8 @@ class MemoryBacking(Backing):
         self._read_before: set[tuple[str, int, int]] = set()
         self._written: dict[str, set[int]] = {}
         self._prefix = len(str(root)) + 1
-        self._tables = b""
+        self.tables: dict[str, bytes] = {}
+        """What LMDB's files held when they were last looked at."""
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -168,23 +184,25 @@ class MemoryBacking(Backing):
         for name, content in media.items():
             path = self.root / name
             if self._is_tables(name):
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
-                self._tables = content
-            elif name not in self.files:
+            elif not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch()
         self.files = {name: bytearray(content) for name, content in media.items() if not self._is_tables(name)}
+        self.tables = {name: content for name, content in media.items() if self._is_tables(name)}
         self.events, self.reads, self._written, self._read_before = [], [], {}, set()
 
     def _placed(self) -> set[str]:
-        found = {name for name in (f"pool/{TABLES_NAME}",) if (self.root / name).exists()}
-        return found | self.files.keys()
+        return {self._name(path) for path in self.root.rglob("*") if path.is_file() and not path.name.endswith("lock")}
+
+    def _tables_names(self) -> set[str]:
+        return {self._name(path) for path in self.root.glob(f"*/{TABLES_NAME}")}
 
     def media(self) -> Media:
         """Copy the files as a program sees them now."""
         found = {name: bytes(content) for name, content in self.files.items()}
-        tables = self.root / "pool" / TABLES_NAME
-        return {**found, f"pool/{TABLES_NAME}": tables.read_bytes()} if tables.exists() else found
+        return found | {name: (self.root / name).read_bytes() for name in self._tables_names()}
 
     @staticmethod
     def _is_tables(name: str) -> bool:
@@ -237,7 +255,9 @@ class MemoryBacking(Backing):
     def _open(self, path: Path, flags: int) -> File:
         name = self._name(path)
         if self._is_tables(name):
-            return TablesFile(path, os.open(path, flags | os.O_CLOEXEC), self)
+            if flags & os.O_CREAT:
+                self.events.append(Event("create", name))
+            return TablesFile(path, name, os.open(path, flags | os.O_CLOEXEC), self)
         if flags & os.O_CREAT:
             if name in self.files:
                 raise AlreadyExists(f"cannot create {path}: it exists", path=str(path))
@@ -255,8 +275,10 @@ class MemoryBacking(Backing):
 
     def remove(self, path: Path) -> None:
         super().remove(path)
-        self.files.pop(self._name(path), None)
-        self.events.append(Event("remove", self._name(path)))
+        name = self._name(path)
+        self.files.pop(name, None)
+        if not name.endswith("-lock"):  # LMDB's, which it makes anew
+            self.events.append(Event("remove", name))
 
     def sync_directory(self, path: Path) -> None:
         self.events.append(Event("sync-directory", self._name(path)))
@@ -278,7 +300,7 @@ class MemoryBacking(Backing):
             begin(tables, *arguments, create=create, **options)
             if create:
                 self.events.append(Event("create", self._name(tables._path)))
-                self._tables = b""
+                self.tables[self._name(tables._path)] = b""
                 self._note_tables(tables)
 
         Tables.write = recorded_write  # type: ignore[method-assign, assignment]
@@ -290,10 +312,11 @@ class MemoryBacking(Backing):
             Tables.__init__ = begin  # type: ignore[method-assign]
 
     def _note_tables(self, tables: Tables) -> None:
-        name, before, after = self._name(tables._path), self._tables, tables._path.read_bytes()
+        name, after = self._name(tables._path), tables._path.read_bytes()
+        before = self.tables[name]
         assert tables._env.stat()["psize"] == PAGE
         flags = tables._env.flags()
-        self._tables = after
+        self.tables[name] = after
         changed = [
             Event("write", name, at, PAGE, after[at : at + PAGE])
             for at in range(0, len(after), PAGE)

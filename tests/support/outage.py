@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from incfs.backing import Backing, File
-from incfs.store import TABLES_NAME
+from incfs.metadata import TABLES_NAME
 from incfs.tables import Tables
 from tests.support.media import SECTOR, Event, Media
 from tests.support.power import Machine

@@ -42,11 +42,13 @@ class Simulator:
     Args:
         root: A directory in memory.
         options: How the pool is opened.
+        name: The copy of its metadata by which it is opened.
     """
 
-    def __init__(self, root: Path, options: Options) -> None:
+    def __init__(self, root: Path, options: Options, name: str = "pool") -> None:
         self.backing = MemoryBacking(root)
         self._options = options
+        self._directory = root / name
         self._like: Likeness[Outcome] = Likeness()
         self._judged: dict[bytes, Outcome] = {}
         self._hits = 0
@@ -125,7 +127,7 @@ class Simulator:
         return Outcome(found, "" if found == again else "a second recovery gives something else")
 
     def _open(self, look: Callable[[Store], bytes]) -> bytes:
-        store = pools.open_tiny(self.backing.root / "pool", self._options, self.backing)
+        store = pools.open_tiny(self._directory, self._options, self.backing)
         try:
             return look(store)
         finally:

@@ -6,11 +6,19 @@ from tests.teeth.breakage import Breakage
 from tests.teeth.core import CORE
 from tests.teeth.domain import DOMAIN
 from tests.teeth.durability import DURABILITY
+from tests.teeth.metadata import COPIES
 from tests.teeth.mounted import MOUNTED
 from tests.teeth.native import NATIVE
 from tests.teeth.policy import POLICY
 from tests.teeth.schedules import SCHEDULES
 from tests.teeth.shell import SHELL
 
-ROOMS: Sequence[Sequence[Breakage]] = (DURABILITY, CORE, DOMAIN, (*NATIVE, *SCHEDULES), (*SHELL, *MOUNTED), POLICY)
+ROOMS: Sequence[Sequence[Breakage]] = (
+    (*DURABILITY, *COPIES),
+    CORE,
+    DOMAIN,
+    (*NATIVE, *SCHEDULES),
+    (*SHELL, *MOUNTED),
+    POLICY,
+)
 BREAKAGES: Sequence[Breakage] = [breakage for room in ROOMS for breakage in room]

@@ -31,8 +31,8 @@ DOMAIN: Final = (
         "lane-answers-without-the-record",
         "I5",
         "incfs/lane.c",
-        "    int error = disk->write(journal->fd, bytes->start, bytes->length, *end_bytes);",
-        "    int error = 0;",
+        "        int error = disk->write(journal->fds[i], bytes->start, bytes->length, offset);",
+        "        int error = 0;",
         f"{_LANE}test_what_was_synced_survives[native]",
     ),
     Breakage(

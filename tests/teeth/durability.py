@@ -37,7 +37,7 @@ DURABILITY: Final = (
         "tables-before-their-data",
         "I2",
         "incfs/checkpoint.py",
-        "        self.pool.sync_stamped(self._stamp)\n",
+        "        self.stamps.sync_stamped(self._point)\n",
         "",
         f"{CUTS}[data-in-record]",
     ),

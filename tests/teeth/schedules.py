@@ -11,8 +11,8 @@ SCHEDULES: Final = (
         "lane-answers-before-the-flush",
         "I5",
         "incfs/lane.c",
-        "    if (!error)\n        error = disk->flush(journal->fd);",
-        "    (void)disk->flush;",
+        "    if (!flush->error)\n        flush->error = flush->disk->flush(flush->fd);",
+        "    (void)flush->disk->flush;",
         _SCHEDULES,
     ),
     Breakage(

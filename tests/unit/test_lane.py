@@ -10,10 +10,12 @@ pytest.importorskip("incfs._dataplane")
 
 from dataclasses import replace
 
-from incfs import ranges, rollback, snapshot, volume
+from incfs import copymaker, ranges, rollback, snapshot, volume
+from incfs.backing import Backing
 from incfs.changes import decode_body, map_runs
 from incfs.dataplane import LeaseExhausted
 from incfs.errors import BackingError, PoolReadOnly
+from incfs.roster import read_roster
 from tests.support import pools
 
 BLOCK = pools.BLOCK
@@ -295,4 +297,104 @@ def test_tests_may_stand_between_a_record_and_its_disk(pool):
     fill(store, table, 0, b"2" * BLOCK)
     with pytest.raises(BackingError, match="journal"):
         store.plane._sync(table)
+    store.abandon()
+
+
+def opened_with_two_copies(pool):
+    with pools.open_tiny(pool) as store:
+        copymaker.bring_back(store, copymaker.announce(store, pool.with_name("other"), force=True))
+    return opened(pool)
+
+
+def test_a_record_goes_to_every_copy_of_the_journal(pool):
+    store = opened_with_two_copies(pool)
+    (table,) = new_volumes(store, "v")
+    fill(store, table, 3, b"1" * BLOCK)
+    assert store.plane._sync(table)
+    name = store.journal._file(store.journal.segment.number).path.name
+    assert (pool / name).read_bytes() == (pool.with_name("other") / name).read_bytes()
+    store.abandon()
+    for directory in (pool, pool.with_name("other")):
+        store = opened(directory)
+        assert pools.read(store, table, 3 * BLOCK, BLOCK) == b"1" * BLOCK
+        store.abandon()
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("device", ["/dev/full", "/dev/null"])
+def test_a_copy_that_fails_is_left_behind_before_fsync_is_answered(pool, device, failing):
+    """The lane answers nobody: whoever waits is the control plane's to answer, once the others know who lacks what."""
+    store = opened_with_two_copies(pool)
+    (table,) = new_volumes(store, "v")
+    lent = store.journal._file(store.journal.segment.number).filenos()[failing]
+    saved, full = os.dup(lent), os.open(device, os.O_RDWR)
+    os.dup2(full, lent)
+    try:
+        fill(store, table, 0, b"2" * BLOCK)
+        assert not store.plane._sync(table), "answered before it was known who was left behind"
+        store.catch_up()
+        assert store.durable_sequence < store.sequence, "an fsync that finds nothing pending would be answered"
+        assert store.copies.current == [1, 2]
+        os.dup2(saved, lent)  # it would take the next record, without having this one
+        store.plane.reopen()
+        fill(store, table, 2, b"4" * BLOCK)
+        assert not store.plane._sync(table), "nothing is begun meanwhile"
+        store.commit()
+        assert store.failure is None
+        assert store.copies.current == [3 - failing]
+        assert store.copies.is_settled
+        store.lend_journal()
+        fill(store, table, 1, b"3" * BLOCK)
+        assert store.plane._sync(table), "it goes on with the other"
+    finally:
+        os.dup2(saved, lent)
+        os.close(saved)
+        os.close(full)
+    store.abandon()
+    own = read_roster(Backing(), store.copies.directories[3 - failing])
+    assert own is not None
+    assert own[0].current == [3 - failing]
+    store = opened(pool)
+    assert pools.read(store, table, 0, 2 * BLOCK) == b"2" * BLOCK + b"3" * BLOCK
+    pools.check_clean(store)
+    store.abandon()
+
+
+def test_when_every_copy_fails_the_pool_is_read_only(pool):
+    store = opened_with_two_copies(pool)
+    (table,) = new_volumes(store, "v")
+    lent = store.journal._file(store.journal.segment.number).filenos()
+    full = os.open("/dev/full", os.O_RDWR)
+    for fd in lent.values():
+        os.dup2(full, fd)
+    fill(store, table, 0, b"2" * BLOCK)
+    with pytest.raises(BackingError, match="journal"):
+        store.plane._sync(table)
+    store.attend()
+    assert store.failure is not None
+    os.close(full)
+    store.abandon()
+
+
+def test_each_copy_is_written_and_flushed(pool):
+    store = opened_with_two_copies(pool)
+    (table,) = new_volumes(store, "v")
+    seen = []
+
+    def write(fd, data, length, offset):
+        seen.append((fd, ctypes.string_at(data, 4)))
+        return 0 if os.pwrite(fd, ctypes.string_at(data, length), offset) == length else errno.EIO
+
+    def flush(fd):
+        seen.append((fd, b"flush"))
+        return 0
+
+    write = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64)(write)
+    flush = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int)(flush)
+    store.plane._divert(*(ctypes.cast(call, ctypes.c_void_p).value for call in (write, flush)))
+    lent = store.journal._file(store.journal.segment.number).filenos()
+    fill(store, table, 0, b"1" * BLOCK)
+    assert store.plane._sync(table)
+    for fd in lent.values():
+        assert [what for where, what in seen if where == fd] == [b"JREC", b"flush", b"JACK"]
     store.abandon()

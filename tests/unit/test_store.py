@@ -172,7 +172,7 @@ def test_a_volume_that_shrinks_is_not_written_past_the_owner(store: Store) -> No
 
 def test_lmdb_flushes_what_it_commits(store: Store) -> None:
     """The power cuts of tests/crash take that for granted."""
-    flags = store.tables._env.flags()
+    flags = store.table_copies.first._env.flags()
     assert flags["sync"]
     assert flags["metasync"]
     assert not flags["writemap"]

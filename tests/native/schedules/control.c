@@ -466,7 +466,8 @@ static void lend_journal(void)
         return;
     }
     lane_lend(lane, &(struct lane_journal){
-                        .fd = journal_fd(),
+                        .fds = {journal_fd()},
+                        .copies = 1,
                         .end_bytes = state.end_bytes,
                         .limit_bytes = options.limit_bytes,
                         .nonce = state.nonce,

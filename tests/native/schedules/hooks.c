@@ -354,6 +354,21 @@ int hooks_pthread_cond_broadcast(void *condition)
     return 0;
 }
 
+/* ---- Threads --------------------------------------------------------------------------------- */
+
+/* lane.c begins one for each further copy of the journal; the control plane here lends one copy. */
+_Noreturn int hooks_pthread_create(void *thread, const void *attributes, void *(*run)(void *), void *argument)
+{
+    (void)thread, (void)attributes, (void)run, (void)argument;
+    fibres_fail("a thread is begun beside the fibres");
+}
+
+_Noreturn int hooks_pthread_join(pthread_t thread, void **result)
+{
+    (void)thread, (void)result;
+    fibres_fail("a thread is waited for that no fibre stands for");
+}
+
 /* ---- Memory ---------------------------------------------------------------------------------- */
 
 /* Taken from one arena, and never given twice within a run: what is used after it was freed is poison. */

@@ -1,0 +1,173 @@
+"""Breakages of what keeps the copies of the metadata from being lost, mixed up, or opened too late."""
+
+from typing import Final
+
+from tests.teeth.breakage import Breakage
+
+_UNIT = "tests/unit/test_metadata.py::"
+_CUTS = "tests/crash/test_copies_cut.py::"
+_LANE = "tests/unit/test_lane.py::"
+
+COPIES: Final = (
+    Breakage(
+        "record-in-one-copy-only",
+        "I17",
+        "incfs/metadata.py",
+        "f.pwrite(offset_bytes, data) for n, f in self._current().items()}",
+        "f.pwrite(offset_bytes, data) for n, f in [*self._current().items()][:1]}",
+        f"{_UNIT}test_the_journals_are_alike_byte_for_byte_and_so_are_the_tables",
+    ),
+    Breakage(
+        "second-copy-not-flushed",
+        "I17",
+        "incfs/metadata.py",
+        "        self._copies.each({n: f.sync for n, f in self._current().items()}, side_by_side=self.waits)",
+        "        self._copies.each({n: f.sync for n, f in [*self._current().items()][:1]}, side_by_side=self.waits)",
+        f"{_CUTS}test_either_copy_alone_gives_a_commit_point_after_every_cut[data-in-record]",
+    ),
+    Breakage(
+        "tables-in-one-copy-only",
+        "I17",
+        "incfs/metadata.py",
+        "        works: dict[int, Callable[[], None]] = {n: self._writer(t, layer, puts) for n, t in current.items()}",
+        "        works: dict[int, Callable[[], None]] = {\n"
+        "            n: self._writer(t, layer, puts) for n, t in [*current.items()][:1]\n        }",
+        f"{_UNIT}test_the_journals_are_alike_byte_for_byte_and_so_are_the_tables",
+    ),
+    Breakage(
+        "nobody-told-who-was-left-behind",
+        "I17",
+        "incfs/journal.py",
+        "        if self._survivors is not None:\n            self._survivors.settle()",
+        "        return",
+        f"{_UNIT}test_a_flush_that_fails_in_one_copy_is_told_before_the_commit_ends",
+    ),
+    Breakage(
+        "images-do-not-know-who-was-left-behind",
+        "I17",
+        "incfs/metadata.py",
+        "                self._write(self.roster.raised(current), current)\n                self.on_left()",
+        "                self._write(self.roster.raised(current), current)",
+        f"{_UNIT}test_a_copy_that_was_left_behind_is_refused_alone_from_the_first_commit_on",
+    ),
+    Breakage(
+        "fold-does-not-tell-who-was-left-behind",
+        "I17",
+        "incfs/metadata.py",
+        "side_by_side=all(tables.waits for tables in current.values()))\n        self._copies.settle()",
+        "side_by_side=all(tables.waits for tables in current.values()))",
+        f"{_UNIT}test_a_fold_that_fails_in_one_copy_is_told_at_once",
+    ),
+    Breakage(
+        "last-copy-left-behind",
+        "I17",
+        "incfs/metadata.py",
+        "            if self.current == [number]:\n                return False",
+        "            if not self.current:\n                return False",
+        f"{_UNIT}test_the_last_copy_is_never_left",
+    ),
+    Breakage(
+        "lane-answers-before-it-is-known-who-was-left-behind",
+        "I17",
+        "incfs/lane.c",
+        "    return is_settled;",
+        "    return true;",
+        f"{_LANE}test_a_copy_that_fails_is_left_behind_before_fsync_is_answered[/dev/full-1]",
+    ),
+    Breakage(
+        "lane-goes-on-with-a-copy-that-failed",
+        "I17",
+        "incfs/lane.c",
+        "    lane->is_open = !lane->failed_errno && !has_left(lane);",
+        "    lane->is_open = !lane->failed_errno;",
+        f"{_LANE}test_a_copy_that_fails_is_left_behind_before_fsync_is_answered[/dev/full-1]",
+    ),
+    Breakage(
+        "lane-takes-a-record-for-durable-that-one-copy-lacks",
+        "I17",
+        "incfs/lane.c",
+        "    } else if (!is_settled) {\n        lane->is_open = false;\n    } else {",
+        "    } else {\n        lane->is_open &= is_settled;",
+        f"{_LANE}test_a_copy_that_fails_is_left_behind_before_fsync_is_answered[/dev/full-1]",
+    ),
+    Breakage(
+        "lane-flushes-one-copy",
+        "I17",
+        "incfs/lane.c",
+        "        flushes[i] = (struct flush){.disk = disk, .fd = journal->fds[i], .error = error};",
+        "        flushes[i] = (struct flush){.disk = disk, .fd = journal->fds[0], .error = error};",
+        f"{_LANE}test_each_copy_is_written_and_flushed",
+    ),
+    Breakage(
+        "left-behind-copy-opened",
+        "I17",
+        "incfs/gather.py",
+        "    there = [number for number in newest.current if number in found.directories]",
+        "    there = [place.number for place in newest.places if place.number in found.directories]",
+        f"{_CUTS}test_every_cut_while_a_copy_is_left_behind_and_comes_back",
+    ),
+    Breakage(
+        "shorter-journal-read",
+        "I17",
+        "incfs/gather.py",
+        "    first = max(sound, key=",
+        "    first = min(sound, key=",
+        f"{_UNIT}test_a_record_that_one_copy_lacks_is_taken_from_the_other",
+    ),
+    Breakage(
+        "newer-tables-folded-over-older-ones",
+        "I17",
+        "incfs/gather.py",
+        "    oldest = min(sound, key=",
+        "    oldest = max(sound, key=",
+        f"{_UNIT}test_a_checkpoint_that_one_copy_lacks_is_folded_into_it",
+    ),
+    Breakage(
+        "journals-not-made-alike",
+        "I17",
+        "incfs/gather.py",
+        "                journal.catch_up(ahead)",
+        "                pass",
+        f"{_CUTS}test_either_copy_alone_gives_a_commit_point_after_every_cut[data-in-record]",
+    ),
+    Breakage(
+        "fork-of-the-metadata-opened",
+        "I17",
+        "incfs/gather.py",
+        "        if place is not None and number in own.current and own.generation > place.seen and own != newest:",
+        "        if place is None:",
+        f"{_UNIT}test_two_copies_that_were_used_without_each_other_are_refused",
+    ),
+    Breakage(
+        "half-made-copy-counts",
+        "I17",
+        "incfs/copymaker.py",
+        "    write_roster(backing, directory, copies.roster, number)  # first",
+        "    # first",
+        f"{_CUTS}test_every_cut_while_a_copy_is_left_behind_and_comes_back",
+    ),
+    Breakage(
+        "copy-lacks-what-came-while-it-was-made",
+        "I17",
+        "incfs/copymaker.py",
+        "        store.journal.finish_copy(begun.files, begun.copied_bytes)",
+        "        store.journal.take_back()",
+        f"{_CUTS}test_every_cut_while_a_copy_is_left_behind_and_comes_back",
+    ),
+    Breakage(
+        "checkpoint-beside-a-copy-in-the-making",
+        "I17",
+        "incfs/committer.py",
+        "        return self._store.is_checkpointing or bool(self._holders)",
+        "        return self._store.is_checkpointing",
+        "tests/service/test_metadata_copies.py::test_no_checkpoint_begins_while_a_copy_is_written[python]",
+    ),
+    Breakage(
+        "one-lock-of-two",
+        "I17",
+        "incfs/gather.py",
+        "            for number in sorted(found.directories):",
+        "            for number in [found.here]:",
+        f"{_UNIT}test_both_locks_are_taken",
+    ),
+)
