@@ -123,14 +123,6 @@ COPIES: Final = (
         f"{_UNIT}test_a_checkpoint_that_one_copy_lacks_is_folded_into_it",
     ),
     Breakage(
-        "journals-not-made-alike",
-        "I17",
-        "incfs/gather.py",
-        "                journal.catch_up(ahead)",
-        "                pass",
-        f"{_CUTS}test_either_copy_alone_gives_a_commit_point_after_every_cut[data-in-record]",
-    ),
-    Breakage(
         "fork-of-the-metadata-opened",
         "I17",
         "incfs/gather.py",
