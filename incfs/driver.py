@@ -105,7 +105,7 @@ class Driver:
             except LegFailed as refusal:
                 legs.leave(self._store, refusal)
             except (ChecksumMismatch, BackingError) as error:
-                if not ranges.is_news(healed, error) or not await self._heal(error):
+                if not await self._mend(error, healed):
                     self._store.checksum_errors += isinstance(error, ChecksumMismatch)
                     raise
             except NotResident as refusal:
@@ -129,7 +129,12 @@ class Driver:
             return self._writing
         return self._limiters.setdefault(place, trio.CapacityLimiter(_THREADS))
 
-    async def _heal(self, error: IncfsError) -> bool:
+    async def _mend(self, error: IncfsError, healed: set[object]) -> bool:
+        """Have what a read found wrong put right; False when that cannot be, or did not help."""
+        if error.facts.get("action") != "write" and self._store.note_failed_legs():
+            return True  # somebody left the leg behind that the data plane still read
+        if not ranges.is_news(healed, error):
+            return False
         is_healed = await offload(lambda: legs.heal(self._store, error))
         self._store.note_failed_legs()  # the data plane must not read one that was left behind again
         return is_healed

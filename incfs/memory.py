@@ -287,16 +287,23 @@ class Memory:
         self._pend(change)
         self.pending_mappings += page_count * _PAGE_WEIGHT
 
-    def note_failed_legs(self) -> None:
-        """Record legs of mirrors that were left behind; durable with the next commit."""
+    def note_failed_legs(self) -> bool:
+        """Record legs of mirrors that were left behind, for the data plane, too; durable with the next commit.
+
+        Returns:
+            Whether there were any.
+        """
+        has_failed = False
         for storage_id, volume in self.pool.volumes.items():
             if volume.mirror is None or not volume.mirror.failed:
                 continue
+            has_failed = True
             failed, volume.mirror.failed = volume.mirror.failed, {}
             self.touch(volume.record, **_without_legs(volume.record, failed, volume.mirror.stamps))
             self.plane.attach(storage_id)
             for number, reason in failed.items():
                 self.events.record("leg-failed", f"storage {storage_id}", f"leg {number}: {reason}", leg=number)
+        return has_failed
 
     # What the data plane wrote
 

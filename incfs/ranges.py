@@ -57,7 +57,8 @@ def drive(store: Store, request: Callable[[bool], Result]) -> Result:
         except LegFailed as refusal:
             legs.leave(store, refusal)
         except (ChecksumMismatch, BackingError) as error:
-            if not is_news(healed, error) or not legs.heal(store, error):
+            was_left = error.facts.get("action") != "write" and store.note_failed_legs()
+            if not was_left and (not is_news(healed, error) or not legs.heal(store, error)):
                 raise
             store.note_failed_legs()
         except NotResident as refusal:

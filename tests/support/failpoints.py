@@ -51,7 +51,7 @@ _STAMP = "storage:write_stamp"
 _RECOVER = "store:Store.fold_recovered"
 _WRITE, _SYNC, _ALLOCATE = "backing:File.pwrite", "backing:File.sync", "backing:File.allocate"
 _COPIES = "copies:write"
-_PUT, _TABLES = "log:Tables._put", "log:Tables.write"
+_PUT, _TABLES = "tables:Tables._put", "tables:Tables.write"
 
 _ALL = (
     # A commit: seal, read back or flush, record, flush, acknowledgement, answer.
@@ -80,7 +80,7 @@ _ALL = (
     Point("fold.stamp-torn", _WRITE, "half", _STAMP, most=3),
     Point("fold.stamped", "pool:Pool.write_stamps", most=3),
     Point("fold.images-flushed", "pool:Pool.sync_stamped", "after", _FOLD, most=3),
-    Point("fold.page-put", "log:Tables._fold", "after", _FOLD),
+    Point("fold.page-put", "tables:Tables._fold", "after", _FOLD),
     Point("fold.value-put", _PUT, "after", _FOLD, most=20),
     Point("fold.writing", _TABLES, "during", _FOLD, most=3),
     Point("fold.durable", _TABLES, "after", _FOLD, most=3),
@@ -113,7 +113,7 @@ _ALL = (
     # Another storage volume.
     Point("storage.header-torn", _WRITE, "half", "images:Images.create", most=1),
     Point("storage.image-created", "images:Images.create", most=1),
-    Point("storage.attached", "pool:Pool.attach", "after", "upkeep:Upkeep.add_storage", most=1),
+    Point("storage.attached", "pool:Pool.add", "after", "upkeep:Upkeep.add_storage", most=1),
     Point("storage.committed", "upkeep:Upkeep.add_storage", most=1),
     # The copy of the metadata.
     Point("dump.begun", _COPIES, "before", most=2, options="dump=checkpoint"),
