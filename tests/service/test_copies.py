@@ -147,6 +147,7 @@ def mirrored(pool_home: Path) -> Store:
         disk.mkdir()
     record = make_storage(store, disks[0], mirrors=disks[1:], force=True)
     with store.step():
+        store.pool.attach(record)
         store.add(record)
     store.checkpoint()
     store.close()

@@ -19,7 +19,8 @@ from tests.support.owner_watch import OwnerWatch, owner_watch
 pytest.importorskip("incfs._dataplane", reason="the plane in Python reads and writes on the owner thread")
 
 BLOCK = 4096
-ELSEWHERE = ("transfer.", "replica.")
+ELSEWHERE = ("transfer.", "replica.", "pool.metadata.")
+"""Verbs that have tests of their own; whether these ask a host on the owner thread is not looked at."""
 POLICY = '[volume."db"]\nquota = "1G"\n'
 
 
