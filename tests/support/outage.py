@@ -160,7 +160,7 @@ def read_media(root: Path) -> Media:
 
 
 def _is_medium(path: Path) -> bool:
-    return path.name in ("superblock", TABLES_NAME) or path.name.startswith("journal.") or path.suffix == ".img"
+    return path.name in ("superblock", "epoch", "copies", TABLES_NAME) or path.name.startswith("journal.") or path.suffix == ".img"
 
 
 def place_media(root: Path, media: Media) -> None:

@@ -131,14 +131,6 @@ NATIVE: Final = (
         "tests/unit/test_served.py::test_writers_of_parts_of_one_block_lose_nothing",
     ),
     Breakage(
-        "native-given-up-block-lost",
-        "I9",
-        "incfs/plane_write.c",
-        "    give_up(write, is_seen ? done : 0, is_placed && done == write->block_count);",
-        "    give_up(write, done, is_placed && done == write->block_count);",
-        "tests/unit/test_served.py::test_writers_of_parts_of_one_block_lose_nothing",
-    ),
-    Breakage(
         "nobody-stands-by",
         "waiting",
         "incfs/fuse_hot.c",
