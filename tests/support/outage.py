@@ -160,7 +160,8 @@ def read_media(root: Path) -> Media:
 
 
 def _is_medium(path: Path) -> bool:
-    return path.name in ("superblock", "epoch", "copies", TABLES_NAME) or path.name.startswith("journal.") or path.suffix == ".img"
+    is_metadata = path.name in ("superblock", "epoch", "copies", TABLES_NAME) or path.name.startswith("journal.")
+    return is_metadata or path.suffix == ".img"
 
 
 def place_media(root: Path, media: Media) -> None:
