@@ -50,6 +50,7 @@ def _take(store: Store, table: MapId, count: int) -> list[int]:
             growth = store.space.next_growth(table)
             assert growth is not None
             growth.run()
+            growth.end()
             continue
         taken += [address for first, length in found for address in range(first, first + length)]
     return taken

@@ -1,7 +1,7 @@
 """Files of the host: the only place where file descriptors are read, written and synced.
 
 Owns short reads and writes, EINTR, sparse operations and the translation of ``OSError``:
-ENOSPC and EDQUOT become ``NoSpace``, everything else ``BackingError``.  A crash simulator
+ENOSPC, EDQUOT and EFBIG become ``NoSpace``, everything else ``BackingError``.  A crash simulator
 or fault injector replaces ``Backing`` and is handed every operation in order.
 """
 
@@ -20,6 +20,8 @@ from incfs.errors import AlreadyExists, BackingError, IncfsError, NoSpace, PoolL
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A full filesystem, a quota, the largest file of a filesystem or a process: the host has no room here."""
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 _MOST_THREADS = 64
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -32,8 +34,10 @@ Result = TypeVar("Result")
 def translate(error: OSError, path: Path, action: str) -> IncfsError:
     """Turn an ``OSError`` of the host into an incfs error that names file and action."""
     text = f"cannot {action} {path}: {os.strerror(error.errno or errno.EIO)}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(f"{text}; free space on the filesystem of {path.parent}", path=str(path))
+    if error.errno in NO_ROOM:
+        what = "let files be longer" if error.errno == errno.EFBIG else "free space"
+        advice = f"{text}; {what} on the filesystem of {path.parent}"
+        return NoSpace(advice, path=str(path), host_errno=error.errno, action=action)
     if error.errno == errno.EEXIST:
         return AlreadyExists(text, path=str(path))
     return BackingError(text, path=str(path), host_errno=error.errno, action=action)

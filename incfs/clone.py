@@ -65,7 +65,7 @@ def flatten_step(store: Store, volume_id: VolumeId, start_block: int, *, wait: b
             return (page_index + 1) * PAGE_BLOCKS
         first, count = page_index * PAGE_BLOCKS + slots[0], _consecutive(slots)
         data = store.plane.read(clone.map_id, first, count, wait=wait)
-        keep_zeros = not store.space.settings_of(volume_id).zero_elision
+        keep_zeros = not store.account.settings_of(volume_id).zero_elision
         store.plane.write(clone.map_id, first * store.block_bytes, data, wait=wait, keep_zeros=keep_zeros)
     store.seal_if_large()
     return first + count

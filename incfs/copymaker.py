@@ -189,6 +189,7 @@ def finish(store: Store, begun: Begun) -> None:
     directory = store.copies.directories[begun.number]
     write_standing(store.backing, directory, UUID(store.superblock.uuid), store.standing)
     store.copies.join(begun.number)
+    store.look_at_metadata()
 
 
 def _drop(store: Store, number: int) -> None:

@@ -17,11 +17,11 @@ from incfs.committer import Committer, offload
 from incfs.dataplane import LeaseExhausted, LegFailed, NotResident, ReadWouldWait
 from incfs.errors import BackingError, ChecksumMismatch, IncfsError, NoSpace, QuotaExceeded
 from incfs.hosts import Hosts
-from incfs.model import MapId, VolumeId
+from incfs.model import MapId, StorageId, VolumeId
 from incfs.pageloader import PageLoader
 from incfs.placement import Rule
-from incfs.ranges import StepsPending, TrimPending
-from incfs.space import Growth, NewImage, Step
+from incfs.ranges import StepsPending
+from incfs.space import Growth, NewImage, Step, refused_storage
 from incfs.store import Store
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ Result = TypeVar("Result")
 
 _LOOK_EVERY_S = 0.1
 """How often a write that waits for space looks for it; the host does not say when it has some."""
+_TRY_EVERY_S = 1.0
+"""How often it asks for it, whatever the host says: a quota does not show in how much is free."""
 _THREADS = 16
 """Most threads that wait for reads of one storage volume."""
 _THREADS_OF_WRITES = 256
@@ -95,6 +97,7 @@ class Driver:
         """
         healed: set[object] = set()
         needs: dict[MapId, int] = {}
+        refused: dict[StorageId, float] = {}
         place: object = None
         for attempt in count():
             try:
@@ -108,6 +111,8 @@ class Driver:
                 if not await self._mend(error, healed):
                     self._store.checksum_errors += isinstance(error, ChecksumMismatch)
                     raise
+            except NoSpace as error:
+                await self.turn_away(error, refused)
             except NotResident as refusal:
                 await self.pages.load(refusal.map_id, refusal.page_index)
             except LeaseExhausted as refusal:
@@ -116,8 +121,6 @@ class Driver:
             except ReadWouldWait as refusal:
                 place = refusal.file
                 await trio.to_thread.run_sync(refusal.warm, limiter=self._limiter(place))
-            except TrimPending as refusal:
-                await self.trim(refusal.volume_id)
             except StepsPending as refusal:
                 while not await self.drive(refusal.step):
                     await trio.lowlevel.checkpoint()
@@ -139,6 +142,31 @@ class Driver:
         self._store.note_failed_legs()  # the data plane must not read one that was left behind again
         return is_healed
 
+    async def turn_away(self, error: NoSpace, refused: dict[StorageId, float]) -> None:
+        """Let a write go elsewhere, or wait, that the host refused although it had reserved the blocks.
+
+        Args:
+            error: Why.
+            refused: Storage volumes that refused this write before, and since when.
+
+        Raises:
+            NoSpace: It is no such refusal; or the host goes on refusing, for as long as the settings let writes wait.
+        """
+        storage_id = refused_storage(error)
+        if storage_id is None:
+            raise error
+        self._store.absorb()
+        self._store.space.note_refused(storage_id)
+        since = refused.get(storage_id)
+        if since is None:
+            refused[storage_id] = trio.current_time()
+        elif trio.current_time() - since >= self._store.account.settings.queue_s or self._store.failure is not None:
+            self._tell_full(error)
+            raise error
+        else:
+            self._enter_queue(error)
+            await trio.sleep(_LOOK_EVERY_S)
+
     async def trim(self, volume_id: VolumeId) -> None:
         """Drop what lies behind the end of a shrunk volume."""
         while not await self.drive(lambda wait: ranges.trim(self._store, volume_id, wait=wait)):
@@ -149,7 +177,7 @@ class Driver:
         space = self._store.space
         if space.grant_all(needs, urgent=urgent):  # who holds the lock may wait for a disk that is not needed here
             return self._leave_queue()
-        deadline = trio.current_time() + space.settings.queue_s
+        deadline = trio.current_time() + self._store.account.settings.queue_s
         while True:
             try:
                 async with self.space_lock:
@@ -189,7 +217,10 @@ class Driver:
 
     async def _perform(self, step: Step | Growth | NewImage) -> None:
         if isinstance(step, Growth):
-            await offload(step.run)
+            try:
+                await offload(step.run)
+            finally:
+                step.end()
             self.keeper.look_soon()
         elif isinstance(step, NewImage):
             await self.keeper.add_image(step.rules)
@@ -208,6 +239,7 @@ class Driver:
     async def _wait_for_space(self, needs: Mapping[MapId, int], deadline: float, *, urgent: bool) -> None:
         """Wait until another try may end otherwise."""
         store = self._store
+        deadline = min(deadline, trio.current_time() + _TRY_EVERY_S)
         while trio.current_time() < deadline and store.failure is None:
             await trio.sleep(_LOOK_EVERY_S)
             if store.pool.freed_blocks or store.space.grant_all(needs, urgent=urgent):
@@ -217,7 +249,7 @@ class Driver:
                 return
 
     def _enter_queue(self, error: NoSpace) -> None:
-        self._note_fullness("queue", f"{error}; writes wait up to {self._store.space.settings.queue_s:g} s for space")
+        self._note_fullness("queue", f"{error}; writes wait up to {self._store.account.settings.queue_s:g} s for space")
 
     def _tell_full(self, error: NoSpace) -> None:
         if not isinstance(error, QuotaExceeded):

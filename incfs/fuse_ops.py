@@ -320,7 +320,8 @@ class Operations(FileHandlers):
         data = pyfuse3.StatvfsData()
         data.f_bsize = data.f_frsize = self._block_bytes
         data.f_blocks = facts["capacity_bytes"] // self._block_bytes
-        data.f_bfree = data.f_bavail = facts["free_bytes"] // self._block_bytes
+        data.f_bfree = facts["free_bytes"] // self._block_bytes
+        data.f_bavail = (facts["free_bytes"] - facts["reserved_bytes"]) // self._block_bytes
         data.f_files = _MAX_FILES
         data.f_ffree = data.f_favail = _MAX_FILES - self.service.volume_count
         data.f_namemax = MAX_NAME_BYTES

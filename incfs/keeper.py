@@ -18,6 +18,7 @@ from incfs.model import StorageId
 from incfs.monitor import HostRoom, Monitor
 from incfs.placement import Rule, allows_new, order_rooms
 from incfs.settings import Directory
+from incfs.storage import Host
 from incfs.store import Store
 from incfs.units import format_size
 
@@ -72,8 +73,8 @@ class Keeper:
     async def _look(self) -> None:
         store = self._store
         await self.hosts.look()
-        store.space.review()
-        rooms = store.space.rooms()
+        store.account.review()
+        rooms = store.account.rooms()
         if store.failure is None:
             store.note_failed_legs()
         self._tell_healed()
@@ -155,7 +156,7 @@ class Keeper:
     def _short_hosts(self) -> list[StorageId]:
         """List the storage volumes whose host filesystem is short of space."""
         volumes = self._store.pool.volumes.items()
-        return [i for i, volume in volumes if volume.state == "online" and self._store.space.is_host_short(volume)]
+        return [i for i, volume in volumes if volume.state == "online" and self._store.account.is_host_short(volume)]
 
     def _tell_healed(self) -> None:
         for storage_id, volume in self._store.pool.volumes.items():
@@ -173,19 +174,17 @@ class Keeper:
 
     def _host_rooms(self) -> list[HostRoom]:
         """Tell how full each host filesystem with images is."""
-        space, found = self._store.space, {}
+        account, found = self._store.account, {}
         for volume in self._store.pool.volumes.values():
-            if volume.state == "online":
-                total = volume.host_total_bytes
-                low_water, reserve = space.settings.low_water.of(total), space.reserve_bytes(volume)
-                found[volume.host_device] = HostRoom(
-                    volume.host_device, str(volume.path.parent), volume.host_free_bytes, total, low_water, reserve
-                )
+            for host in volume.hosts if volume.state == "online" else ():
+                total, free = host.total_bytes, host.free_bytes
+                low_water, reserve = account.settings.low_water.of(total), account.reserve_bytes(host)
+                found[host.device] = HostRoom(host.device, str(host.directory), free, total, low_water, reserve)
         return list(found.values())
 
     def storage_outlook(self, storage_id: StorageId) -> dict[str, Any]:
         """Tell where a storage volume's low-water mark is, and when it will be full if it goes on like that."""
-        room = self._store.space.room(self._store.pool.volume(storage_id))
+        room = self._store.account.room(self._store.pool.volume(storage_id))
         seconds = self.monitor.seconds_to_fill(room)
         return {
             "low_water_bytes": room.low_water_bytes,
@@ -195,11 +194,11 @@ class Keeper:
 
     async def _add_image_if_low(self) -> None:
         """Make an image where the settings allow, when all that there are, or all of a directory's class, are low."""
-        directories = self._store.space.settings.directories
+        directories = self._store.account.settings.directories
         if not directories:
             return
         async with self._space_lock:
-            rooms = [room for room in self._store.space.rooms() if room.is_usable]
+            rooms = [room for room in self._store.account.rooms() if room.is_usable]
             if all(room.is_low for room in rooms):
                 await self.add_image(())
                 return
@@ -210,8 +209,7 @@ class Keeper:
 
     async def add_image(self, rules: Sequence[Rule]) -> None:
         """Make an image in the best directory that settings and rules allow, if there is one.  Under the space lock."""
-        space = self._store.space
-        allowed = order_rooms(space.rooms(), rules)
+        allowed = order_rooms(self._store.account.rooms(), rules)
         directory = await offload(lambda: self._choose_directory(rules))
         if directory is None:
             return
@@ -229,16 +227,17 @@ class Keeper:
 
     def _choose_directory(self, rules: Sequence[Rule]) -> Directory | None:
         """Choose the directory with most room whose filesystem is not at low water itself.  Any thread."""
-        space = self._store.space
+        account = self._store.account
         found: list[tuple[int, Directory]] = []
-        for directory in space.settings.directories:
+        for directory in account.settings.directories:
             if directory.path in self._refused or not allows_new(rules, directory.storage_class):
                 continue
             try:
-                free_bytes, total_bytes, _ = self._store.backing.measure_directory(Path(directory.path))
+                free_bytes, total_bytes, device = self._store.backing.measure_directory(Path(directory.path))
             except IncfsError as error:
                 logger.warning("no image can be made in %s: %s", directory.path, error)
                 continue
-            if free_bytes >= max(1, space.settings.low_water.of(total_bytes)):
+            host = Host(device, Path(directory.path), free_bytes, total_bytes, 0)
+            if free_bytes > max(account.reserve_bytes(host), account.settings.low_water.of(total_bytes) - 1):
                 found.append((free_bytes, directory))
         return max(found)[1] if found else None

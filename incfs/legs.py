@@ -106,7 +106,8 @@ def attach_leg(store: Store, storage_id: StorageId, number: int) -> File:
         store.pool.lack_everything(storage_id)
     mirror.rebuilding.add(number)
     store.plane.attach(storage_id)
-    store.absorb()  # what was written to the others only is among the changed blocks from now on
+    store.reclaim_leases()  # what was written to the others only is among the changed blocks from now on
+    store.pool.volume(storage_id).doubt()  # and this leg's host may not have what theirs have
     return leg
 
 

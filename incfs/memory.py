@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from uuid import UUID
 
+from incfs.account import Account
 from incfs.backing import Backing
 from incfs.baseline import Baselines
 from incfs.blocks import stored_addresses
@@ -119,15 +120,17 @@ class Memory:
         files: Any = ChainMap[Any, Any](self.pool.volumes, self.baselines)
         self.plane = make_plane(kind, superblock.block_bytes, files, backing)
         self.events = EventLog(None if salvage else directory, self.clock)
-        self.space = Space(
+        self.account = Account(
             self.catalog,
             self.pool,
             self.plane,
-            self.events,
             block_bytes=superblock.block_bytes,
             extend_bytes=options.extend_bytes,
             host_reserve_bytes=options.host_reserve_bytes,
             reserve_blocks=options.reserve_blocks,
+        )
+        self.space = Space(
+            self.catalog, self.pool, self.plane, self.events, self.account, block_bytes=superblock.block_bytes
         )
         self.trails = Trails(self.catalog, self.log, self._pend_move)
         self.moves = Moves(self.catalog, self.log, self.pool, self.trails, self._pend_move, self._put)
@@ -416,7 +419,7 @@ class Memory:
         is_writable = not generation and self.catalog.volume(volume_id).trim_from_bytes is None
         is_writable = is_writable and not self._quiet[table]
         is_writable = is_writable and self.failure is None
-        settings = self.space.settings_of(volume_id)
+        settings = self.account.settings_of(volume_id)
         served = self.catalog.size_bytes(table), self.catalog.facts(table), is_writable, settings
         if self._served.get(table) != served:
             self._served[table] = served

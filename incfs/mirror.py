@@ -157,18 +157,6 @@ class MirroredFile(File):
         """Tell how much host space all legs occupy."""
         return sum(leg.allocated_bytes() for leg in self.legs if leg is not None)
 
-    def host_free_bytes(self) -> int:
-        """Tell how much the leg with the least room can take."""
-        return min(leg.host_free_bytes() for _, leg in self.sound_legs())
-
-    def host_total_bytes(self) -> int:
-        """Tell how large the filesystem of the leg with the least room is."""
-        return min(((leg.host_free_bytes(), leg.host_total_bytes()) for _, leg in self.sound_legs()))[1]
-
-    def host_device(self) -> int:
-        """Tell the filesystem of the leg with the least room."""
-        return min(((leg.host_free_bytes(), leg.host_device()) for _, leg in self.sound_legs()))[1]
-
     def lock(self) -> None:
         """Have every leg alone."""
         for leg in self.legs:

@@ -66,7 +66,7 @@ class Mover:
             store = self._store
             store.require_writable()
             store.absorb()
-            total = sum(store.space.used_blocks(v) for v in store.catalog.volumes.values() if v.id in volumes)
+            total = sum(store.account.used_blocks(v) for v in store.catalog.volumes.values() if v.id in volumes)
 
             def tell() -> None:
                 progress(report.moved_blocks, total)

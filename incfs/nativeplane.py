@@ -12,7 +12,7 @@ from incfs._dataplane import DataPlane as _DataPlane
 from incfs.backing import translate
 from incfs.blocks import split_address
 from incfs.dataplane import BlockFile, PlaneState, mismatch
-from incfs.errors import BackingError, ChecksumMismatch, IncfsError
+from incfs.errors import BackingError, ChecksumMismatch, IncfsError, NoSpace
 from incfs.model import MapId, StorageId
 
 
@@ -57,7 +57,7 @@ class NativePlane(_DataPlane):
                 block=block_index,
             )
         error = translate(OSError(host_errno, os.strerror(host_errno)), path, action)
-        if action == "read":
+        if action == "read" or isinstance(error, NoSpace):
             error.facts.update(storage=storage_id, block=block_index)
         return error
 

@@ -129,8 +129,7 @@ enum plane_status write_extent(struct plane *plane, uint64_t address, size_t blo
         why->address = address;
         why->host_errno = error;
         why->leg = leg;
-        bool is_full = error == ENOSPC || error == EDQUOT;
-        return file->fd_count > 1 && !is_full ? PLANE_LEG_ERROR : PLANE_WRITE_ERROR;
+        return file->fd_count > 1 && !is_full(error) ? PLANE_LEG_ERROR : PLANE_WRITE_ERROR;
     }
     return PLANE_OK;
 }

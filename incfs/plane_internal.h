@@ -4,6 +4,7 @@
 
 #include "plane.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
 
@@ -165,6 +166,12 @@ void table_take(struct table *table, uint64_t block_count, struct plane_run *run
 static inline uint64_t column_of(const struct table *table, uint64_t virtual_block)
 {
     return table->stripe_columns ? virtual_block / table->stripe_unit % table->stripe_columns : 0;
+}
+
+/* The host has no room: a full filesystem, a quota, the largest file that it allows.  That harms nothing. */
+static inline bool is_full(int host_errno)
+{
+    return host_errno == ENOSPC || host_errno == EDQUOT || host_errno == EFBIG;
 }
 
 /* Gives a block that no sealed mapping names back to the lease that it came from, to be the next that is taken. */

@@ -241,7 +241,7 @@ enum plane_status plane_write_served(struct plane *plane, uint64_t map_id, uint6
         write_bytes(plane, map_id, offset_bytes, data, length_bytes, true, can_wait, false, why);
     if (status == PLANE_OK)
         note_served_write(plane, map_id);
-    else if (status == PLANE_WRITE_ERROR && why->host_errno != ENOSPC && why->host_errno != EDQUOT)
+    else if (status == PLANE_WRITE_ERROR && !is_full(why->host_errno))
         plane_fail(plane, why->host_errno, why->address); /* a full disk harms nothing and is no failure */
     return status;
 }

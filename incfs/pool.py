@@ -166,6 +166,12 @@ class Pool:
                 return [(pack_address(candidate, first), found) for first, found in runs]
         return []
 
+    def doubt(self) -> None:
+        """Give no free block out before its host was asked: what was given back to it is not recorded (I15)."""
+        for volume in self.volumes.values():
+            if volume.state == "online":
+                volume.doubt()
+
     def forget(self, cursor_key: int) -> None:
         """Drop what ``allocate`` remembers of a key that will not ask again."""
         self._cursors.pop(cursor_key, None)

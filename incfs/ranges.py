@@ -13,9 +13,9 @@ from incfs.codec import entry_runs
 from incfs.dataplane import LeaseExhausted, LegFailed, NotResident, ReadWouldWait, Refused
 from incfs.errors import BackingError, ChecksumMismatch, IncfsError, LimitExceeded, NoSpace, NotSupported
 from incfs.extents import next_page, page_entries
-from incfs.model import HOLE, INHERIT, MAX_VOLUME_BYTES, PAGE_BLOCKS, MapId, Volume, VolumeId, split_map_id
+from incfs.model import HOLE, INHERIT, MAX_VOLUME_BYTES, PAGE_BLOCKS, MapId, StorageId, Volume, VolumeId, split_map_id
 from incfs.overlay import TableKey
-from incfs.space import Growth, Step
+from incfs.space import Growth, Step, refused_storage
 from incfs.store import Store
 
 _CLOCK_TICK_NS = 4_000_000
@@ -29,11 +29,11 @@ class StepsPending(Refused):
         self.step = step
 
 
-class TrimPending(Refused):
+class TrimPending(StepsPending):
     """A shrink has not dropped everything behind the volume's end yet: finish ``trim`` first."""
 
-    def __init__(self, volume_id: VolumeId) -> None:
-        self.volume_id = volume_id
+    def __init__(self, store: Store, volume_id: VolumeId) -> None:
+        super().__init__(lambda wait: trim(store, volume_id, wait=wait))
 
 
 Result = TypeVar("Result")
@@ -51,6 +51,7 @@ def drive(store: Store, request: Callable[[bool], Result]) -> Result:
     wait = False
     healed: set[object] = set()
     needs: dict[MapId, int] = {}
+    refused: set[StorageId] = set()
     while True:
         try:
             return request(wait)
@@ -61,6 +62,13 @@ def drive(store: Store, request: Callable[[bool], Result]) -> Result:
             if not was_left and (not is_news(healed, error) or not legs.heal(store, error)):
                 raise
             store.note_failed_legs()
+        except NoSpace as error:
+            storage_id = refused_storage(error)
+            if storage_id is None or storage_id in refused:
+                raise
+            refused.add(storage_id)
+            store.absorb()
+            store.space.note_refused(storage_id)
         except NotResident as refusal:
             store.load(refusal.map_id, refusal.page_index)
         except LeaseExhausted as refusal:
@@ -68,8 +76,6 @@ def drive(store: Store, request: Callable[[bool], Result]) -> Result:
             make_space(store, needs, urgent=refusal.is_urgent)
         except ReadWouldWait:
             wait = True
-        except TrimPending as refusal:
-            finish_trim(store, refusal.volume_id)
         except StepsPending as refusal:
             while not drive(store, refusal.step):
                 pass
@@ -93,6 +99,7 @@ def make_space(store: Store, needs: Mapping[MapId, int], *, urgent: bool = False
     for step in store.space.steps(needs, urgent=urgent):
         if isinstance(step, Growth):
             step.run()
+            step.end()
         elif step is Step.CHECKPOINT and store.pool.freed_blocks:
             store.checkpoint()
 
@@ -168,13 +175,13 @@ def write(store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: b
     if end > MAX_VOLUME_BYTES:
         raise LimitExceeded(f"a volume can have at most {MAX_VOLUME_BYTES} bytes, the write ends at {end}")
     if volume.trim_from_bytes is not None and end > volume.size_bytes:
-        raise TrimPending(volume.id)
+        raise TrimPending(store, volume.id)
     if not data:
         return 0
     if end > volume.size_bytes:
         store.plane.close_journal()  # no commit of theirs may have the blocks and not the size
     try:
-        keep_zeros = not store.space.settings_of(volume.id).zero_elision
+        keep_zeros = not store.account.settings_of(volume.id).zero_elision
         _write_bytes(store, table, offset_bytes, data, wait=wait, keep_zeros=keep_zeros)
     except NoSpace:
         # Some of it may be written, and nothing stored may lie behind the end: it would come
@@ -201,13 +208,13 @@ def _write_bytes(
 def _require_quota(store: Store, table: MapId, offset_bytes: int, data: bytes, *, keep_zeros: bool) -> None:
     """Refuse a write that would lead its volume over its quota; one that only replaces is none."""
     volume_id, _ = split_map_id(table)
-    left = store.space.quota_left(volume_id)
+    left = store.account.quota_left(volume_id)
     first, end = offset_bytes // store.block_bytes, -(-(offset_bytes + len(data)) // store.block_bytes)
     if left is None or end - first <= left or not (keep_zeros or any(data)):
         return
     store.absorb()
     gained = sum(_gained(store, volume_id, *part) for part in split_pages(first, end - first))
-    store.space.require_quota(volume_id, gained)
+    store.account.require_quota(volume_id, gained)
 
 
 def _gained(store: Store, volume_id: VolumeId, page_index: int, start: int, count: int) -> int:

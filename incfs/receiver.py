@@ -214,7 +214,7 @@ class Receiver:
         base = _newest(self._store, target)
         if snap.base_size_bytes != (base.size_bytes if base else 0):
             raise StreamCorrupt(f"the base of {snap.name} has not {snap.base_size_bytes} bytes, as the stream says")
-        self._store.space.require_snapshot(target.id)
+        self._store.account.require_snapshot(target.id)
         self._state = replace(state, position=replace(position, offset_bytes=snap.start_bytes, digest=snap.digest))
         put_state(self._store, self._state)
         yield from self._take_back(target, base, snap.start_bytes)

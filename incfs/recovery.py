@@ -381,6 +381,8 @@ def open_store(directory: Path, options: Options | None = None, backing: Backing
             store.fold_recovered(replayed)
             store.note_left_copies()
             copymaker.bring_all_back(store)
+            store.pool.doubt()
+            store.look_at_metadata()
         else:
             store.keep_recovered(replayed)
         store.pool.images.close_kept()

@@ -2,17 +2,18 @@
 
 A block is free as soon as its checkpoint has ended.  Its host space stays until it has been free for a while:
 a busy volume that overwrites itself uses its blocks again, and the host need not allocate them anew each time.
+Punched, it is nobody's and not free either: it is leased again once the host has given its space anew (I15).
 """
 
 import logging
 from array import array
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from incfs import groups
 from incfs.blocks import bit_mask, set_runs
 from incfs.errors import IncfsError
-from incfs.groups import by_group, group_start
+from incfs.groups import by_group, group_start, split_groups
 from incfs.model import StorageId
 from incfs.storage import StorageVolume
 
@@ -35,6 +36,8 @@ class PunchPlan:
     """Free blocks that nobody gets until their host space is given back."""
 
     held: tuple[Held, ...]
+    punched: "_Sets" = field(default_factory=dict)
+    """Those whose space the host has taken back."""
 
     @property
     def runs(self) -> list[tuple[StorageId, int, int]]:
@@ -87,7 +90,7 @@ class Reuse:
             bits: Its blocks that the host has data of, by a look a moment ago.
         """
         volume = self._volumes.get(storage_id)
-        free = bits & ~volume.busy[group_index] if volume is not None and group_index < len(volume.busy) else 0
+        free = bits & volume.may_occupy(group_index) if volume is not None else 0
         if free:
             _add(self._settled, (storage_id, group_index), free)
         return bool(free)
@@ -133,14 +136,14 @@ class Reuse:
         volume = self._volumes.get(storage_id)
         if volume is None:
             return 0
-        if leased := bits & volume.busy[group_index] & ~volume.live[group_index]:  # may come back unused
+        if leased := bits & volume.leased(group_index):  # may come back unused
             _add(self._fresh, (storage_id, group_index), leased)
         if self._block_bytes < HOST_BLOCK_BYTES:  # by less than a block of the host's nothing is won
             return self._free_chunks(storage_id, group_index, bits)
-        return bits & ~volume.busy[group_index]
+        return bits & volume.may_occupy(group_index)
 
     def _hold(self, storage_id: StorageId, group_index: int, bits: int) -> None:
-        self._volumes[storage_id].set_busy(group_index, bits, busy=True)
+        self._volumes[storage_id].hold(group_index, bits)
         if (storage_id, group_index) in self._fresh:
             self._fresh[storage_id, group_index] &= ~bits
 
@@ -151,27 +154,32 @@ class Reuse:
         """
         volume = self._volumes[storage_id]
         chunk, everything = max(1, CHUNK_BYTES // self._block_bytes), bit_mask(0, groups.GROUP_BLOCKS)
-        free, near = everything & ~volume.busy[group_index], bits
+        free, near = volume.may_occupy(group_index), bits
         length = 1
         while length < chunk:  # a member stays where all, or comes where any, of those before its chunk's end are
             free &= free >> length
             near |= near >> length
             length *= 2
         starts = free & near & everything // bit_mask(0, chunk)
-        return starts * bit_mask(0, chunk) & bit_mask(0, volume.grown_blocks - group_start(group_index))
+        return starts * bit_mask(0, chunk)
 
     def punch(self, plan: PunchPlan) -> None:
-        """Give host space back, where the host lets us: the blocks are free in any case.  Any thread."""
+        """Give host space back, where the host lets us: the blocks are nobody's in any case.  Any thread."""
         for storage_id, block_index, count in plan.runs:
             try:
-                self._volumes[storage_id].punch(block_index, count)
+                is_punched = self._volumes[storage_id].punch(block_index, count)
             except IncfsError as error:
                 logger.warning("freed space is not given back to the host: %s", error)
+                continue
+            for group_index, bits in split_groups(block_index, count) if is_punched else ():
+                _add(plan.punched, (storage_id, group_index), bits)
 
     def punched(self, plan: PunchPlan) -> None:
-        """Make punched blocks free."""
+        """Let what was held be free once the host has been asked for its space again."""
         for storage_id, group_index, bits in plan.held:
-            self._volumes[storage_id].set_busy(group_index, bits, busy=False)
+            self._volumes[storage_id].end_hold(
+                group_index, bits, punched=bits & plan.punched.get((storage_id, group_index), 0)
+            )
 
 
 def _add(sets: _Sets, key: tuple[StorageId, int], bits: int) -> None:

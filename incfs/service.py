@@ -231,7 +231,7 @@ class Service:
 
     async def read_for_user(self, table: MapId, offset_bytes: int, length_bytes: int) -> bytes:
         """Read a range for whoever has the file open, verified or not as the volume's policy says; else as ``read``."""
-        verify = self._store.space.settings_of(split_map_id(table)[0]).verifies_reads
+        verify = self._store.account.settings_of(split_map_id(table)[0]).verifies_reads
         return await self._driver.drive(
             lambda wait: ranges.read(self._store, table, offset_bytes, length_bytes, wait=wait, verify=verify),
             may_wait_in_thread=self._store.has_threads,
@@ -256,7 +256,7 @@ class Service:
         store, volume_id = self._store, split_map_id(table)[0]
         if (
             not (store.has_threads and store.is_served(table))
-            or store.space.settings_of(volume_id).quota_bytes is not None
+            or store.account.settings_of(volume_id).quota_bytes is not None
         ):
             return False
         store.require_writable()
@@ -307,7 +307,7 @@ class Service:
     ) -> Volume:
         """Add a volume that reads as zeros."""
         created = volume.create(self._store, name, size_bytes, mode=mode, uid=uid, gid=gid)
-        created = stripes.follow_settings(self._store, created.id, self._store.space.settings_of(created.id))
+        created = stripes.follow_settings(self._store, created.id, self._store.account.settings_of(created.id))
         await self.commit()
         return created
 
@@ -369,7 +369,7 @@ class Service:
             Busy: The kernel could not bring the volumes to a standstill (``standstill``).
         """
         for volume_id, _ in wanted:
-            self._store.space.require_snapshot(volume_id)
+            self._store.account.require_snapshot(volume_id)
         taken: list[Snapshot] | None = None
         while taken is None:
             # Whatever is amiss, or has to be done before, holds up no writer.
@@ -419,8 +419,8 @@ class Service:
 
     def apply_settings(self, settings: PoolSettings) -> None:
         """Let these settings rule from now on; they last until the pool is closed."""
-        self._store.space.settings = settings
-        self._store.space.review()
+        self._store.account.settings = settings
+        self._store.account.review()
         self._store.serve_anew()
         self._keeper.look_soon()
 
@@ -431,7 +431,7 @@ class Service:
     def snapshot_refusal(self, volume_id: VolumeId) -> IncfsError | None:
         """Say why no snapshot of a volume may be taken, or None."""
         try:
-            self._store.space.require_snapshot(volume_id)
+            self._store.account.require_snapshot(volume_id)
         except IncfsError as error:
             return error
         return None

@@ -54,7 +54,7 @@ def require_takeable(store: Store, wanted: Sequence[tuple[VolumeId, str]]) -> No
         _require_free_name(store, volume_id, name)
         require_ordinary(store.catalog.volume(volume_id), "get a snapshot")
         if store.catalog.volume(volume_id).trim_from_bytes is not None:
-            raise TrimPending(volume_id)
+            raise TrimPending(store, volume_id)
 
 
 def next_generation(volume: Volume) -> Generation:

@@ -22,8 +22,7 @@ from incfs.tables import DATABASES, ReadableTables
 def pool_facts(store: Store) -> dict[str, Any]:
     """Report the pool's identity, sizes in bytes, and state."""
     storages = [storage_facts(store, storage) for storage in store.catalog.storages.values()]
-    used = sum(s["used_bytes"] for s in storages)
-    free = _free_bytes(store)
+    used, free = store.account.used_bytes(), store.account.free_bytes()
     return {
         "uuid": store.superblock.uuid,
         "format_version": FORMAT_VERSION,
@@ -31,6 +30,7 @@ def pool_facts(store: Store) -> dict[str, Any]:
         "capacity_bytes": used + free,
         "used_bytes": used,
         "free_bytes": free,
+        "reserved_bytes": store.account.reserved_bytes(),
         "allocated_bytes": sum(s["allocated_bytes"] for s in storages),
         "freed_bytes": store.pool.freed_blocks * store.block_bytes,
         "silent_storages": [i for i, volume in store.pool.volumes.items() if volume.is_silent],
@@ -52,28 +52,10 @@ def pool_facts(store: Store) -> dict[str, Any]:
     }
 
 
-def _free_bytes(store: Store) -> int:
-    """Room in the images as they are, and room to grow, by the last look; a shared host filesystem counts once."""
-    free = 0
-    growth: dict[int, int] = {}
-    host_free: dict[int, int] = {}
-    for volume in store.pool.volumes.values():
-        if volume.state != "online":
-            continue
-        free += (volume.grown_blocks - volume.busy_blocks) * store.block_bytes
-        device = volume.host_device
-        host_free[device] = max(0, volume.host_free_bytes - store.options.host_reserve_bytes)
-        room = max(0, volume.record.capacity_blocks - volume.grown_blocks) * store.block_bytes
-        growth[device] = growth.get(device, 0) + room
-    return free + sum(min(growth[device], host_free[device]) for device in growth)
-
-
 def storage_facts(store: Store, storage: Storage) -> dict[str, Any]:
     """Report one storage volume; sizes in bytes."""
     volume = store.pool.volume(storage.id)
     block = store.block_bytes
-    host_free = volume.host_free_bytes
-    room = max(0, storage.capacity_blocks - volume.grown_blocks) * block
     unlimited = storage.capacity_blocks >= UNLIMITED_BLOCKS
     return {
         "id": storage.id,
@@ -82,9 +64,9 @@ def storage_facts(store: Store, storage: Storage) -> dict[str, Any]:
         "capacity_bytes": None if unlimited else storage.capacity_blocks * block,
         "grown_bytes": volume.grown_blocks * block,
         "used_bytes": volume.live_blocks * block,
-        "free_bytes": max(0, (volume.grown_blocks - volume.busy_blocks) * block + min(room, host_free)),
+        "free_bytes": store.account.room(volume).free_bytes,
         "allocated_bytes": volume.allocated_bytes,
-        "host_free_bytes": host_free,
+        "host_free_bytes": volume.host_free_bytes,
         "class": storage.storage_class,
         "redundancy": storage.redundancy,
         "legs": _leg_facts(store, storage),

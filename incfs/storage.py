@@ -2,7 +2,8 @@
 
 A block is in one of these states:
 
-    free      may be leased
+    free      may be leased: the host's space is behind it
+    unbacked  nobody has it, and the host's space must be asked for before it is free: in ``busy`` and ``unbacked``
     leased    given out, not committed: in ``busy`` only, so a crash makes it free
     live      a committed mapping points to it: in ``busy`` and ``live``
     freed     no mapping points to it, but the tables on disk may: in ``busy`` only, until
@@ -11,9 +12,15 @@ A block is in one of these states:
 Invariants:
     1. ``live`` is a subset of ``busy``; only ``live`` is ever stored.
     2. Bit sets are immutable ints: a frozen one is a reference.
+    3. ``unbacked`` is a subset of ``busy`` without ``live``: what is leased has the host's space (I15).
 """
 
+import errno
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from incfs import groups
 from incfs.backing import File
@@ -21,13 +28,44 @@ from incfs.blocks import bit_mask, clear_runs
 from incfs.codec import checksum
 from incfs.epoch import NEVER, Stamp
 from incfs.errors import ImageMismatch, NoSpace
-from incfs.groups import group_start
+from incfs.groups import group_start, split_groups
 from incfs.image import DATA_OFFSET_BYTES, write_stamp
 from incfs.mirror import MirroredFile
 from incfs.model import Storage
+from incfs.unbacked import Run, Unbacked
 
 _ALLOCATE_BYTES = 4 << 20
 """Reserved on the host at once: nobody writes to the image meanwhile, which a filesystem in memory fills with zeros."""
+
+_PROBE_BYTES = 65536
+"""The same where the host is short of space: what has it, and is asked for beside what has none, goes back with it."""
+
+
+class Host(NamedTuple):
+    """What the filesystem of an image, or of one leg, said at the last look."""
+
+    device: int
+    directory: Path
+    free_bytes: int
+    total_bytes: int
+    allocated_bytes: int
+    """What the image, or the leg, occupies there."""
+
+
+Reserve = Callable[[Host], int]
+"""Says how many bytes must stay free on a host."""
+
+
+@dataclass(slots=True)
+class Backed:
+    """What became of unbacked blocks for which host space was asked."""
+
+    ready: list[Run] = field(default_factory=list)
+    """They have it."""
+    hollow: list[Run] = field(default_factory=list)
+    """They have none, and it was not to be had."""
+    refusal: NoSpace | None = None
+    """Why."""
 
 
 class StorageVolume:
@@ -46,13 +84,23 @@ class StorageVolume:
         self.busy: list[int] = []
         self.live_blocks = 0
         self.busy_blocks = 0
+        self.unbacked = Unbacked()
+        self._limit_blocks: int | None = None
+        """The host allows no longer file: found out when it refused one."""
+        self._must_prove = False
+        """The host refused to write what it had reserved: only what was written once is taken for its space."""
+        self.refused_bytes = 0
+        """The host had said that it has so much when it refused to give any; 0 when it gave what was asked last."""
         self._written_count = self._synced_count = 0
         self.changed: dict[int, int] = {}
         """Group -> blocks that became live while a leg was away: what it lacks."""
         self.recent: list[dict[int, int]] = [{}, {}]
         """The same, of blocks that the last checkpoint but one did not have: a leg that fails may lack them."""
-        self.host_device = self.host_free_bytes = self.host_total_bytes = self.allocated_bytes = 0
-        """By the last look; a host that does not answer must not keep those waiting who only ask how full it is."""
+        self.hosts: Sequence[Host] = ()
+        """Of the image, or of each leg that is written, by the last look; a host that does not answer must not keep
+        those waiting who only ask how full it is."""
+        self.allocated_bytes = 0
+        """What the image, or all legs, occupied then."""
         self.is_silent = False
         """Whether its host has not answered for some time."""
         self.attached_legs: list[int] = []
@@ -67,14 +115,57 @@ class StorageVolume:
         self.measure_host()
 
     def measure_host(self) -> None:
-        """Learn how full the image's filesystem is.  Any thread; it may be one that waits for ever."""
-        file = self.file
-        self.host_device, self.host_free_bytes, self.host_total_bytes, self.allocated_bytes = (
-            file.host_device(),
-            file.host_free_bytes(),
-            file.host_total_bytes(),
-            file.allocated_bytes(),
+        """Learn how full the filesystems of the image are.  Any thread; it may be one that waits for ever."""
+        files = [self.file] if self.mirror is None else [leg for _, leg in self.mirror.written_legs()]
+        self.hosts = [
+            Host(f.host_device(), f.path.parent, f.host_free_bytes(), f.host_total_bytes(), f.allocated_bytes())
+            for f in files
+        ]
+        self.allocated_bytes = self.file.allocated_bytes()
+
+    @property
+    def host_free_bytes(self) -> int:
+        """What the host with the least had free at the last look."""
+        return min((host.free_bytes for host in self.hosts), default=0)
+
+    def host_room(self, reserve: Reserve, taken: Mapping[int, int] | None = None) -> int:
+        """Tell how many bytes each leg can still get, by the last look.
+
+        Args:
+            reserve: What must stay free.
+            taken: Device -> bytes that others will have taken by then.
+        """
+        legs = Counter(host.device for host in self.hosts)
+        return min(
+            (
+                max(0, host.free_bytes - reserve(host) - (taken or {}).get(host.device, 0)) // legs[host.device]
+                for host in self.hosts
+            ),
+            default=0,
         )
+
+    @property
+    def most_blocks(self) -> int:
+        """Most blocks that the image may have: its limit, or what the host was found to allow."""
+        limit = self._limit_blocks
+        return self.record.capacity_blocks if limit is None else min(limit, self.record.capacity_blocks)
+
+    @property
+    def lost_blocks(self) -> int:
+        """Unbacked blocks behind what the host allows: they cannot be had."""
+        return 0 if self._limit_blocks is None else self.unbacked.count_from(self._limit_blocks)
+
+    @property
+    def given_blocks(self) -> int:
+        """Blocks that somebody has, or that wait to be free."""
+        return self.busy_blocks - self.unbacked.count
+
+    @property
+    def lacking_blocks(self) -> int:
+        """Unbacked blocks that have no host space, as far as what the image occupies tells."""
+        length_bytes = DATA_OFFSET_BYTES + self.grown_blocks * self._block_bytes
+        absent_bytes = max((length_bytes - host.allocated_bytes for host in self.hosts), default=0)
+        return min(self.unbacked.count, max(self.unbacked.hollow_count, absent_bytes // self._block_bytes))
 
     @property
     def is_usable(self) -> bool:
@@ -141,8 +232,16 @@ class StorageVolume:
         return self.file.pread_cached(self._offset(block_index), block_count * self._block_bytes)
 
     def write_blocks(self, block_index: int, data: bytes | memoryview) -> None:
-        """Write whole blocks to the page cache; ``sync`` makes them durable once they are committed."""
-        self.file.pwrite(self._offset(block_index), data)
+        """Write whole blocks to the page cache; ``sync`` makes them durable once they are committed.
+
+        Raises:
+            NoSpace: The host has no room, and says in its facts of which storage volume.
+        """
+        try:
+            self.file.pwrite(self._offset(block_index), data)
+        except NoSpace as error:
+            error.facts.update(storage=self.record.id)
+            raise
 
     def note_written(self) -> None:
         """Remember that the image needs a sync.  Any thread."""
@@ -269,25 +368,152 @@ class StorageVolume:
             storage=self.record.id,
         )
 
-    def grow(self, block_count: int, *, reserve_bytes: int) -> None:
-        """Make the image longer by up to ``block_count`` blocks.  Any thread.
+    def grow(self, block_count: int, *, reserve: Reserve) -> None:
+        """Make the image longer by up to ``block_count`` blocks.  Any thread, one at a time.
 
         Raises:
-            NoSpace: At the capacity limit, or the host would have less than ``reserve_bytes`` left.
+            NoSpace: By none: the image is at its capacity limit, the hosts would have less than the reserve left, or
+                one of them refuses.
         """
-        room = self.record.capacity_blocks - self.grown_blocks
+        room = self.most_blocks - self.grown_blocks
         self.measure_host()
-        host_room = (self.host_free_bytes - reserve_bytes) // self._block_bytes
-        block_count = min(block_count, room, host_room)
+        block_count = min(block_count, room, self.host_room(reserve) // self._block_bytes)
         if block_count <= 0:
-            limit = "its capacity limit" if room <= 0 else "the reserve of its host filesystem"
-            raise NoSpace(f"storage volume {self.record.id} ({self.file.path}) is at {limit}", storage=self.record.id)
+            raise self._at("its capacity limit") if room <= 0 else self._at_reserve()
         end = self.grown_blocks + block_count
-        while self.grown_blocks < end:
-            step = min(end - self.grown_blocks, max(1, _ALLOCATE_BYTES // self._block_bytes))
-            self.file.allocate(self._offset(self.grown_blocks), step * self._block_bytes)
-            self.grown_blocks += step
+        got, refusal = 0, None
+        while self.grown_blocks < end and refusal is None:
+            got, refusal = self._get(self.grown_blocks, min(end - self.grown_blocks, self._piece), keep_size=False)
+            self.grown_blocks += got
         self.measure_host()
+        if refusal is not None and self.grown_blocks == end - block_count:
+            raise refusal
+
+    def back(self, runs: Sequence[Run], *, reserve: Reserve) -> Backed:
+        """Get host space for unbacked blocks, as far as that leaves the reserve.  Any thread, one at a time.
+
+        Which of them have it already only the host knows: it is asked for them, and gets back what it must keep.
+        """
+        backed = Backed()
+        self.measure_host()
+        is_short = self.host_room(reserve) < sum(count for _, count in runs) * self._block_bytes
+        most = max(1, _PROBE_BYTES // self._block_bytes) if is_short else self._piece
+        for first, count in (piece for run in runs for piece in _pieces(run, most)):
+            take = self._fill if self._is_hollow(first) else self._probe
+            if not take(first, count, self.host_room(reserve), backed):
+                break
+            self.measure_host()
+        self.measure_host()
+        return backed
+
+    @property
+    def _piece(self) -> int:
+        return max(1, _ALLOCATE_BYTES // self._block_bytes)
+
+    def _fill(self, first: int, count: int, room_bytes: int, backed: Backed) -> bool:
+        """Get host space for blocks that have none; False when there is no more."""
+        most = min(count, room_bytes // self._block_bytes)
+        got, refusal = self._get(first, most, keep_size=True) if most else (0, self._at_reserve())
+        if got:
+            backed.ready.append((first, got))
+        backed.refusal = refusal
+        return got == count
+
+    def _probe(self, first: int, count: int, room_bytes: int, backed: Backed) -> bool:
+        """Ask for host space of blocks that may have it; True: others may have it, whatever became of these."""
+        before = self.hosts
+        got, refusal = self._get(first, count, keep_size=True)
+        costs = [0]
+        if room_bytes < got * self._block_bytes:
+            self.measure_host()
+            costs = [now.allocated_bytes - old.allocated_bytes for now, old in zip(self.hosts, before, strict=False)]
+        if got and max(costs) <= room_bytes:
+            backed.ready.append((first, got))
+            return True
+        if got:
+            self.punch(first, got)
+            refusal = self._at_reserve()
+        backed.hollow.append((first, count))
+        backed.refusal = refusal
+        return True
+
+    def _is_hollow(self, block_index: int) -> bool:
+        return self.unbacked.is_hollow(*divmod(block_index, groups.GROUP_BLOCKS))
+
+    def _get(self, first: int, count: int, *, keep_size: bool) -> tuple[int, NoSpace | None]:
+        """Get host space for blocks from ``first`` on; give for how many, and why not for more."""
+        wanted, refusal = count, None
+        while count:
+            try:
+                self.file.allocate(self._offset(first), count * self._block_bytes, keep_size=keep_size)
+                if self._must_prove:
+                    self.file.pwrite(self._offset(first), bytes(count * self._block_bytes))
+                break
+            except NoSpace as error:
+                refusal = error
+                count //= 2
+        if count == wanted:
+            self.refused_bytes = 0
+        elif refusal is not None and refusal.facts.get("host_errno") == errno.EFBIG:
+            self._limit_blocks = min(first + count, self.most_blocks)
+        elif not count:
+            self.refused_bytes = self.host_free_bytes
+        return count, refusal
+
+    def _at_reserve(self) -> NoSpace:
+        return self._at("the reserve of its host filesystem")
+
+    def _at(self, limit: str) -> NoSpace:
+        return NoSpace(f"storage volume {self.record.id} ({self.file.path}) is at {limit}", storage=self.record.id)
+
+    # Blocks and the host's space behind them.  Owner thread.
+
+    def _nobodys(self, group_index: int) -> int:
+        """Give the blocks of a group that may be leased now."""
+        count = max(0, min(groups.GROUP_BLOCKS, self.grown_blocks - group_start(group_index)))
+        return bit_mask(0, count) & ~self.busy[group_index]
+
+    def doubt(self) -> None:
+        """Give no free block out before the host was asked: nobody knows whether its space is behind them."""
+        self.reach(self.grown_blocks)
+        for group_index in range(self.group_count):
+            if free := self._nobodys(group_index):
+                self.set_busy(group_index, free, busy=True)
+                self.unbacked.add(group_index, free)
+
+    def note_refused(self) -> None:
+        """The host refused to write blocks that it had reserved: from now on only what was written once counts."""
+        self._must_prove = True
+        self.doubt()
+
+    def note_backed(self, backed: Backed) -> None:
+        """Let blocks that have host space be free, and note those that have none."""
+        for first, count in backed.ready:
+            for group_index, bits in split_groups(first, count):
+                self.unbacked.remove(group_index, bits)
+                self.set_busy(group_index, bits, busy=False)
+        for first, count in backed.hollow:
+            for group_index, bits in split_groups(first, count):
+                self.unbacked.add(group_index, bits, bits)
+
+    def may_occupy(self, group_index: int) -> int:
+        """Give the blocks of a group that nobody has, and that may have host space: a bit set."""
+        if group_index >= len(self.busy):
+            return 0
+        return self._nobodys(group_index) | self.unbacked.doubtful(group_index)
+
+    def leased(self, group_index: int) -> int:
+        """Give the blocks of a group that somebody has who has not committed them, or that wait to be free."""
+        return self.busy[group_index] & ~self.live[group_index] & ~self.unbacked.bits.get(group_index, 0)
+
+    def hold(self, group_index: int, bits: int) -> None:
+        """Let nobody get blocks that nobody has."""
+        self.unbacked.remove(group_index, bits)
+        self.set_busy(group_index, bits & ~self.busy[group_index], busy=True)
+
+    def end_hold(self, group_index: int, bits: int, *, punched: int) -> None:
+        """Let blocks that were held be unbacked: hollow those that were punched."""
+        self.unbacked.add(group_index, bits, punched)
 
     @property
     def group_count(self) -> int:
@@ -310,9 +536,15 @@ class StorageVolume:
             bits |= bit_mask(start, min(end, count) - start)
         return bits
 
-    def punch(self, block_index: int, count: int) -> None:
-        """Give the host space of free blocks back.  Any thread."""
-        self.file.punch(self._offset(block_index), count * self._block_bytes)
+    def punch(self, block_index: int, count: int) -> bool:
+        """Give the host space of free blocks back; False where the host cannot.  Any thread."""
+        return self.file.punch(self._offset(block_index), count * self._block_bytes)
 
     def _offset(self, block_index: int) -> int:
         return DATA_OFFSET_BYTES + block_index * self._block_bytes
+
+
+def _pieces(run: Run, most: int) -> Iterator[Run]:
+    first, count = run
+    for start in range(0, count, most):
+        yield first + start, min(most, count - start)

@@ -174,6 +174,11 @@ class Store(Memory):
         for number, reason in self.copies.take_failed().items():
             self.events.record("metadata-failed", f"metadata {self.copies.path_of(number)}", reason, copy=number)
 
+    def look_at_metadata(self) -> None:
+        """Learn on which filesystems the metadata is: images leave some of them free.  Any thread."""
+        paths = self.copies.current_directories
+        self.account.metadata_devices = frozenset(self.backing.measure_directory(path)[2] for path in paths)
+
     def enter(self, standing: Standing) -> None:
         """Go on in an epoch that parts and directory are at."""
         self.standing = standing
@@ -269,7 +274,7 @@ class Store(Memory):
         return (
             self.journal.used_bytes * 2 > self.superblock.journal_bytes
             or self.log.overlay_pages > self.options.overlay_pages
-            or self.freed_bytes >= self.space.extend_bytes
+            or self.freed_bytes >= self.account.extend_bytes
         )
 
     @property

@@ -85,7 +85,7 @@ class Upkeep:
         Raises:
             UsageError: There are not so many usable storage volumes, or the unit is not whole blocks.
         """
-        usable = sum(room.is_usable for room in self._store.space.rooms())
+        usable = sum(room.is_usable for room in self._store.account.rooms())
         if not 1 <= count <= usable:
             raise UsageError(f"{count} stripe columns need as many storage volumes; {usable} can be used: add some")
         stripes.require_unit(self._store, unit_bytes)
@@ -159,7 +159,8 @@ class Upkeep:
         """Move blocks from the fullest storage volumes to the emptiest until their shares in use are about even."""
         total = MoveReport()
         for _ in range(2 * len(self._store.pool.volumes)):
-            plan = _plan_balance([room for room in self._store.space.rooms() if room.is_usable])
+            self._store.absorb()
+            plan = _plan_balance([room for room in self._store.account.rooms() if room.is_usable])
             if plan is None:
                 break
             source, target, bytes_ = plan
@@ -211,7 +212,7 @@ class Upkeep:
                 store.reclaim_leases()
             await self._committer.checkpoint()
             volume = store.pool.volume(storage_id)
-            if volume.busy_blocks:
+            if volume.given_blocks:
                 with store.step():
                     store.amend(record, is_evacuating=was_evacuating)
                 await self._committer.commit()

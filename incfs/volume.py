@@ -99,7 +99,7 @@ def set_size(store: Store, volume_id: VolumeId, size_bytes: int) -> Volume:
     _require_size(size_bytes)
     volume = store.catalog.volume(volume_id)
     if volume.trim_from_bytes is not None:
-        raise TrimPending(volume_id)
+        raise TrimPending(store, volume_id)
     now = store.clock()
     trim_from = size_bytes if size_bytes < volume.size_bytes else None
     return store.amend(volume, size_bytes=size_bytes, modified_ns=now, changed_ns=now, trim_from_bytes=trim_from)

@@ -226,7 +226,7 @@ class CoreMachine(RuleBasedStateMachine):
         except NoSpace:
             self.store.checkpoint()
             self.store.reclaim_leases()
-            free = sum(s.record.capacity_blocks - s.busy_blocks for s in self.store.pool.volumes.values())
+            free = sum(s.record.capacity_blocks - s.given_blocks for s in self.store.pool.volumes.values())
             assert free < needed_blocks + self.setup.options.reserve_blocks, (
                 f"NoSpace for {needed_blocks} blocks, but {free} are free"
             )

@@ -10,7 +10,7 @@ from incfs import snapshot as snapshots
 from incfs import volume as volumes
 from incfs.backing import Backing
 from incfs.baseline import describe
-from incfs.blocks import split_address
+from incfs.blocks import set_runs, split_address
 from incfs.check import Checker, CheckReport
 from incfs.codec import slot_set
 from incfs.dataplane import PlaneState
@@ -246,7 +246,7 @@ def check_memory(store: Store, punching: PunchPlan | None = None) -> None:
     """Prove the merged view of tables, overlay, data plane and bitmaps (I9).
 
     Every stored block has one owner, ``live`` is what the log's tables own, and ``busy`` is
-    that plus what is leased, fresh, dropped, freed or being punched, each block once.
+    that plus what is leased, fresh, dropped, freed, being punched or unbacked, each block once.
 
     Args:
         store: The pool, between two steps.
@@ -254,7 +254,7 @@ def check_memory(store: Store, punching: PunchPlan | None = None) -> None:
     """
     store.catch_up()  # what the data plane's own threads committed is in the log only from then on
     owned = list(_owned_addresses(store))
-    live, busy = _members(store, "live"), _members(store, "busy")
+    live, busy, unbacked = _members(store, "live"), _members(store, "busy"), _unbacked(store)
     assert len(owned) == len(set(owned)), f"two owners: {_repeated(owned)}"
     assert set(owned) == live, f"owned but not live {set(owned) - live}, live but not owned {live - set(owned)}"
     plane = store.plane.inspect()
@@ -263,7 +263,9 @@ def check_memory(store: Store, punching: PunchPlan | None = None) -> None:
         others += [storage_id << 48 | block_index + i for i in range(count)]
     accounted = owned + others
     assert len(accounted) == len(set(accounted)), f"two states: {_repeated(accounted)}"
-    assert set(accounted) == busy, f"lost {busy - set(accounted)}, given out but free {set(accounted) - busy}"
+    assert unbacked <= busy, f"unbacked and free {unbacked - busy}"
+    given = busy - unbacked
+    assert set(accounted) == given, f"lost {given - set(accounted)}, given out but free {set(accounted) - given}"
     for storage in store.pool.volumes.values():
         assert storage.live_blocks == sum(bits.bit_count() for bits in storage.live)
         assert storage.busy_blocks == sum(bits.bit_count() for bits in storage.busy)
@@ -294,6 +296,19 @@ def _stored(store: Store, table: TableKey) -> list[int]:
 def _owned_addresses(store: Store) -> Iterator[int]:
     for table in _tables(store):
         yield from _stored(store, table)
+
+
+def _unbacked(store: Store) -> set[int]:
+    found = set()
+    for storage_id, storage in store.pool.volumes.items():
+        unbacked = storage.unbacked
+        assert all(bits and not bits & ~unbacked.bits.get(group, 0) for group, bits in unbacked.hollow.items())
+        assert unbacked.count == sum(bits.bit_count() for bits in unbacked.bits.values())
+        assert unbacked.hollow_count == sum(bits.bit_count() for bits in unbacked.hollow.values())
+        for group_index, bits in unbacked.bits.items():
+            first = storage_id << 48 | groups.group_start(group_index)
+            found |= {first + run + i for run, count in set_runs(bits) for i in range(count)}
+    return found
 
 
 def _members(store: Store, kind: str) -> set[int]:

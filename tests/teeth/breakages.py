@@ -12,10 +12,11 @@ from tests.teeth.native import NATIVE
 from tests.teeth.policy import POLICY
 from tests.teeth.schedules import SCHEDULES
 from tests.teeth.shell import SHELL
+from tests.teeth.space import SPACE
 
 ROOMS: Sequence[Sequence[Breakage]] = (
     (*DURABILITY, *COPIES),
-    CORE,
+    (*CORE, *SPACE),
     DOMAIN,
     (*NATIVE, *SCHEDULES),
     (*SHELL, *MOUNTED),

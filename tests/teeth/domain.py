@@ -306,7 +306,7 @@ DOMAIN: Final = (
     Breakage(
         "quota-not-looked-at",
         "policy",
-        "incfs/space.py",
+        "incfs/account.py",
         "        if left is not None and block_count > left:",
         "        if left is None and block_count > 0:",
         "tests/service/test_space.py::test_a_quota_limits_a_volume_with_its_snapshots_but_not_rewriting",
@@ -314,7 +314,7 @@ DOMAIN: Final = (
     Breakage(
         "quota-without-what-snapshots-hold",
         "policy",
-        "incfs/space.py",
+        "incfs/account.py",
         "        return volume.mapped_blocks + held + self._plane",
         "        return volume.mapped_blocks + 0 * held + self._plane",
         "tests/service/test_space.py::test_a_quota_limits_a_volume_with_its_snapshots_but_not_rewriting",
@@ -322,7 +322,7 @@ DOMAIN: Final = (
     Breakage(
         "reservation-given-to-others",
         "policy",
-        "incfs/space.py",
+        "incfs/account.py",
         "if other != volume_id)",
         "if other == volume_id)",
         "tests/service/test_space.py::test_a_reservation_is_kept_for_its_volume",

@@ -56,6 +56,7 @@ def test_a_failed_sync_is_told_to_whoever_asks_later(tmp_path: Path, monkeypatch
     [
         (errno.ENOSPC, NoSpace),
         (errno.EDQUOT, NoSpace),
+        (errno.EFBIG, NoSpace),
         (errno.EEXIST, AlreadyExists),
         (errno.EIO, BackingError),
         (errno.EROFS, BackingError),

@@ -11,6 +11,7 @@ from incfs import stripes
 from incfs.backing import Backing, File
 from incfs.errors import BackingError, ImageMismatch, NoSpace, PoolLocked
 from incfs.groups import GROUP_BLOCKS
+from incfs.image import DATA_OFFSET_BYTES
 from incfs.model import StorageId
 from incfs.recovery import make_storage
 from incfs.reuse import CHUNK_BYTES
@@ -29,24 +30,25 @@ def store(pool_home: Path) -> Iterator[Store]:
 
 
 def grow(store: Store, blocks: int) -> None:
-    store.pool.volumes[ONE].grow(blocks, reserve_bytes=0)
+    store.pool.volumes[ONE].grow(blocks, reserve=lambda _: 0)
 
 
 def test_an_image_whose_growth_fails_half_way_has_what_it_got(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are short, since nobody can write to the image meanwhile."""
     volume, allocate, steps = store.pool.volumes[ONE], File.allocate, list[int]()
 
-    def fail_third(file: File, offset_bytes: int, length_bytes: int, *, keep_size: bool = False) -> None:
+    def give_nine(file: File, offset_bytes: int, length_bytes: int, *, keep_size: bool = False) -> None:
         steps.append(length_bytes)
-        if len(steps) == 3:
+        if offset_bytes + length_bytes > DATA_OFFSET_BYTES + (9 << 20):
             raise NoSpace("the host is full")
         allocate(file, offset_bytes, length_bytes, keep_size=keep_size)
 
-    monkeypatch.setattr(type(volume.file), "allocate", fail_third)
+    monkeypatch.setattr(type(volume.file), "allocate", give_nine)
+    grow(store, 10 * (1 << 20) // pools.BLOCK)
+    assert steps == [4 << 20, 4 << 20, 2 << 20, 1 << 20]
+    assert volume.grown_blocks == (9 << 20) // pools.BLOCK
     with pytest.raises(NoSpace):
-        grow(store, 10 * (1 << 20) // pools.BLOCK)
-    assert steps == [4 << 20, 4 << 20, 2 << 20]
-    assert volume.grown_blocks == (8 << 20) // pools.BLOCK
+        grow(store, 1)
     assert store.pool.allocate(1, 10) == [(1 << 48, 10)]
 
 
@@ -123,7 +125,7 @@ def test_growth_stops_at_the_capacity(pool_home: Path) -> None:
 
 def test_growth_leaves_the_hosts_reserve(store: Store) -> None:
     with pytest.raises(NoSpace):
-        store.pool.volumes[ONE].grow(1, reserve_bytes=1 << 60)
+        store.pool.volumes[ONE].grow(1, reserve=lambda _: 1 << 60)
 
 
 def test_the_second_storage_volume_takes_over(pool_home: Path) -> None:
@@ -337,7 +339,7 @@ def test_images_are_synced_side_by_side(pool_home: Path, monkeypatch: pytest.Mon
 
 
 def grow_and_lease(store: Store, storage_id: StorageId) -> int:
-    store.pool.volumes[storage_id].grow(8, reserve_bytes=0)
+    store.pool.volumes[storage_id].grow(8, reserve=lambda _: 0)
     ((_, count),) = store.pool.allocate(7, 8, [storage_id])
     return count
 

@@ -1,6 +1,7 @@
 """What the native data plane does for its own threads, without a mount: only what the control plane allows."""
 
 import os
+import resource
 import threading
 from typing import Any
 
@@ -80,6 +81,17 @@ def test_a_served_write_without_room_harms_nothing(native):
     redirect(native, path)
     assert served.write(TABLES[0], 0, b"a" * BLOCK)
     assert served.read(TABLES[0], 0, BLOCK) == b"a" * BLOCK
+
+
+def test_a_served_write_to_a_file_that_may_be_no_longer_harms_nothing(native):
+    served = Served(native)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK, before[1]))
+    try:
+        assert not served.write(TABLES[0], 0, b"a" * BLOCK)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert served.write(TABLES[0], 0, b"a" * BLOCK)
 
 
 def test_served_writes_keep_zeros_where_the_rules_say_so(native):
