@@ -117,6 +117,11 @@ int write_fully(int fd, const void *bytes, size_t length, uint64_t offset)
     return 0;
 }
 
+bool is_full(int host_errno)
+{
+    return host_errno == ENOSPC || host_errno == EDQUOT || host_errno == EFBIG;
+}
+
 enum plane_status write_extent(struct plane *plane, uint64_t address, size_t block_count, const char *data,
                                struct plane_refusal *why)
 {

@@ -4,7 +4,6 @@
 
 #include "plane.h"
 
-#include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
 
@@ -113,6 +112,8 @@ enum plane_status read_extent(struct plane *plane, uint64_t address, size_t bloc
 void read_ahead(struct plane *plane, uint64_t address, size_t block_count);
 enum plane_status write_extent(struct plane *plane, uint64_t address, size_t block_count, const char *data,
                                struct plane_refusal *why);
+/* Whether the host has no room: a full filesystem, a quota, the largest file that it allows.  That harms nothing. */
+bool is_full(int host_errno);
 
 /* ---- plane_write.c ------------------------------------------------------------------------------------- */
 
@@ -166,12 +167,6 @@ void table_take(struct table *table, uint64_t block_count, struct plane_run *run
 static inline uint64_t column_of(const struct table *table, uint64_t virtual_block)
 {
     return table->stripe_columns ? virtual_block / table->stripe_unit % table->stripe_columns : 0;
-}
-
-/* The host has no room: a full filesystem, a quota, the largest file that it allows.  That harms nothing. */
-static inline bool is_full(int host_errno)
-{
-    return host_errno == ENOSPC || host_errno == EDQUOT || host_errno == EFBIG;
 }
 
 /* Gives a block that no sealed mapping names back to the lease that it came from, to be the next that is taken. */

@@ -15,7 +15,7 @@ SPACE: Sequence[Breakage] = [
         "incfs/storage.py",
         "        self.unbacked.add(group_index, bits, punched)\n",
         "        self.set_busy(group_index, bits, busy=False)\n",
-        f"{_ACCOUNT}test_a_queued_write_waits_for_host_space_of_blocks_that_went_back[native]",
+        "tests/unit/test_pool.py::test_punched_blocks_are_leased_once_the_host_has_given_their_space_again",
     ),
     Breakage(
         "punched-blocks-count-twice",
@@ -100,7 +100,7 @@ SPACE: Sequence[Breakage] = [
     Breakage(
         "a-file-limit-fails-the-hot-threads",
         "I15",
-        "incfs/plane_internal.h",
+        "incfs/plane_files.c",
         "    return host_errno == ENOSPC || host_errno == EDQUOT || host_errno == EFBIG;",
         "    return host_errno == ENOSPC || host_errno == EDQUOT;",
         "tests/unit/test_served.py::test_a_served_write_to_a_file_that_may_be_no_longer_harms_nothing",

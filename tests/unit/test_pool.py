@@ -249,6 +249,23 @@ def test_what_is_freed_block_by_block_goes_back_to_the_host_too(pool_home: Path)
     store.abandon()
 
 
+def test_punched_blocks_are_leased_once_the_host_has_given_their_space_again(pool_home: Path) -> None:
+    with freed_chunks(pool_home) as store:
+        storage = store.pool.volumes[ONE]
+        pools.give_back(store)
+        store.reclaim_leases()
+        before, at_hand = storage.file.allocated_bytes(), storage.grown_blocks - storage.live_blocks - 96
+        leased = sum(count for _, count in store.pool.allocate(1, 1 << 20, most_runs=1 << 20))
+        assert (leased, storage.file.allocated_bytes()) == (at_hand, before)
+        growth = store.space.next_growth(store.catalog.volume_named("db").map_id)
+        assert growth is not None
+        growth.run()
+        assert not store.pool.allocate(1, 1)
+        growth.end()
+        backed = sum(count for _, count in store.pool.allocate(1, 1 << 20, most_runs=1 << 20))
+        assert storage.file.allocated_bytes() - before == backed * 4096 == min(96 * 4096, store.account.extend_bytes)
+
+
 def freed_chunks(pool_home: Path) -> Store:
     """A pool in which four chunks of a volume, and every second block of four others, became free just now."""
     store = pools.open_tiny(pools.make_pool(pool_home, block_bytes=4096))
