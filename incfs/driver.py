@@ -56,8 +56,8 @@ class SpaceKeeper(Protocol):
     def look_soon(self) -> None:
         """Look how full they are."""
 
-    def hurry(self) -> None:
-        """Give back at once what a host lacks that is short of space."""
+    def need_space(self) -> None:
+        """Somebody has none: give back at once what a host lacks, and prune what the policy can do without."""
 
     async def add_image(self, rules: Sequence[Rule]) -> None:
         """Make another one that the rules allow, if the settings do; under the space lock."""
@@ -186,7 +186,7 @@ class Driver:
                         await self._perform(step)
                 return self._leave_queue()
             except NoSpace as error:
-                self.keeper.hurry()
+                self.keeper.need_space()
                 if trio.current_time() >= deadline or self._store.failure is not None:
                     self._tell_full(error)
                     raise

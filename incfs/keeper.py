@@ -25,6 +25,8 @@ from incfs.units import format_size
 logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 5.0
+_PRUNE_EVERY_S = 5.0
+"""How often the policy is asked what it can do without, while somebody needs space: that looks at every volume."""
 _GIVE_BACK_EVERY_S = 5.0
 _GIVE_BACK_AT_END_S = 10.0
 _PUNCH_RUNS = 16
@@ -54,6 +56,9 @@ class Keeper:
         self._healed: dict[StorageId, int] = {}
         """Healed blocks that were told of."""
         self.monitor = Monitor()
+        self.low: Callable[[], None]
+        """Called when a mark is crossed, or somebody has no space; set by the service."""
+        self._pruned_at = float("-inf")
         self.hosts = Hosts(store.pool, store.events)
 
     def look_soon(self) -> None:
@@ -80,15 +85,26 @@ class Keeper:
         self._tell_healed()
         for notice in self.monitor.observe(trio.current_time(), rooms, self._host_rooms()):
             store.events.record(notice.kind, notice.subject, notice.reason, **notice.facts)
+            self._prune()
         if store.failure is None and any(room.is_usable for room in rooms):
             await self._add_image_if_low()
             self._leave_low_columns()
         await offload(store.events.flush)
 
     def hurry(self) -> None:
-        """Blocks became free, or somebody needs space: give back what a host that is short of space lacks."""
+        """Blocks became free: give back what a host that is short of space lacks."""
         if self._short_hosts():
             self._hurried.set()
+
+    def need_space(self) -> None:
+        """Somebody has none: give back at once what a host lacks, and prune what the policy can do without."""
+        self.hurry()
+        self._prune()
+
+    def _prune(self) -> None:
+        if trio.current_time() - self._pruned_at >= _PRUNE_EVERY_S:
+            self._pruned_at = trio.current_time()
+            self.low()
 
     async def give_back(self) -> None:
         """Give host space of blocks back that stay free; never returns.

@@ -12,9 +12,9 @@ import trio
 from incfs import relocation
 from incfs.committer import COMMIT_AT_MAPPINGS, Committer, offload
 from incfs.driver import Driver
-from incfs.errors import BackingError
+from incfs.errors import BackingError, NoSpace
 from incfs.mirrors import Progress, throttle, walk_pages
-from incfs.model import VolumeId
+from incfs.model import StorageId, VolumeId
 from incfs.overlay import TableKey
 from incfs.relocation import Relocation, Wish
 from incfs.store import Store
@@ -90,7 +90,15 @@ class Mover:
                 await throttle(planned.block_count * self._store.block_bytes, rate_bytes)
 
     async def _carry_out(self, planned: Relocation) -> int:
-        """Move one page; give how many blocks."""
+        """Move one page, elsewhere or later where a host refuses the copy; give how many blocks."""
+        refused: dict[StorageId, float] = {}
+        while True:
+            try:
+                return await self._copy_and_finish(planned)
+            except NoSpace as error:
+                await self._driver.turn_away(error, refused)
+
+    async def _copy_and_finish(self, planned: Relocation) -> int:
         store, moved = self._store, 0
         try:
             for lease, slots in planned.slots.items():

@@ -103,10 +103,14 @@ class Policies:
             stored = self._put(text)
         self._document, self.failure = document, None
         self._apply(settings_of(document))
-        self.changed.set()
-        self.changed = trio.Event()
+        self.look_soon()
         await self._committer.commit()
         return stored
+
+    def look_soon(self) -> None:
+        """Let whoever carries the policy out look what is due: it is another one, or space is short."""
+        self.changed.set()
+        self.changed = trio.Event()
 
     def _put(self, text: str) -> StoredPolicy:
         stored = StoredPolicy(text, self._store.clock(), self.stored.runs)

@@ -156,6 +156,7 @@ def finish(store: Store, relocation: Relocation) -> int:
 def abandon(store: Store, relocation: Relocation) -> None:
     """Give the new blocks back: nothing was moved."""
     store.pool.release(relocation.targets.values())
+    relocation.targets.clear()
 
 
 def mover_lease(volume_id: VolumeId, column: int) -> MapId:

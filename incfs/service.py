@@ -106,6 +106,7 @@ class Service:
         """Long work that is under way."""
         self.policies = Policies(store, self._committer, self.apply_settings)
         """The policy and what it has done."""
+        self._keeper.low = self.policies.look_soon
 
     # Look-ups
 

@@ -14,7 +14,7 @@ import trio
 
 from incfs.backing import File
 from incfs.errors import NoSpace
-from incfs.model import Volume
+from incfs.model import StorageId, Volume
 from incfs.options import Options
 from incfs.planes import HAS_NATIVE, PlaneKind
 from incfs.recovery import create_pool
@@ -31,6 +31,7 @@ STEP = MIB
 OPTIONS = Options(
     extend_bytes=STEP, host_reserve_bytes=MIB, commit_interval_s=1e6, checkpoint_interval_s=1e6, dump_interval_s=None
 )
+NEVER_LOW = PoolSettings(low_water=Amount(fixed_bytes=0))
 DATA = bytes(range(1, 252)) * (MIB // 251 + 1)
 
 
@@ -232,13 +233,27 @@ async def test_a_write_that_one_host_refuses_goes_to_another(disks: Disks, plane
     """The write got ENOSPC while other images had room."""
     places = [disks.memory("a", 6), disks.memory("b", 20)]
     create_pool(disks.home / "pool", directories=places)
-    settings = PoolSettings(low_water=Amount(fixed_bytes=0))
-    async with opened(disks.home / "pool", settings, data_plane=plane, host_reserve_bytes=0) as service:
+    async with opened(disks.home / "pool", NEVER_LOW, data_plane=plane, host_reserve_bytes=0) as service:
         volume = await volume_of(service)
         written = await fill(service, volume)
         assert written >= 24 * MIB
         assert service.facts()["failure"] is None
         assert await service.read(volume.map_id, 0, 64 * 1024) == DATA[: 64 * 1024]
+        assert (await service.inspection.check(data=True)).is_clean
+
+
+@pytest.mark.usefixtures("hollow_promises")
+async def test_a_move_that_one_host_refuses_goes_to_another(disks: Disks) -> None:
+    places = [disks.memory("a", 9), disks.memory("b", 4), disks.memory("c", 20)]
+    create_pool(disks.home / "pool", directories=places)
+    async with opened(disks.home / "pool", NEVER_LOW, host_reserve_bytes=0) as service:
+        volume = await volume_of(service)
+        await service.write(volume.map_id, 0, DATA[:MIB] * 7)
+        await service.upkeep.evacuate(StorageId(1), rate_bytes=None, progress=lambda done, total: None)
+        used = {storage["id"]: storage["used_bytes"] for storage in service.storages()}
+        assert used[1] == 0
+        assert used[2] > 3 * MIB
+        assert await service.read(volume.map_id, 6 * MIB, MIB) == DATA[:MIB]
         assert (await service.inspection.check(data=True)).is_clean
 
 

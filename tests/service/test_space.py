@@ -14,8 +14,10 @@ import trio
 import trio.testing
 
 from incfs import removal
+from incfs.enforcer import enforce
 from incfs.errors import NoSpace, QuotaExceeded
 from incfs.model import StorageId, Volume
+from incfs.policy.facts import POLICY_TAG
 from incfs.service import Service, open_service
 from incfs.settings import Amount, Directory, PoolSettings, VolumeSettings
 from incfs.storage import StorageVolume
@@ -98,6 +100,28 @@ async def test_a_queued_write_fails_when_its_time_is_up(pool_home: Path) -> None
             await service.write(volume.map_id, written * BLOCK, noise(20))
         assert 0.3 <= trio.current_time() - start < 30
         assert service.facts()["failure"] is None
+
+
+async def test_a_write_that_waits_has_the_policy_prune(pool_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy looked at space every ten minutes: whoever waits for 60 s never saw the end of it."""
+    monkeypatch.setattr("incfs.keeper._PRUNE_EVERY_S", 0.1)
+    async with opened(pool_home) as service, trio.open_nursery() as nursery:
+        volume = await service.create_volume("db", 1 << 20)
+        for day in range(4):
+            service._store.clock = lambda day=day: (20_000 + day) * 86400 * 10**9  # type: ignore[misc]
+            await service.write(volume.map_id, 0, noise(60, seed=day))
+            await service.create_snapshots([(volume.id, f"day{day}")], tag=POLICY_TAG)
+        text = '[pool]\nwhen_full = "queue:60s"\n[volume."*"]\nprune_when_low = true\nkeep = { last = 1, daily = 9 }\n'
+        await service.policies.set(text)
+        nursery.start_soon(enforce, service)
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        assert len(service.snapshots(volume.id)) == 4
+        with trio.fail_after(30):
+            for first in range(60, 360, 30):
+                await service.write(volume.map_id, first * BLOCK, noise(30, seed=first))
+        assert len(service.snapshots(volume.id)) < 4
+        assert await service.read(volume.map_id, 330 * BLOCK, 30 * BLOCK) == noise(30, seed=330)
+        nursery.cancel_scope.cancel()
 
 
 async def test_the_second_storage_volume_comes_in_at_low_water_of_the_first(pool_home: Path) -> None:

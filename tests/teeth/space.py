@@ -82,6 +82,22 @@ SPACE: Sequence[Breakage] = [
         f"{_ACCOUNT}test_a_write_that_one_host_refuses_goes_to_another[native]",
     ),
     Breakage(
+        "a-refused-move-is-given-up",
+        "I15",
+        "incfs/mover.py",
+        "                await self._driver.turn_away(error, refused)",
+        "                raise",
+        f"{_ACCOUNT}test_a_move_that_one_host_refuses_goes_to_another",
+    ),
+    Breakage(
+        "a-full-pool-is-pruned-by-the-clock",
+        "policy",
+        "incfs/keeper.py",
+        "            self.low()\n",
+        "            pass\n",
+        "tests/service/test_space.py::test_a_write_that_waits_has_the_policy_prune",
+    ),
+    Breakage(
         "what-a-host-reserved-is-believed-after-it-refused",
         "I15",
         "incfs/storage.py",
