@@ -49,17 +49,43 @@ def _open_daemon(mountpoint: Path) -> int | None:
 def _flush(mountpoint: Path) -> OSError | None:
     """Write everything and commit, while there is still somebody to tell of a failure."""
     try:
-        sync_filesystem(mountpoint)
-        fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        if not _has_synced(mountpoint):
+            sync_filesystem(mountpoint)
+            _sync_volumes(mountpoint)
+        _sync(mountpoint)
     except OSError as error:
         if error.errno == errno.EROFS and os.statvfs(mountpoint).f_flag & os.ST_RDONLY:
             return None  # mounted read-only, as a degraded pool is: nobody could write anything
         return error
     return None
+
+
+def _has_synced(mountpoint: Path) -> bool:
+    """Have the kernel write what it holds; False when it says that something failed, now or at any time before."""
+    try:
+        sync_filesystem(mountpoint)
+    except OSError as error:
+        logger.info("%s: %s", mountpoint, error.strerror)
+        return False
+    return True
+
+
+def _sync_volumes(mountpoint: Path) -> None:
+    """Hear of failed writes that nobody was told of: the kernel remembers that for each file, but not for all of them.
+
+    Whoever had his fsync fail, and wrote again since, knows; to him it is over.
+    """
+    for entry in os.scandir(mountpoint):
+        if entry.is_file(follow_symlinks=False):
+            _sync(Path(entry.path))
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _wait_for_end(pidfd: int) -> None:

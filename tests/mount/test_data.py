@@ -1,5 +1,6 @@
 """Reading and writing: every way in which bytes reach a volume and come back."""
 
+import contextlib
 import errno
 import mmap
 import os
@@ -8,7 +9,7 @@ import threading
 
 import pytest
 
-from tests.mount.conftest import mounted_pool
+from tests.mount.conftest import END_TIMEOUT_S, incfs, mounted_pool
 from tests.mount.test_names import errno_of
 
 MIB = 1 << 20
@@ -184,14 +185,27 @@ def test_many_writers_at_once(volume):
 
 
 def test_a_pool_without_room_says_so_and_goes_on(tmp_path):
-    from tests.mount.conftest import mounted_pool
-
     with mounted_pool(tmp_path, "", "--capacity", "16M") as pool:
         with open(pool / "db", "wb", buffering=0) as stream:
             assert errno_of(_fill, stream.fileno(), 64 * MIB) == errno.ENOSPC
         (pool / "db").unlink()
         (pool / "other").write_bytes(b"x" * MIB)
         assert (pool / "other").read_bytes() == b"x" * MIB
+        pool.stop()  # by umount, which does not tell again what was told and is over, though the kernel does
+
+
+def test_umount_tells_of_a_failure_that_nobody_was_told_of(tmp_path):
+    with mounted_pool(tmp_path, "", "--capacity", "4M") as pool:
+        fd = os.open(pool / "db", os.O_RDWR | os.O_CREAT)
+        with contextlib.suppress(OSError):
+            for offset in range(0, 6 * MIB, MIB):
+                os.pwrite(fd, os.urandom(MIB), offset)
+        with contextlib.suppress(OSError):
+            os.close(fd)
+        done = incfs("umount", pool.path, check=False)
+        assert (done.returncode, "not everything could be written" in done.stderr) == (1, True)
+        assert pool.process.wait(END_TIMEOUT_S) == 0
+        pool.process = None
 
 
 def _fill(fd, length):
