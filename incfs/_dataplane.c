@@ -191,6 +191,7 @@ static PyMethodDef plane_methods[] = {
     {"reopen", (PyCFunction)method_reopen, METH_NOARGS, "Let commits go on after close_journal."},
     {"settle", (PyCFunction)method_settle, METH_NOARGS, "Let no commit begin in the lent journal; wait for the one under way."},
     {"left", (PyCFunction)method_left, METH_NOARGS, "Which of the lent files failed while another has everything: [(position, errno)]."},
+    {"stop", (PyCFunction)method_stop, METH_NOARGS, "Let no commit begin in the lent journal, ever; wait for the one under way."},
     {"reclaim", (PyCFunction)method_reclaim, METH_NOARGS, "Take the journal's end back once it is at rest."},
     {"close_journal", (PyCFunction)method_close_journal, METH_NOARGS, "Let no further commit begin in the lent journal."},
     {"set_folded", (PyCFunction)method_set_folded, METH_O, "Say which commit the tables contain."},

@@ -73,6 +73,7 @@ PyObject *method_server(DataPlane *self, PyObject *unused);
 PyObject *method_lend(DataPlane *self, PyObject *args, PyObject *kwargs);
 PyObject *method_reopen(DataPlane *self, PyObject *unused);
 PyObject *method_left(DataPlane *self, PyObject *unused);
+PyObject *method_stop(DataPlane *self, PyObject *unused);
 PyObject *method_reclaim(DataPlane *self, PyObject *unused);
 PyObject *method_close_journal(DataPlane *self, PyObject *unused);
 PyObject *method_sync(DataPlane *self, PyObject *arg);

@@ -210,6 +210,24 @@ PyObject *method_reopen(DataPlane *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
+/* Raises what keeps the lane's last record from being durable, if anything does. */
+static bool raise_unsettled(DataPlane *self, int error)
+{
+    int no_room = error ? 0 : lane_no_room(self->lane);
+    if (error || no_room)
+        raise_made(self, "_host_error", Py_BuildValue("(sKi)", error ? "write" : "append to", 0ull, error + no_room));
+    return error || no_room;
+}
+
+PyObject *method_stop(DataPlane *self, PyObject *unused)
+{
+    (void)unused;
+    Py_BEGIN_ALLOW_THREADS
+    lane_stop(self->lane);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 PyObject *method_reclaim(DataPlane *self, PyObject *unused)
 {
     (void)unused;
@@ -218,9 +236,7 @@ PyObject *method_reclaim(DataPlane *self, PyObject *unused)
     Py_BEGIN_ALLOW_THREADS
     error = lane_reclaim(self->lane, &end_bytes);
     Py_END_ALLOW_THREADS
-    if (error)
-        return raise_made(self, "_host_error", Py_BuildValue("(sKi)", "write", 0ull, error));
-    return PyLong_FromUnsignedLongLong(end_bytes);
+    return raise_unsettled(self, error) ? NULL : PyLong_FromUnsignedLongLong(end_bytes);
 }
 
 PyObject *method_settle(DataPlane *self, PyObject *unused)
@@ -230,8 +246,8 @@ PyObject *method_settle(DataPlane *self, PyObject *unused)
     Py_BEGIN_ALLOW_THREADS
     error = lane_settle(self->lane);
     Py_END_ALLOW_THREADS
-    if (error)
-        return raise_made(self, "_host_error", Py_BuildValue("(sKi)", "write", 0ull, error));
+    if (raise_unsettled(self, error))
+        return NULL;
     Py_RETURN_NONE;
 }
 

@@ -5,10 +5,12 @@ ENOSPC, EDQUOT and EFBIG become ``NoSpace``, everything else ``BackingError``.  
 or fault injector replaces ``Backing`` and is handed every operation in order.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,9 @@ _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A full filesystem, a quota, the largest file of a filesystem or a process: the host has no room here."""
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_IOC_SETFLAGS = 0x40086602
+_FS_NOCOW_FL = 0x00800000
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 _MOST_THREADS = 64
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -176,6 +181,31 @@ class File:
             return
         if not keep_size and self.length_bytes() < offset_bytes + length_bytes:
             self.truncate(offset_bytes + length_bytes)
+
+    def reserve(self, end_bytes: int) -> None:
+        """Set host space aside for the file to grow to so many bytes; its length stays.
+
+        Where the file is written in place (``keep_in_place``), such a write needs nothing else of the host.
+
+        Raises:
+            NoSpace: There is none; nothing was changed.
+        """
+        length = self.length_bytes()
+        if end_bytes <= length:
+            return
+        try:
+            self.allocate(length, end_bytes - length, keep_size=True)
+        except NoSpace:
+            if self.allocated_bytes() < end_bytes:  # XFS asks for room once more for what the file has
+                raise
+
+    def keep_in_place(self) -> None:
+        """Have a new, empty file overwritten in place, by a host that would write elsewhere each time (btrfs)."""
+        with contextlib.suppress(OSError):  # others have no such flag, and need none
+            flags = bytearray(8)
+            fcntl.ioctl(self._fd, _FS_IOC_GETFLAGS, flags)
+            (found,) = struct.unpack_from("=I", flags)
+            fcntl.ioctl(self._fd, _FS_IOC_SETFLAGS, struct.pack("=Q", found | _FS_NOCOW_FL))
 
     def punch(self, offset_bytes: int, length_bytes: int) -> bool:
         """Give a range back to the host; it reads as zeros.  False where the host cannot."""

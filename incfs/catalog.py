@@ -424,6 +424,11 @@ class Catalog:
         if self.policy is not None:
             yield self.policy
 
+    @property
+    def unsaved_count(self) -> int:
+        """How many records changed since the last checkpoint began."""
+        return len(self._unsaved)
+
     def freeze(self) -> dict[RecordId, Record | None]:
         """Start a checkpoint: hand over what changed since the last one."""
         unsaved, self._unsaved = self._unsaved, {}

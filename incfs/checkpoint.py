@@ -22,8 +22,15 @@ from incfs.overlay import Layer
 from incfs.pool import Pool
 from incfs.tables import Puts, space_key
 
-_PAGE_COST_BYTES = 16384
+PAGE_COST_BYTES = 16384
 """Most that folding one map page can add to the tables' file: the page and its branch."""
+_FOLD_COST_BYTES = 1 << 20
+"""And what a fold adds besides."""
+
+
+def fold_bytes(page_count: int) -> int:
+    """Say how much the tables' file may grow by when so many pages, records and bitmaps are folded into it."""
+    return _FOLD_COST_BYTES + page_count * PAGE_COST_BYTES
 
 
 def stored_runs(changes: list[Change]) -> Iterator[MapRun]:
@@ -39,7 +46,7 @@ def stored_blocks(changes: list[Change]) -> int:
     return sum(count for flat in flats for count, address in zip(flat[1::4], flat[2::4], strict=True) if address > HOLE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Commit:
     """One journal record in the making."""
 
@@ -53,6 +60,9 @@ class Commit:
     """Up to this much data goes into the record."""
     folded_sequence: int
     """The last commit that the tables contain."""
+    is_last: bool = False
+    """Whether the next segment follows."""
+    is_durable: bool = False
 
     def run(self) -> None:
         """Make everything up to the commit durable: data first or inside the record, then the record (I2).
@@ -60,13 +70,18 @@ class Commit:
         Durability: durable on return.
 
         Raises:
+            MetadataFull: The journal's disk has no room for the record.  Nothing is harmed: it may be run again, and
+                must be before any other.
             BackingError: A write or sync failed; the pool must become read-only.
             ChecksumMismatch: The host returned other data than was just written.
         """
+        if self.is_durable:
+            return
         if self.changes:
             self._append_record()
         else:
             self.journal.settle()
+        self.is_durable = True
 
     def _append_record(self) -> None:
         data = b""
@@ -75,7 +90,8 @@ class Commit:
             data = b"".join(self._read_back(run) for run in stored_runs(self.changes))
         else:
             self.pool.sync()
-        self.journal.append(self.sequence, encode_body(self.changes, data, self.folded_sequence))
+        body = encode_body(self.changes, data, self.folded_sequence)
+        self.journal.append(self.sequence, body, is_last=self.is_last)
 
     def _read_back(self, run: MapRun) -> bytes:
         storage_id, block_index = split_address(run.address)
@@ -133,7 +149,7 @@ class Checkpoint:
         """Make the checkpoint's own commit durable and start the next journal segment.
 
         Raises:
-            BackingError: As ``Commit.run``.
+            MetadataFull, BackingError: As ``Commit.run``.
         """
         if self.commit is not None:
             self.commit.run()
@@ -159,7 +175,7 @@ class Checkpoint:
         """
         self.write_stamps()
         pages = sum(len(pages) for pages in self.layer.values()) + len(self.groups) + len(self.records)
-        self.tables.reserve((1 << 20) + pages * _PAGE_COST_BYTES)
+        self.tables.reserve(fold_bytes(pages))
 
     def run_fold(self) -> None:
         """Make all data durable, with a stamp that names this checkpoint on each image; then the tables.
@@ -169,6 +185,7 @@ class Checkpoint:
         Atomicity: one LMDB transaction; before its commit the journal still has everything.
 
         Raises:
+            MetadataFull: The tables' disk has no room after all; it may be run again.
             BackingError: As ``Commit.run``.
         """
         self.stamps.sync_stamped(self._point)

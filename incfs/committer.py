@@ -17,8 +17,8 @@ from typing import TypeVar, cast
 import trio
 
 from incfs import copies
-from incfs.checkpoint import Checkpoint
-from incfs.errors import IncfsError, NoSpace
+from incfs.checkpoint import Checkpoint, Commit
+from incfs.errors import IncfsError, MetadataFull, NoSpace
 from incfs.store import Store, new_nonce
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ class Committer:
         """Wait until everything written before the call is durable.
 
         Raises:
+            MetadataFull: The journal's disk is full.  Nothing is harmed; it is tried again.
             PoolReadOnly: The pool had failed before.
             BackingError: This commit failed, and the pool with it.
         """
@@ -180,6 +181,8 @@ class Committer:
     def _raise_no_room(self) -> None:
         if self._no_room is not None:
             raise type(self._no_room)(self._no_room.message, **self._no_room.facts)
+        if self._store.refused is not None:
+            self._store.require_room()
 
     async def run(self) -> None:
         """Commit whenever asked; never returns."""
@@ -193,6 +196,9 @@ class Committer:
                     await self._do_at_rest()
                     await self._commit_or_checkpoint()
                 self._store.lend_journal()
+            except MetadataFull as error:
+                current.error = error
+                self._nursery.start_soon(self._try_again)
             except IncfsError as error:
                 self._store.fail(error)
                 current.error = error
@@ -203,6 +209,12 @@ class Committer:
                 current.done.set()
             if self._store.failure is None and self._store.wants_checkpoint and not self._must_wait_for_checkpoint:
                 self.checkpoint_soon()
+
+    async def _try_again(self) -> None:
+        """Have what was refused tried again: the host does not say when it has room."""
+        await trio.sleep(_NO_SPACE_RETRY_S)
+        if not self.is_closing:
+            self._wake.set()
 
     @property
     def _must_wait_for_checkpoint(self) -> bool:
@@ -235,28 +247,52 @@ class Committer:
 
     async def _commit_or_checkpoint(self) -> None:
         store = self._store
+        if store.refused is not None:
+            store.prepare_again(store.refused)
+            await self._write(store.refused)
         if self._wants_checkpoint and not self._must_wait_for_checkpoint:
             self._wants_checkpoint = False
             checkpoint = store.begin_checkpoint(new_nonce())
             self._checkpoints_begun += 1
-            await offload(checkpoint.run_commit)
-            store.end_checkpoint_commit(checkpoint)
-            self._fold_told = trio.Event()
-            self._nursery.start_soon(self._fold, checkpoint)
+            await self._write(checkpoint)
         elif (commit := store.begin_commit()) is not None:
-            await offload(commit.run)
-            store.end_commit(commit)
+            await self._write(commit)
+        store.review_room()
+        if store.wants_aside:
+            await self._set_aside()
+
+    async def _write(self, work: Commit | Checkpoint) -> None:
+        """Write a commit; one for which the journal has no room may find some when the fold under way has ended."""
+        try:
+            try:
+                await offload(lambda: self._store.write(work))
+            except MetadataFull:
+                if self._fold_told.is_set():
+                    raise
+                await self._fold_told.wait()
+                await self._write_again(work)
+        except MetadataFull as error:
+            self._store.refuse(work, error)
+            raise
+        self._store.accept(work)
+        if isinstance(work, Checkpoint):
+            self._fold_told = trio.Event()
+            self._nursery.start_soon(self._fold, work)
+
+    async def _write_again(self, work: Commit | Checkpoint) -> None:
+        self._store.prepare_again(work)
+        await offload(lambda: self._store.write(work))
 
     async def _fold(self, checkpoint: Checkpoint) -> None:
         told = self._fold_told
         try:
             with trio.CancelScope(shield=True):
-                if not await self._wait_for_room(checkpoint):
+                if not await self._fold_once_there_is_room(checkpoint):
                     return
                 told = self._fold_told  # the next checkpoint, which has its own, may begin before this one is through
-                await offload(checkpoint.run_fold)
                 self._store.end_checkpoint(checkpoint)
                 self.freed()
+                await self._set_aside()
             told.set()
             interval_s = self._store.options.dump_interval_s
             if interval_s is not None and not self.is_closing:
@@ -267,6 +303,11 @@ class Committer:
             self._store.fail(_unexpected("a checkpoint", error))
         finally:
             told.set()
+
+    async def _set_aside(self) -> None:
+        """Have space set aside for the next fold while there is some."""
+        pages = self._store.unfolded_pages
+        await offload(lambda: self._store.set_aside(pages))
 
     async def _copy_if_due(self, interval_s: float) -> None:
         """Keep copies of the metadata beside the images; that this fails is said, and harms nothing else."""
@@ -303,21 +344,39 @@ class Committer:
         if self._store.was_written:
             await self._copy_if_due(min(interval_s, copies.END_INTERVAL_S))
 
-    async def _wait_for_room(self, checkpoint: Checkpoint) -> bool:
+    async def _fold_once_there_is_room(self, checkpoint: Checkpoint) -> bool:
         """A full metadata disk harms nothing: the journal has everything until there is room; False at the end."""
         while True:
             try:
                 await offload(checkpoint.reserve)
             except NoSpace as error:
-                if self._no_room is None:
-                    logger.warning("checkpoint waits for room: %s", error)
-                self._no_room = error
-                self._fold_told.set()
+                await self._wait_for_room(error)
                 if self.is_closing:
                     return False
-                await trio.sleep(_NO_SPACE_RETRY_S)
-            else:
-                if self._no_room is not None:
-                    logger.info("checkpoint found room")
-                    self._no_room, self._fold_told = None, trio.Event()
-                return True
+                continue
+            self._found_room()
+            try:
+                await offload(checkpoint.run_fold)
+            except MetadataFull as error:
+                await self._wait_for_room(error)
+                if self.is_closing:
+                    return False
+                continue
+            return True
+
+    async def _wait_for_room(self, error: NoSpace) -> None:
+        if self._no_room is None:
+            logger.warning("checkpoint waits for room: %s", error)
+        self._no_room = error
+        self._store.is_fold_waiting = True
+        self._store.review_room()
+        self._fold_told.set()
+        if not self.is_closing:
+            await trio.sleep(_NO_SPACE_RETRY_S)
+
+    def _found_room(self) -> None:
+        if self._no_room is not None:
+            logger.info("checkpoint found room")
+            self._no_room, self._fold_told = None, trio.Event()
+            self._store.is_fold_waiting = False
+            self._store.review_room()

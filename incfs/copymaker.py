@@ -170,6 +170,8 @@ def _lock(store: Store, number: int, directory: Path) -> None:
 def _open_files(store: Store, directory: Path) -> tuple[File, File]:
     backing = store.backing
     first, second = (backing.open(p) if p.exists() else backing.create(p) for p in journal_paths(directory))
+    for file in (first, second):
+        file.keep_in_place()
     return first, second
 
 

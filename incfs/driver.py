@@ -15,7 +15,7 @@ import trio
 from incfs import legs, ranges
 from incfs.committer import Committer, offload
 from incfs.dataplane import LeaseExhausted, LegFailed, NotResident, ReadWouldWait
-from incfs.errors import BackingError, ChecksumMismatch, IncfsError, NoSpace, QuotaExceeded
+from incfs.errors import BackingError, ChecksumMismatch, IncfsError, MetadataFull, NoSpace, QuotaExceeded
 from incfs.hosts import Hosts
 from incfs.model import MapId, StorageId, VolumeId
 from incfs.pageloader import PageLoader
@@ -99,6 +99,7 @@ class Driver:
         needs: dict[MapId, int] = {}
         refused: dict[StorageId, float] = {}
         place: object = None
+        deadline = self._deadline()
         for attempt in count():
             try:
                 may_wait = attempt - len(healed) > _CACHED_READ_TRIES
@@ -111,6 +112,8 @@ class Driver:
                 if not await self._mend(error, healed):
                     self._store.checksum_errors += isinstance(error, ChecksumMismatch)
                     raise
+            except MetadataFull as error:
+                await self._wait_for_metadata(error, deadline)
             except NoSpace as error:
                 await self.turn_away(error, refused)
             except NotResident as refusal:
@@ -122,9 +125,41 @@ class Driver:
                 place = refusal.file
                 await trio.to_thread.run_sync(refusal.warm, limiter=self._limiter(place))
             except StepsPending as refusal:
-                while not await self.drive(refusal.step):
-                    await trio.lowlevel.checkpoint()
+                await self._finish(refusal)
         raise AssertionError("unreachable")
+
+    async def _finish(self, pending: StepsPending) -> None:
+        """Finish what was begun and must come first."""
+        while not await self.drive(pending.step):
+            await trio.lowlevel.checkpoint()
+
+    async def commit(self) -> None:
+        """Commit; while the metadata's disk is full, wait for it as long as the settings say.
+
+        Raises:
+            MetadataFull: It still is; nothing is harmed.
+            IncfsError: As ``Committer.commit``.
+        """
+        deadline = self._deadline()
+        while True:
+            try:
+                return await self._committer.commit()
+            except MetadataFull as error:
+                await self._wait_for_metadata(error, deadline)
+
+    def _deadline(self) -> float:
+        return trio.current_time() + self._store.account.settings.queue_s
+
+    async def _wait_for_metadata(self, error: MetadataFull, deadline: float) -> None:
+        """Wait until the metadata may have room; there is no more to do for it here.
+
+        Raises:
+            MetadataFull: It has none in time.
+        """
+        while self._store.no_room is not None and trio.current_time() < deadline:  # noqa: ASYNC110 - the host tells nobody
+            await trio.sleep(_LOOK_EVERY_S)
+        if self._store.no_room is not None:
+            raise error
 
     def _limiter(self, place: object) -> trio.CapacityLimiter:
         """Give what bounds the threads that wait for one storage volume: a disk that hangs takes no others."""

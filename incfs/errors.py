@@ -21,6 +21,7 @@ Owns the tree, the stable codes, and for each class its errno (FUSE), its exit c
     ├── NotSupported
     ├── ReplicaReadOnly            until it is promoted
     ├── NoSpace
+    │   ├── MetadataFull           of the metadata's disk
     │   └── QuotaExceeded          of a volume's own limit
     ├── LimitExceeded
     ├── NoData
@@ -177,6 +178,12 @@ class NoSpace(IncfsError):
     code = "pool.no-space"
     errno = _errno.ENOSPC
     exit_code = 13
+
+
+class MetadataFull(NoSpace):
+    """The disk of the metadata has no room for the next record, or to fold the journal; it goes on when it has."""
+
+    code = "pool.metadata-full"
 
 
 class QuotaExceeded(NoSpace):

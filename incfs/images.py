@@ -53,6 +53,7 @@ class Images:
         Durability: as ``create``.
         """
         file = self._backing.create(path)
+        file.keep_in_place()
         try:
             write_header(file, self._header(record), stamp)
         finally:

@@ -8,7 +8,8 @@ Invariants:
     2. Record k+1 is written only after record k is durable, so a valid record behind an
        invalid one is damage, not a torn tail.  So is an acknowledgement, which is written
        (but not flushed) behind a record that is durable, for as long as none follows it.
-    3. A record carries its segment's random nonce: bytes of users that happen to look like
+    3. A record for which there is no room was not flushed anywhere; whoever has it writes it again before any other.
+    4. A record carries its segment's random nonce: bytes of users that happen to look like
        a record, and records of an earlier use of the file, are never taken for one.
 """
 
@@ -24,7 +25,14 @@ from uuid import UUID
 from incfs.backing import Backing, File
 from incfs.codec import checksum
 from incfs.epoch import NEVER, Epoch
-from incfs.errors import BackingError, FormatError, IncfsError, JournalDamaged, LimitExceeded
+from incfs.errors import (
+    BackingError,
+    FormatError,
+    JournalDamaged,
+    LimitExceeded,
+    MetadataFull,
+    NoSpace,
+)
 
 SECTOR_BYTES = 512
 MAX_RECORD_BYTES = 1 << 30
@@ -33,6 +41,8 @@ _SEGMENT_MAGIC = b"INCFSJN\0"
 _VERSION = 1
 _RECORD = struct.Struct("<4sIQQI")
 _COPY_BYTES = 1 << 20
+_SPARE_BYTES = 2 << 20
+"""More than two commits of as many mappings as may wait for one."""
 _RECORD_MAGIC = b"JREC"
 _ACK_MAGIC = b"JACK"
 _CRC = struct.Struct("<I")
@@ -65,17 +75,21 @@ class Borrower(Protocol):
         """Go on appending after ``close_journal``."""
 
     def settle(self) -> None:
-        """Stop, and wait for the record under way.
+        """Stop, wait for the record under way, and write the one that found no room.
 
         Raises:
+            MetadataFull: It finds none now, either.
             BackingError: A record could not be written or flushed.
         """
 
+    def stop(self) -> None:
+        """Stop for good, and wait for the record under way."""
+
     def reclaim(self) -> int:
-        """Stop, wait for the record under way, and give ``lent_end_bytes``.
+        """Do as ``settle``, and give ``lent_end_bytes``.
 
         Raises:
-            BackingError: A record could not be written or flushed.
+            MetadataFull, BackingError: As ``settle``.
         """
 
 
@@ -112,6 +126,15 @@ class JournalRecord:
 def journal_paths(directory: Path) -> tuple[Path, Path]:
     """Name the two files."""
     return directory / "journal.0", directory / "journal.1"
+
+
+@contextlib.contextmanager
+def _finding_room() -> Iterator[None]:
+    """Say of a write to the journal that found no room that it may be tried again: nothing of it was flushed."""
+    try:
+        yield
+    except NoSpace as error:
+        raise MetadataFull(error.message, **error.facts) from error
 
 
 def encode_segment(pool: UUID, segment: Segment) -> bytes:
@@ -248,6 +271,7 @@ class Journal:
         for number, path in enumerate(journal_paths(directory)):
             file = backing.create(path)
             try:
+                file.keep_in_place()
                 step = min(segment_bytes, 1 << 20)
                 for offset in range(0, segment_bytes, step):
                     file.pwrite(offset, bytes(min(step, segment_bytes - offset)))
@@ -405,32 +429,62 @@ class Journal:
 
         Durability: the header is durable on return.  The file's earlier segment must be
         contained in a checkpoint already.
+
+        Raises:
+            MetadataFull: There is no room; it may be tried again.
         """
         self._reclaim()
         self._begin_segment(Segment(self._segment.number + 1, start_sequence, nonce, self.epoch))
 
     def _begin_segment(self, segment: Segment) -> None:
         file = self._file(segment.number)
-        file.pwrite(0, encode_segment(self._pool, segment))
+        with _finding_room():
+            file.pwrite(0, encode_segment(self._pool, segment))
         file.sync()
         self._tell_survivors()
         self._segment = segment
         self._end_bytes = SECTOR_BYTES
 
-    def append(self, sequence: int, body: bytes) -> None:
+    def append(self, sequence: int, body: bytes, *, is_last: bool = False) -> None:
         """Append one record.
 
+        Args:
+            sequence: Its number.
+            body: What it says.
+            is_last: The next segment follows: it may take what others leave for it.
+
         Durability: the record is durable on return.
+
+        Raises:
+            MetadataFull: There is no room for it; no other may be appended before it was, and it may be tried again.
         """
         self._reclaim()
         framed = encode_record(sequence, self._segment.nonce, body)
         file = self._file(self._segment.number)
-        file.pwrite(self._end_bytes, framed)
+        with _finding_room():
+            if not is_last and self._end_bytes + len(framed) > self._segment_bytes:
+                file.reserve(self._end_bytes + len(framed) + self.spare_bytes)
+            file.pwrite(self._end_bytes, framed)
         file.sync()
         self._tell_survivors()
         self._end_bytes += len(framed)
-        # Nobody waits for it: the host writes it some time, or with the record that replaces it.
-        file.pwrite(self._end_bytes, encode_ack(sequence, self._segment.nonce))
+        with contextlib.suppress(NoSpace):  # the record is durable all the same
+            # Nobody waits for it: the host writes it some time, or with the record that replaces it.
+            file.pwrite(self._end_bytes, encode_ack(sequence, self._segment.nonce))
+
+    @property
+    def spare_bytes(self) -> int:
+        """What each segment can grow by for its last record, however full the host is."""
+        return min(_SPARE_BYTES, self._segment_bytes)
+
+    def reserve(self) -> None:
+        """Set host space aside for the last record of each segment.
+
+        Raises:
+            NoSpace: There is none; nothing was changed.
+        """
+        for file in self._files:
+            file.reserve(self._segment_bytes + self.spare_bytes)
 
     def copy_to(self, targets: tuple[File, File]) -> int:
         """Write all of it into two other files; records may be appended meanwhile, no segment may be begun.
@@ -499,6 +553,7 @@ class Journal:
         """Wait until every record that the borrower has begun is durable, and known who lacks it.
 
         Raises:
+            MetadataFull: There is no room for the last one; it may be tried again.
             BackingError: One could not be written or flushed.
         """
         if self._borrower is not None:
@@ -525,8 +580,8 @@ class Journal:
 
     def close(self) -> None:
         """Close both files, once nobody appends any more."""
-        with contextlib.suppress(IncfsError):  # whoever waited for that commit was told
-            self._reclaim()
+        if self._borrower is not None:  # whoever waits for that commit is told; one that found no room stays unwritten
+            self._borrower.stop()
         for file in self._files:
             file.close()
 

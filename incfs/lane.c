@@ -13,6 +13,21 @@
 
 enum { SECTOR_BYTES = 512, HEAD_BYTES = 32, CALL_AT_MAPPINGS = 1024 };
 
+struct bytes {
+    unsigned char *start;
+    size_t length, room;
+    bool is_short; /* of memory */
+};
+
+/* A record in the making. */
+struct record {
+    struct bytes bytes;  /* room for the head, then the body */
+    struct bytes stored; /* of struct stored: the blocks that the body still lacks */
+    uint64_t sequence;
+    uint64_t folded;
+    bool is_whole; /* with its data and head */
+};
+
 struct lane {
     struct plane *plane;
     struct lane_disk disk;
@@ -23,6 +38,8 @@ struct lane {
     bool is_open, is_committing;
     int failed_errno;
     int left_errno[LANE_MOST_COPIES]; /* of copies that failed while another has everything */
+    struct record unwritten;          /* the last one, if no copy had room for it: nothing of it was flushed */
+    int no_room_errno;                /* why */
     struct hot_waiter *first_waiter, *last_waiter;
     struct lane_batch *first_batch, *last_batch;
     size_t queued_mappings;
@@ -51,8 +68,16 @@ void lane_batch_free(struct lane_batch *batch)
     free(batch);
 }
 
+static void record_free(struct record *record)
+{
+    free(record->bytes.start);
+    free(record->stored.start);
+    *record = (struct record){0};
+}
+
 void lane_free(struct lane *lane)
 {
+    record_free(&lane->unwritten);
     for (struct lane_batch *batch = lane->first_batch, *next; batch; batch = next) {
         next = batch->next;
         lane_batch_free(batch);
@@ -67,6 +92,8 @@ void lane_divert(struct lane *lane, const struct lane_disk *disk)
     lane->disk = *disk;
 }
 
+static void write_again(struct lane *lane);
+
 /* ---- For the control plane ------------------------------------------------------------------------------ */
 
 static bool has_left(const struct lane *lane)
@@ -77,20 +104,25 @@ static bool has_left(const struct lane *lane)
     return false;
 }
 
+static bool may_open(const struct lane *lane)
+{
+    return !lane->failed_errno && !has_left(lane) && !lane->unwritten.sequence;
+}
+
 void lane_lend(struct lane *lane, const struct lane_journal *journal)
 {
     pthread_mutex_lock(&lane->lock);
     lane->journal = *journal;
     lane->durable_sequence = journal->sequence;
     memset(lane->left_errno, 0, sizeof lane->left_errno);
-    lane->is_open = !lane->failed_errno;
+    lane->is_open = may_open(lane);
     pthread_mutex_unlock(&lane->lock);
 }
 
 void lane_reopen(struct lane *lane)
 {
     pthread_mutex_lock(&lane->lock);
-    lane->is_open = !lane->failed_errno && !has_left(lane);
+    lane->is_open = may_open(lane);
     pthread_mutex_unlock(&lane->lock);
 }
 
@@ -101,13 +133,35 @@ void lane_close(struct lane *lane)
     pthread_mutex_unlock(&lane->lock);
 }
 
-int lane_settle(struct lane *lane)
+static void wait_for_rest(struct lane *lane)
 {
-    pthread_mutex_lock(&lane->lock);
     lane->is_open = false;
     while (lane->is_committing)
         pthread_cond_wait(&lane->ended, &lane->lock);
+}
+
+void lane_stop(struct lane *lane)
+{
+    pthread_mutex_lock(&lane->lock);
+    wait_for_rest(lane);
+    pthread_mutex_unlock(&lane->lock);
+}
+
+int lane_settle(struct lane *lane)
+{
+    pthread_mutex_lock(&lane->lock);
+    wait_for_rest(lane);
+    if (lane->unwritten.sequence)
+        write_again(lane);
     int error = lane->failed_errno;
+    pthread_mutex_unlock(&lane->lock);
+    return error;
+}
+
+int lane_no_room(struct lane *lane)
+{
+    pthread_mutex_lock(&lane->lock);
+    int error = lane->no_room_errno;
     pthread_mutex_unlock(&lane->lock);
     return error;
 }
@@ -169,12 +223,6 @@ enum plane_status lane_take(struct lane *lane, struct lane_batch **committed, st
 }
 
 /* ---- The bytes of a record -------------------------------------------------------------------------------- */
-
-struct bytes {
-    unsigned char *start;
-    size_t length, room;
-    bool is_short; /* of memory */
-};
 
 static void *extend(struct bytes *bytes, size_t length)
 {
@@ -300,14 +348,6 @@ struct stored {
     uint32_t checksum;
 };
 
-/* A record in the making. */
-struct record {
-    struct bytes bytes;  /* room for the head, then the body */
-    struct bytes stored; /* of struct stored: the blocks that the body still lacks */
-    uint64_t sequence;
-    uint64_t folded;
-};
-
 static void put_stored(struct bytes *stored, const struct plane_batch *batch)
 {
     for (size_t p = 0; p < batch->page_count; p++)
@@ -383,6 +423,11 @@ static void *run_flush(void *arg)
     return NULL;
 }
 
+static bool is_no_room(int error)
+{
+    return error == ENOSPC || error == EDQUOT;
+}
+
 static bool has_sound(const struct lane_journal *journal, const int *errors)
 {
     for (size_t i = 0; i < journal->copies; i++)
@@ -392,15 +437,20 @@ static bool has_sound(const struct lane_journal *journal, const int *errors)
 }
 
 /* Writes the bytes to every copy, then flushes all of them, side by side: as long as the slowest takes.  Each copy's
- * errno goes into errors.  Returns 0 when one has them durable, else the first errno. */
+ * errno goes into errors.  Returns 0 when one has them durable, else the first errno: a negative one when none had
+ * room for them, and nothing was flushed. */
 static int write_copies(const struct lane_disk *disk, const struct lane_journal *journal, const struct bytes *bytes,
                         uint64_t offset, int *errors)
 {
     struct flush flushes[LANE_MOST_COPIES];
+    size_t full = 0;
     for (size_t i = 0; i < journal->copies; i++) {
         int error = disk->write(journal->fds[i], bytes->start, bytes->length, offset);
         flushes[i] = (struct flush){.disk = disk, .fd = journal->fds[i], .error = error};
+        full += is_no_room(error);
     }
+    if (full == journal->copies)
+        return -flushes[0].error;
     for (size_t i = 1; i < journal->copies; i++)
         flushes[i].has_thread = !flushes[i].error && !pthread_create(&flushes[i].thread, NULL, run_flush, &flushes[i]);
     for (size_t i = 0; i < journal->copies; i++)
@@ -414,28 +464,40 @@ static int write_copies(const struct lane_disk *disk, const struct lane_journal 
     return has_sound(journal, errors) ? 0 : errors[0];
 }
 
-/* Writes the record and flushes it; *end_bytes moves behind it.  Returns an errno when no copy has it; else errors
- * has those of the copies that lack it. */
-static int write_record(const struct lane_disk *disk, const struct lane_journal *journal, struct record *record,
-                        uint64_t *end_bytes, int *errors)
+/* Reads the data back and makes the head, once.  Returns an errno. */
+static int make_whole(struct record *record, struct plane *plane, const struct lane_journal *journal)
 {
     struct bytes *bytes = &record->bytes;
+    int error = record->is_whole ? 0 : put_data(record, plane, journal->block_bytes);
+    if (error || record->is_whole)
+        return error;
     size_t body = bytes->length - HEAD_BYTES, padding = -bytes->length % SECTOR_BYTES;
     void *rest = extend(bytes, padding);
     if (!rest)
         return ENOMEM;
     memset(rest, 0, padding);
     make_head(bytes->start, "JREC", body, record->sequence, journal->nonce, crc32c(bytes->start + HEAD_BYTES, body));
-    int error = write_copies(disk, journal, bytes, *end_bytes, errors);
+    record->is_whole = true;
+    return 0;
+}
+
+/* Writes the record and flushes it; *end_bytes moves behind it.  Returns, as write_copies does, an errno when no copy
+ * has it; else errors has those of the copies that lack it. */
+static int write_record(const struct lane_disk *disk, const struct lane_journal *journal, const struct record *record,
+                        uint64_t *end_bytes, int *errors)
+{
+    int error = write_copies(disk, journal, &record->bytes, *end_bytes, errors);
     if (error)
         return error;
-    *end_bytes += bytes->length;
-    /* Nobody waits for it: see encode_ack in journal.py. */
+    *end_bytes += record->bytes.length;
+    /* Nobody waits for it: see encode_ack in journal.py.  Without room for it the record is durable all the same. */
     unsigned char ack[SECTOR_BYTES] = {0};
     make_head(ack, "JACK", 0, record->sequence, journal->nonce, 0);
-    for (size_t i = 0; i < journal->copies; i++)
-        if (!errors[i])
-            errors[i] = disk->write(journal->fds[i], ack, sizeof ack, *end_bytes);
+    for (size_t i = 0; i < journal->copies; i++) {
+        error = errors[i] ? 0 : disk->write(journal->fds[i], ack, sizeof ack, *end_bytes);
+        if (error && !is_no_room(error))
+            errors[i] = error;
+    }
     return has_sound(journal, errors) ? 0 : errors[0];
 }
 
@@ -522,45 +584,69 @@ static bool begin(struct lane *lane, struct hot_waiter *waiters, struct record *
 static int finish(struct lane *lane, const struct lane_journal *journal, struct record *record, uint64_t *end_bytes,
                   int *errors)
 {
-    int error = put_data(record, lane->plane, journal->block_bytes);
+    int error = make_whole(record, lane->plane, journal);
     return error ? error : write_record(&lane->disk, journal, record, end_bytes, errors);
 }
 
-/* Under the lock, which it lets go of while the disk is waited for.  False when the control plane must act, or must
- * tell who was left behind before anybody hears that the record is durable. */
+/* Under the lock, which it lets go of while the disk is waited for: writes a record, or keeps it when no copy has room
+ * for it.  Returns an errno if it failed. */
+static int store_record(struct lane *lane, struct record *record)
+{
+    const struct lane_journal journal = lane->journal;
+    uint64_t end_bytes = journal.end_bytes;
+    int errors[LANE_MOST_COPIES] = {0};
+    pthread_mutex_unlock(&lane->lock);
+    int error = finish(lane, &journal, record, &end_bytes, errors);
+    if (error > 0)
+        plane_fail(lane->plane, error, 0);
+    pthread_mutex_lock(&lane->lock);
+    lane->journal.end_bytes = end_bytes;
+    lane->no_room_errno = error < 0 ? -error : 0;
+    if (error < 0) {
+        lane->unwritten = *record;
+        lane->is_open = false;
+        return 0;
+    }
+    if (!error)
+        memcpy(lane->left_errno, errors, sizeof errors);
+    record_free(record);
+    if (error) {
+        lane->failed_errno = error;
+        lane->is_open = false;
+    } else if (has_left(lane)) {
+        lane->is_open = false;
+    } else {
+        lane->durable_sequence = lane->journal.sequence;
+    }
+    return error;
+}
+
+/* Under the lock, while nobody commits. */
+static void write_again(struct lane *lane)
+{
+    struct record record = lane->unwritten;
+    lane->unwritten = (struct record){0};
+    lane->is_committing = true;
+    store_record(lane, &record);
+    lane->is_committing = false;
+    pthread_cond_broadcast(&lane->ended);
+}
+
+/* Under the lock.  False when the control plane must act, or must tell who was left behind before anybody hears that
+ * the record is durable. */
 static bool commit(struct lane *lane, struct hot_waiter *waiters, int *error)
 {
     struct record record = {0};
     *error = 0;
     if (!lane->is_open || !begin(lane, waiters, &record))
         return false;
-    if (record.sequence) {
-        const struct lane_journal journal = lane->journal;
-        uint64_t end_bytes = journal.end_bytes;
-        int errors[LANE_MOST_COPIES] = {0};
-        pthread_mutex_unlock(&lane->lock);
-        *error = finish(lane, &journal, &record, &end_bytes, errors);
-        if (*error)
-            plane_fail(lane->plane, *error, 0);
-        pthread_mutex_lock(&lane->lock);
-        lane->journal.end_bytes = end_bytes;
-        if (!*error)
-            memcpy(lane->left_errno, errors, sizeof errors);
-    }
-    bool is_settled = !has_left(lane);
-    if (*error) {
-        lane->failed_errno = *error;
-        lane->is_open = false;
-    } else if (!is_settled) {
-        lane->is_open = false;
-    } else {
+    if (record.sequence)
+        *error = store_record(lane, &record);
+    else
         lane->durable_sequence = lane->journal.sequence;
-    }
     if (lane->queued_mappings >= CALL_AT_MAPPINGS || lane->journal.end_bytes >= lane->journal.limit_bytes)
         plane_call(lane->plane);
-    free(record.bytes.start);
-    free(record.stored.start);
-    return is_settled;
+    return !has_left(lane) && !lane->unwritten.sequence;
 }
 
 bool lane_sync(struct lane *lane, struct hot_waiter *waiter, bool can_wait, const struct hot_answers *answers)

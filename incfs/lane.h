@@ -14,6 +14,8 @@
  *      durable, the waiters are refused: the control plane first makes it known who was left behind, then answers.
  *   4. After a write or flush that failed for all copies the plane is frozen before anybody is answered, and the lane
  *      never opens again (I10).
+ *   5. A record for which no copy has room is kept: its waiters are refused, and it is written by whoever settles next,
+ *      before anything else.  Nothing of it was flushed, so writing it again is safe; until then the lane is closed.
  *
  * Locks: the lane's comes before the plane's gate, and is never held while the disk is waited for.
  */
@@ -63,8 +65,13 @@ void lane_lend(struct lane *lane, const struct lane_journal *journal);
 void lane_reopen(struct lane *lane);
 /* From now on no commit begins; one may still be under way. */
 void lane_close(struct lane *lane);
-/* Closes and waits for the commit under way.  Returns an errno if one failed: what it sealed is not durable. */
+/* Closes and waits for the commit under way; writes nothing else. */
+void lane_stop(struct lane *lane);
+/* Closes, waits for the commit under way, and writes the record that found no room, if there is one.  Returns an errno
+ * if one failed: what it sealed is not durable. */
 int lane_settle(struct lane *lane);
+/* The errno for which the last record could not be written now, though it may be later, or 0. */
+int lane_no_room(struct lane *lane);
 /* The same, and gives the journal's end back. */
 int lane_reclaim(struct lane *lane, uint64_t *end_bytes);
 /* The errno for which a copy was left behind since the journal was lent, or 0.  While there is one, nothing is begun. */

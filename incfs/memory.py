@@ -30,7 +30,7 @@ from incfs.changes import Change, map_change
 from incfs.codec import Entries, encode_record
 from incfs.dataplane import Batch, DataPlane
 from incfs.epoch import NEVER, Stamp, Standing
-from incfs.errors import BackingError, IncfsError, PoolReadOnly
+from incfs.errors import BackingError, IncfsError, MetadataFull, PoolReadOnly
 from incfs.events import EventLog
 from incfs.log import IncrementalLog
 from incfs.metadata import TableCopies
@@ -91,6 +91,8 @@ class Memory:
         self.options = options
         self.catalog = Catalog()
         self.failure: IncfsError | None = None
+        self.no_room: MetadataFull | None = None
+        """Why writes are refused until the metadata has room again; no failure."""
         self.mismatch: IncfsError | None = None
         """Why directory and images do not belong together, when the pool was opened only to be looked at."""
         self.clock: Callable[[], int] = time.time_ns
@@ -172,6 +174,15 @@ class Memory:
                 f"remove the cause, then unmount and mount again",
                 cause=str(self.failure),
             )
+
+    def require_room(self) -> None:
+        """Refuse what would add to the metadata while its disk is full.
+
+        Raises:
+            MetadataFull: It is; what makes room goes on.
+        """
+        if self.no_room is not None:
+            raise MetadataFull(self.no_room.message, **self.no_room.facts)
 
     # Changes: memory and pending list in one step
 
@@ -418,7 +429,7 @@ class Memory:
         volume_id, generation = split_map_id(table)
         is_writable = not generation and self.catalog.volume(volume_id).trim_from_bytes is None
         is_writable = is_writable and not self._quiet[table]
-        is_writable = is_writable and self.failure is None
+        is_writable = is_writable and self.failure is None and self.no_room is None
         settings = self.account.settings_of(volume_id)
         served = self.catalog.size_bytes(table), self.catalog.facts(table), is_writable, settings
         if self._served.get(table) != served:

@@ -239,6 +239,18 @@ class Copies:
         self.locks.clear()
 
 
+def _for_all(works: Iterable[Callable[[], None]]) -> None:
+    """Do all of it; raise the first error when all was tried."""
+    errors: list[IncfsError] = []
+    for work in works:
+        try:
+            work()
+        except IncfsError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
 class CopiedFile(File):
     """One file of the journal, in every copy.
 
@@ -304,6 +316,14 @@ class CopiedFile(File):
     def sync(self) -> None:
         """Sync every copy, side by side."""
         self._copies.each({n: f.sync for n, f in self._current().items()}, side_by_side=self.waits)
+
+    def reserve(self, end_bytes: int) -> None:
+        """Set host space aside for every copy; one that has none is not left behind for that.
+
+        Raises:
+            NoSpace: One has none; the others have it set aside.
+        """
+        _for_all(partial(file.reserve, end_bytes) for file in self._current().values())
 
     def length_bytes(self) -> int:
         """Tell the length, the same in all."""
@@ -390,6 +410,19 @@ class TableCopies:
     @staticmethod
     def _writer(tables: Tables, layer: Layer, puts: Puts) -> Callable[[], None]:
         return lambda: tables.write(layer, puts)
+
+    def set_aside(self, length_bytes: int) -> None:
+        """Have every copy's host set space aside for its tables; one that has none is not left behind for that.
+
+        Raises:
+            NoSpace: One has none; the others have it set aside.
+        """
+        _for_all(self._reserver(t, length_bytes) for t in self._current().values())
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Tell how much the tables of each copy can surely grow by."""
+        return min(tables.reserved_bytes for tables in self._current().values())
 
     def reserve(self, length_bytes: int) -> None:
         """Make sure that the hosts have room for the tables to grow; a copy that lacks it is left behind.

@@ -12,7 +12,7 @@ from incfs._dataplane import DataPlane as _DataPlane
 from incfs.backing import translate
 from incfs.blocks import split_address
 from incfs.dataplane import BlockFile, PlaneState, mismatch
-from incfs.errors import BackingError, ChecksumMismatch, IncfsError, NoSpace
+from incfs.errors import BackingError, ChecksumMismatch, IncfsError, MetadataFull, NoSpace
 from incfs.model import MapId, StorageId
 
 
@@ -46,7 +46,8 @@ class NativePlane(_DataPlane):
     def _host_error(self, action: str, address: int, host_errno: int) -> IncfsError:
         storage_id, block_index = split_address(address)
         if not storage_id:
-            return BackingError(f"cannot {action} the journal: {os.strerror(host_errno)}", action=action)
+            text = f"cannot {action} the journal: {os.strerror(host_errno)}"
+            return BackingError(text, action=action) if action == "write" else MetadataFull(text)
         path = self._files[storage_id].path
         if not host_errno:
             return BackingError(

@@ -61,6 +61,7 @@ def create_standing(backing: Backing, directory: Path, pool: UUID, standing: Sta
     Durability: durable on return, but for its name.
     """
     file = backing.create(directory / EPOCH_NAME)
+    file.keep_in_place()
     try:
         file.pwrite(_SETTLED_OFFSET, encode_standing(pool, standing, 0).ljust(SLOT_STEP_BYTES, b"\0") * 2)
         file.sync()

@@ -224,6 +224,11 @@ class Pool:
                 volume.set_busy(group_index, bits, busy=True)
 
     @property
+    def dirty_group_count(self) -> int:
+        """How many bitmaps the next checkpoint stores."""
+        return len(self._dirty_groups) + len(self._dirty_stale)
+
+    @property
     def freed_blocks(self) -> int:
         """Blocks that wait for a checkpoint to become free."""
         return len(self._freed)

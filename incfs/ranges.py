@@ -171,6 +171,7 @@ def write(store: Store, table: MapId, offset_bytes: int, data: bytes, *, wait: b
         PoolReadOnly, NoSpace, LimitExceeded: As they say; nothing is harmed.
     """
     volume = _writable_volume(store, table)
+    store.require_room()
     end = offset_bytes + len(data)
     if end > MAX_VOLUME_BYTES:
         raise LimitExceeded(f"a volume can have at most {MAX_VOLUME_BYTES} bytes, the write ends at {end}")

@@ -10,7 +10,7 @@ import trio
 
 from incfs import volume
 from incfs.committer import COMMIT_AT_MAPPINGS, Committer
-from incfs.errors import Damaged, IncfsError
+from incfs.errors import Damaged, IncfsError, MetadataFull
 from incfs.model import MapId, VolumeId
 from incfs.store import Store
 
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _STEP_PAGES = 2
 """Map pages of one step, about 0.3 ms each: what others wait for it at the most."""
+_NO_ROOM_RETRY_S = 1.0
 
 
 class Reclaimer:
@@ -46,6 +47,10 @@ class Reclaimer:
             try:
                 for volume_id in self._store.catalog.volumes_to_reclaim():
                     await self._reclaim_sound(volume_id)
+            except MetadataFull:  # what is left is reclaimed when there is room; who waits for space has none of it
+                self._idle.set()
+                await trio.sleep(_NO_ROOM_RETRY_S)
+                continue
             except IncfsError as error:
                 self._store.fail(error)
             if not self._wanted.is_set():

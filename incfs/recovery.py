@@ -379,6 +379,7 @@ def open_store(directory: Path, options: Options | None = None, backing: Backing
         _verify_lengths(store)
         if store.failure is None:
             store.fold_recovered(replayed)
+            store.set_aside(store.unfolded_pages)
             store.note_left_copies()
             copymaker.bring_all_back(store)
             store.pool.doubt()

@@ -294,8 +294,12 @@ class Service:
         """Make everything written before the call durable.
 
         Durability: durable on return.
+
+        Raises:
+            MetadataFull: The metadata's disk is full, and stays so for as long as the settings let writes wait.
+            IncfsError: As ``Committer.commit``.
         """
-        await self._committer.commit()
+        await self._driver.commit()
 
     async def checkpoint(self) -> None:
         """Fold the journal into the tables: freed blocks are free."""

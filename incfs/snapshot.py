@@ -47,6 +47,7 @@ def create(store: Store, wanted: Sequence[tuple[VolumeId, str]], *, tag: str = "
 
 def require_takeable(store: Store, wanted: Sequence[tuple[VolumeId, str]]) -> None:
     """Refuse snapshots that cannot be taken, or not yet; raises as ``create``."""
+    store.require_room()
     if not wanted or len({volume_id for volume_id, _ in wanted}) != len(wanted):
         raise UsageError("name each volume once, and at least one")
     for volume_id, name in wanted:

@@ -7,6 +7,7 @@ while everything else belongs to one owner thread.
 Invariants:
     1. At most one commit runs; record n+1 is begun after n ended (journal invariant 2).
     2. After a failure (``fail``) nothing is written any more (I10).
+    3. A record that found no room is kept (``refused``) and comes before anything else: that is no failure.
 """
 
 import logging
@@ -20,11 +21,11 @@ from typing import Self
 from uuid import UUID
 
 from incfs.backing import Backing
-from incfs.checkpoint import Checkpoint, Commit
+from incfs.checkpoint import PAGE_COST_BYTES, Checkpoint, Commit, fold_bytes
 from incfs.codec import encode_record
 from incfs.dataplane import DataPlane
 from incfs.epoch import NEVER, Point, Stamp, Standing
-from incfs.errors import BackingError, IncfsError, NoSpace
+from incfs.errors import BackingError, IncfsError, MetadataFull, NoSpace
 from incfs.gather import Gathered
 from incfs.memory import Memory
 from incfs.options import Options
@@ -57,6 +58,14 @@ class Store(Memory):
         self._checkpoint: Checkpoint | None = None
         self._is_turning = False
         """Whether the journal is about to go on in its next segment."""
+        self.refused: Commit | Checkpoint | None = None
+        """What found no room in the journal."""
+        self.is_fold_waiting = False
+        """Whether a checkpoint waits for room in the tables."""
+        self._aside_refusal: IncfsError | None = None
+        """Why space for the next fold could not be set aside when that was last tried."""
+        self._aside_pages = 0
+        """For so many pages it was tried."""
 
     # Commit and checkpoint
 
@@ -67,7 +76,7 @@ class Store(Memory):
         The caller runs ``Commit.run`` in any thread, then ``end_commit`` here.
         """
         self.require_writable()  # first: a commit that failed stays
-        assert self._commit is None, "one commit at a time"
+        assert self._commit is None, "one commit at a time; one that was refused comes first"
         assert self._step is None, "a step is in one commit"
         self.absorb()
         self.note_failed_legs()
@@ -105,6 +114,8 @@ class Store(Memory):
         may go on from then), ``run_fold`` (any thread) and ``end_checkpoint`` (here).
         """
         commit = self.begin_commit()
+        if commit is not None:
+            commit.is_last = True
         self._is_turning = True
         return self._freeze(commit, self.journal.segment.number + 1, nonce)
 
@@ -168,6 +179,93 @@ class Store(Memory):
         self.log.thaw()
         self.pool.reuse.make_free(checkpoint.freed)
         self.note_left_copies()
+
+    def write(self, work: Commit | Checkpoint) -> None:
+        """Run a commit, also that of a checkpoint.  Any thread.
+
+        Raises:
+            MetadataFull: There was no room; ``refuse`` it.
+            BackingError: As ``Commit.run``.
+        """
+        work.run() if isinstance(work, Commit) else work.run_commit()
+
+    def accept(self, work: Commit | Checkpoint) -> None:
+        """Note that it is durable."""
+        self.refused = None
+        if isinstance(work, Commit):
+            self.end_commit(work)
+        else:
+            self.end_checkpoint_commit(work)
+        self.review_room()
+
+    def refuse(self, work: Commit | Checkpoint, error: MetadataFull) -> None:
+        """Keep a commit for which the journal has no room: until it has, nothing more is written.
+
+        Whoever waits for it is told.  Memory stays as it is, and so does the journal: nothing of the record counts.
+        """
+        if self.refused is None:
+            logger.warning("pool %s has no room for metadata: %s", self.directory, error)
+            self.events.record("metadata-full", "pool", str(error))
+        self.refused = work
+        self.review_room()
+
+    def prepare_again(self, work: Commit | Checkpoint) -> None:
+        """Let what found no room take what is left for a segment's last record, if the next segment may follow."""
+        if isinstance(work, Commit):
+            work.is_last = self._checkpoint is None
+
+    def review_room(self) -> None:
+        """Refuse writes, or take them again: as long as the journal has no room for the next records.
+
+        While a fold waits for room, the last quarter of the segment is kept for what makes some: removals, discards.
+        """
+        is_short = self.is_fold_waiting and self.journal.used_bytes * 4 > self.superblock.journal_bytes * 3
+        before, self.no_room = self.no_room, None
+        if self.refused is not None or is_short:
+            self.no_room = before or MetadataFull(
+                f"the disk of the metadata in {self.directory} is full: nothing can be written until there is room; "
+                f"free space on it"
+            )
+        if (before is None) != (self.no_room is None):
+            self.serve_anew()
+        if before is not None and self.no_room is None:
+            logger.info("pool %s has room for metadata again", self.directory)
+
+    @property
+    def unfolded_pages(self) -> int:
+        """How many pages, records and bitmaps wait to be folded."""
+        return self.log.overlay_pages + self.pool.dirty_group_count + self.catalog.unsaved_count
+
+    @property
+    def wants_aside(self) -> bool:
+        """Whether more space should be set aside for the next fold than is."""
+        return 2 * self.unfolded_pages > self._aside_pages
+
+    def set_aside(self, page_count: int) -> None:
+        """Have the hosts of the metadata set space aside: for the next fold, and for the last record of a segment.
+
+        So neither depends on what others leave on the disk.  That there is none now is no error; it is asked for
+        again.  Any thread.
+        """
+        pages = max(2 * page_count, self.superblock.journal_bytes // PAGE_COST_BYTES)
+        before, self._aside_refusal = self._aside_refusal, None
+        try:
+            self.journal.reserve()
+            self.table_copies.set_aside(fold_bytes(pages))
+        except IncfsError as error:
+            self._aside_refusal = error
+            if before is None:
+                logger.warning("space for the next checkpoint cannot be set aside: %s", error)
+        self._aside_pages = pages
+
+    @property
+    def _is_aside_short(self) -> bool:
+        """Whether what is set aside, and cannot be more, is half used up by what waits to be folded."""
+        return (
+            self._aside_refusal is not None
+            and 2 * fold_bytes(self.unfolded_pages) > self.table_copies.reserved_bytes
+            and self.unfolded_pages > 0
+        )
 
     def note_left_copies(self) -> None:
         """Tell of copies of the metadata that were left behind; the others know already."""
@@ -261,7 +359,7 @@ class Store(Memory):
     @property
     def has_uncommitted(self) -> bool:
         """Whether a commit would write anything."""
-        return bool(self._pending or self._touched or self.plane.fresh_count)
+        return bool(self._pending or self._touched or self.plane.fresh_count or self.refused)
 
     @property
     def has_unfolded(self) -> bool:
@@ -275,6 +373,7 @@ class Store(Memory):
             self.journal.used_bytes * 2 > self.superblock.journal_bytes
             or self.log.overlay_pages > self.options.overlay_pages
             or self.freed_bytes >= self.account.extend_bytes
+            or self._is_aside_short
         )
 
     @property
@@ -302,19 +401,32 @@ class Store(Memory):
 
         Durability: durable on return.
         """
+        self._write_refused()
         commit = self.begin_commit()
         if commit is not None:
-            self._guard(commit.run)
-            self.end_commit(commit)
+            self._write(commit)
+
+    def _write_refused(self) -> None:
+        if self.refused is not None:
+            self.prepare_again(self.refused)
+            self._write(self.refused)
+
+    def _write(self, work: Commit | Checkpoint) -> None:
+        try:
+            self._guard(lambda: self.write(work))
+        except MetadataFull as error:
+            self.refuse(work, error)
+            raise
+        self.accept(work)
 
     def checkpoint(self) -> None:
         """Commit, and fold everything into the tables."""
         self.require_writable()  # the one that is unfinished may be what failed
+        self._write_refused()
         if self._checkpoint is not None:
             self._finish(self._checkpoint)
         checkpoint = self.begin_checkpoint(new_nonce())
-        self._guard(checkpoint.run_commit)
-        self.end_checkpoint_commit(checkpoint)
+        self._write(checkpoint)
         self._finish(checkpoint)
 
     def _finish(self, checkpoint: Checkpoint) -> None:
@@ -327,10 +439,13 @@ class Store(Memory):
         checkpoint.reserve()
         self._guard(checkpoint.run_fold)
         self.end_checkpoint(checkpoint)
+        self.set_aside(self.unfolded_pages)
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:
             work()
+        except MetadataFull:
+            raise  # nothing is harmed
         except IncfsError as error:
             self.fail(error)
             raise

@@ -4,19 +4,21 @@ Owns the LMDB environment (the only importer of ``lmdb``; its errors never leave
 checkpoint is one transaction.  Knows nothing of what has changed since the last one.
 """
 
+import errno
 import logging
 import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import lmdb
 
-from incfs.backing import Backing, translated
+from incfs.backing import Backing, File, translated
 from incfs.codec import (
     Entries,
     decode_entries,
@@ -28,7 +30,7 @@ from incfs.codec import (
     seal_value,
     unpack,
 )
-from incfs.errors import BackingError, FormatError, NoSpace, TablesLost
+from incfs.errors import BackingError, FormatError, MetadataFull, NoSpace, TablesLost
 from incfs.mapped import MappedFile
 from incfs.model import STALE_GROUPS
 from incfs.overlay import Layer, Patch, TableKey
@@ -46,9 +48,12 @@ _MAP_KEY = struct.Struct(">IQ")
 _INC_KEY = struct.Struct(">IIQ")
 _READERS_BYTES = 8192
 """More than ``max_readers`` need."""
+_IN_MEMORY = Path("/dev/shm")  # noqa: S108 - only a directory of our own in it is used, mode 0700
 _EMPTY_PAGE = struct.pack("<QHHHH", 0, 0, 2, 16, 4096)
 """A leaf of LMDB's without keys: what it finds where a page cannot be read.  At others it ends the process."""
 _COPY_BYTES = 1 << 20
+_QUOTA_TEXT = os.strerror(errno.EDQUOT)
+"""LMDB's binding has a class for ENOSPC, and none for that."""
 _CHECKPOINT_KEY = b"checkpoint"
 _SPACE_KEY = struct.Struct(">HQ")
 
@@ -92,8 +97,28 @@ class Puts:
     """The checkpoint's own facts."""
 
 
+@contextmanager
+def _place_for_readers(path: Path) -> Iterator[Path]:
+    """Give the name by which LMDB is to open its file: beside that it makes its list of readers.
+
+    The list is mapped, and a page that a full disk cannot give ends the process; btrfs wants room for each change.  So
+    it is in memory, and has no name afterwards; only this process needs it.  Where there is no such place, it stays
+    beside the file.
+    """
+    with ExitStack() as stack:
+        try:
+            scratch = stack.enter_context(TemporaryDirectory(prefix="incfs-", dir=_IN_MEMORY))
+            place = Path(scratch) / path.name
+            place.symlink_to(path.absolute())
+            _reserve_readers(place.with_name(f"{place.name}-lock"))
+        except (OSError, NoSpace):
+            place = path
+            _reserve_readers(place.with_name(f"{place.name}-lock"))
+        yield place
+
+
 def _reserve_readers(path: Path) -> None:
-    """Have room for LMDB's list of readers: it is mapped, and a page that a full disk cannot give ends the process."""
+    """Have room for all of LMDB's list of readers."""
     with translated(path, "grow"):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
@@ -131,12 +156,15 @@ class Tables:
         self._path = path
         self._backing = backing
         self._marks = (0, 0) if create else self._prove()
+        self._reserved_end_bytes = 0
+        """Up to where the host has set space aside for the file, as far as that is known."""
         self._reader_count = 0
         self._readers_changed = threading.Condition()
-        _reserve_readers(path.with_name(f"{path.name}-lock"))
-        with self._translated("open"):
+        if create:
+            self._make_file()
+        with _place_for_readers(path) as place, self._translated("open"):
             self._env = lmdb.open(
-                str(path),
+                str(place),
                 subdir=False,
                 map_size=map_bytes,
                 max_dbs=len(DATABASES),
@@ -149,6 +177,11 @@ class Tables:
         with self._translated("open"):
             self._databases = {name: self._env.open_db(name.encode()) for name in DATABASES}
         self._grow_map_if_needed()
+
+    def _make_file(self) -> None:
+        file = self._backing.create(self._path)
+        file.keep_in_place()
+        file.close()
 
     def _prove(self, transaction: int | None = None) -> tuple[int, int]:
         """Prove the file as it is after a transaction; give the sums of its marks.
@@ -190,7 +223,11 @@ class Tables:
         except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError) as error:
             raise FormatError(f"cannot {action} {self._path}: {error}") from error
         except (lmdb.Error, OSError) as error:
-            raise BackingError(f"cannot {action} {self._path}: {error}") from error
+            text = f"cannot {action} {self._path}: {error}"
+            if isinstance(error, lmdb.DiskError) or str(error).endswith(_QUOTA_TEXT):
+                # Of pages that only this transaction wrote: to the next it never was.
+                raise MetadataFull(f"{text}; free space on its filesystem", path=str(self._path)) from error
+            raise BackingError(text) from error
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -294,16 +331,33 @@ class Tables:
         return self._backing.waits
 
     def reserve(self, length_bytes: int) -> None:
-        """Make sure that the host has room for the file to grow by so much.
+        """Have the host set space aside for the file to grow by so much, unless it has.
+
+        It stays the file's, whoever fills the host's filesystem; LMDB writes nowhere else.
 
         Raises:
-            NoSpace: It has not; nothing was changed.
+            NoSpace: It has none; nothing was changed.
         """
         file = self._backing.open(self._path)
         try:
-            file.allocate(file.length_bytes(), length_bytes, keep_size=True)
+            end = file.length_bytes() + length_bytes
+            if end > self._reserved_end_bytes:
+                self._reserve_up_to(file, end)
         finally:
             file.close()
+
+    def _reserve_up_to(self, file: File, end_bytes: int) -> None:
+        try:
+            file.reserve(end_bytes)
+            self._reserved_end_bytes = end_bytes
+        except NoSpace:
+            self._reserved_end_bytes = max(self._reserved_end_bytes, file.allocated_bytes())
+            raise
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Tell how much the file can surely grow by."""
+        return max(0, self._reserved_end_bytes - self.used_bytes())
 
     def facts(self) -> tuple[int, int]:
         """Tell what the last checkpoint contains: (journal segment that follows, sequence)."""
@@ -336,6 +390,7 @@ class Tables:
         Durability: its content is durable on return, its name is not.
         """
         source, target = self._backing.open(self._path), self._backing.create(path)
+        target.keep_in_place()
         try:
             end = self.used_bytes()
             for offset in range(0, end, _COPY_BYTES):

@@ -46,7 +46,9 @@ def create(
 
     Raises:
         InvalidName, AlreadyExists, LimitExceeded: Of the name, and of the size.
+        MetadataFull: The metadata's disk is full.
     """
+    store.require_room()
     validate_name(name)
     _require_free_name(store, name)
     _require_size(size_bytes)

@@ -131,7 +131,7 @@ acts: st.SearchStrategy[Act] = st.one_of(
         st.integers(0, 9),
         st.sampled_from([None, Stage.WRITTEN, Stage.WRITTEN, Stage.QUEUED, Stage.FLUSHED]),
     ),
-    st.builds(GoOn, st.sampled_from([False, False, False, True])),
+    st.builds(GoOn, st.sampled_from([False, False, False, True]), st.sampled_from([False, True])),
     st.builds(HotRead, choices, blocks, counts),
     st.builds(Cut, st.integers(0, 9)),
 )
@@ -260,7 +260,7 @@ class GremlinMachine(RuleBasedStateMachine, Listener):
             case HotSync():
                 self.hot_sync(act)
             case GoOn():
-                self.gremlin.go_on(fails=act.fails)
+                self.gremlin.go_on(fails=act.fails, is_full=act.is_full)
             case Cut():
                 self.power_fails(act.seed)
 
@@ -757,6 +757,18 @@ def test_an_fsync_fails_when_the_round_that_has_its_data_failed(stage: Stage) ->
     """It found nothing left to do, and reported success."""
     with story() as machine:
         machine.commit(during((0, HotSync(0, 0, 1, stage)), (0, GoOn(fails=True))))
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_a_round_that_found_no_room_is_written_by_the_next_commit(call: int) -> None:
+    """Its mappings may have been taken for committed by then."""
+    full = GoOn(is_full=True)
+    with story() as machine:
+        machine.write(during((0, HotSync(0, 0, 1, Stage.QUEUED)), (call, full), (call + 1, Cut(1))), 0, 4, 2, 3)
+        machine.commit(Around(is_at_rest=False))
+        machine.power_fails(1)
+        machine.write(during((0, HotSync(0, 2, 1))), 0, 6, 2, 3)
+        machine.restart(0)
 
 
 @pytest.mark.parametrize("call", range(6))

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any, get_args
@@ -10,8 +11,9 @@ from typing import Any, get_args
 import pytest
 import trio
 
+from incfs import committer
 from incfs.backing import File
-from incfs.errors import NoSpace
+from incfs.errors import MetadataFull, NoSpace
 from incfs.metadata import TABLES_NAME
 from incfs.model import Volume
 from incfs.options import Options
@@ -165,14 +167,12 @@ async def test_a_read_that_hangs_holds_up_nobody_else(pool_home: Path, monkeypat
 
 
 def without_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = File.allocate
+    """Tables cannot become longer, and nothing was set aside for them."""
 
-    def allocate(file: File, *arguments: Any, **keywords: Any) -> None:
-        if file.path.name == TABLES_NAME:
-            raise NoSpace(f"cannot grow {file.path}: No space left on device", path=str(file.path))
-        original(file, *arguments, **keywords)
+    def reserve(tables: Tables, length_bytes: int) -> None:
+        raise NoSpace(f"cannot grow {tables._path}: No space left on device", path=str(tables._path))
 
-    monkeypatch.setattr(File, "allocate", allocate)
+    monkeypatch.setattr(Tables, "reserve", reserve)
 
 
 async def test_who_waits_for_a_checkpoint_is_told_that_there_is_no_room(
@@ -214,35 +214,143 @@ def without_room_for_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(File, "pwrite", pwrite)
 
 
-async def test_a_full_journal_on_a_full_disk_ends_writing_and_loses_nothing(
-    pool_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    acknowledged = 0
-
-    async def fill(service: Service, volume: Volume) -> None:
-        nonlocal acknowledged
-        for number in range(2 * JOURNAL_BYTES // len(SMALL)):
+async def fill_journal(service: Service, volume: Volume) -> int:
+    """Write and commit until the journal is full; give the number of the last commit."""
+    for number in range(2 * JOURNAL_BYTES // len(SMALL)):
+        try:
             await service.write(volume.map_id, 0, bytes([number]) + SMALL)
             await service.commit()
-            acknowledged = number
-            with suppress(NoSpace):
-                await service.checkpoint()
+        except MetadataFull:
+            return number - 1
+        with suppress(NoSpace):
+            await service.checkpoint()
+    raise AssertionError("the journal does not get full")
 
+
+async def test_a_full_journal_on_a_full_disk_refuses_writes_until_there_is_room(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It made the pool read-only until it was mounted again."""
+    monkeypatch.setattr(committer, "_NO_SPACE_RETRY_S", 0.01)
     async with two_volumes(pool_home) as (service, first, second):
+        (taken,) = await service.create_snapshots([(second.id, "s")])
         without_room_for_records(monkeypatch)
-        with trio.fail_after(PATIENCE_S), pytest.raises(NoSpace):
-            await fill(service, first)
-        assert acknowledged > JOURNAL_BYTES // len(SMALL) // 2
-        assert service.facts()["read_only"]
-        assert await service.read(second.map_id, 0, len(DATA)) == DATA
-    async with two_volumes(pool_home) as (service, first, _):
-        assert (await service.read(first.map_id, 0, 1))[0] in (acknowledged, acknowledged + 1)
-        assert await service.read(first.map_id, 1, len(SMALL)) == SMALL
+        with trio.fail_after(PATIENCE_S):
+            acknowledged = await fill_journal(service, first)
+            assert acknowledged > JOURNAL_BYTES // len(SMALL) // 2
+            for refused in (
+                lambda: service.write(first.map_id, 0, b"x"),
+                lambda: service.create_volume("more"),
+                lambda: service.create_snapshots([(first.id, "t")]),
+            ):
+                with pytest.raises(MetadataFull):
+                    await refused()
+            await service.remove_snapshot(second.id, taken.name)  # it has its room
+            assert not service.facts()["read_only"]
+            assert await service.read(second.map_id, 0, len(DATA)) == DATA
+            number = (await service.read(first.map_id, 0, 1))[0]
+            assert number in (acknowledged, acknowledged + 1)
         monkeypatch.undo()
         with trio.fail_after(PATIENCE_S):
             await folded(service)
-        await service.write(first.map_id, 0, b"it goes on")
+            await service.write(first.map_id, 0, b"it goes on")
+            await service.commit()
+            assert (await service.inspection.check(True)).is_clean
+    async with two_volumes(pool_home) as (service, first, _):
+        assert await service.read(first.map_id, 0, 10) == b"it goes on"
+        assert await service.read(first.map_id, 10, len(SMALL) - 9) == SMALL[9:]
+
+
+async def test_a_crash_in_a_full_pool_leaves_what_was_acknowledged(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acknowledged = -1
+    with suppress(ExceptionGroup), pytest.MonkeyPatch.context() as patched:
+        async with two_volumes(pool_home) as (service, first, _):
+            without_room_for_records(patched)
+            acknowledged = await fill_journal(service, first)
+            raise RuntimeError("the daemon ends here")
+    assert acknowledged > 0
+    async with two_volumes(pool_home) as (service, first, _):
+        assert (await service.read(first.map_id, 0, 1))[0] == acknowledged
+        assert await service.read(first.map_id, 1, len(SMALL)) == SMALL
         assert (await service.inspection.check(True)).is_clean
+
+
+async def test_a_commit_that_found_no_room_waits_as_long_as_the_policy_says(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(committer, "_NO_SPACE_RETRY_S", 0.01)
+    async with two_volumes(pool_home) as (service, first, _), trio.open_nursery() as nursery:
+        without_room_for_records(monkeypatch)
+        await fill_journal(service, first)
+        service.apply_settings(replace(service._store.account.settings, queue_s=PATIENCE_S))
+        ended: list[str] = []
+        nursery.start_soon(_run, ended, lambda s, v: s.write(v.map_id, 0, b"later"), service, first)
+        await trio.sleep(0.3)
+        assert not ended
+        monkeypatch.undo()
+        with trio.fail_after(PATIENCE_S):
+            while not ended:
+                await trio.sleep(0.01)
+
+
+def without_room_in_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even for what was written before: the host writes elsewhere each time."""
+    original = File.pwrite
+
+    def pwrite(file: File, offset: int, data: bytes | memoryview) -> None:
+        if file.path.name.startswith("journal"):
+            raise NoSpace(f"cannot write {file.path}: No space left on device", path=str(file.path))
+        original(file, offset, data)
+
+    monkeypatch.setattr(File, "pwrite", pwrite)
+
+
+@pytest.mark.parametrize("wants_checkpoint", [False, True])
+async def test_a_record_without_room_fails_its_commit_and_is_written_later(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch, wants_checkpoint: bool
+) -> None:
+    monkeypatch.setattr(committer, "_NO_SPACE_RETRY_S", 0.01)
+    async with two_volumes(pool_home) as (service, first, second):
+        with trio.fail_after(PATIENCE_S):
+            without_room_in_the_journal(monkeypatch)
+            await service.write(first.map_id, 0, b"refused")
+            for _ in range(2):
+                with pytest.raises(MetadataFull):
+                    await (service.checkpoint() if wants_checkpoint else service.commit())
+            with pytest.raises(MetadataFull):
+                await service.write(first.map_id, 0, b"more")
+            with pytest.raises(MetadataFull):
+                await service.inspection.check(False)
+            assert await service.read(first.map_id, 0, 7) == b"refused"
+            assert not service.facts()["read_only"]
+            monkeypatch.undo()
+            monkeypatch.setattr(committer, "_NO_SPACE_RETRY_S", 0.01)
+            while service._store.refused is not None:  # somebody tries it by himself
+                await trio.sleep(0.01)
+            await service.write(second.map_id, 0, b"more")
+            await service.checkpoint()
+            assert (await service.inspection.check(True)).is_clean
+        assert not service._store.has_unfolded
+    async with two_volumes(pool_home) as (service, first, second):
+        assert await service.read(first.map_id, 0, 7) == b"refused"
+        assert await service.read(second.map_id, 0, 4) == b"more"
+
+
+async def test_folding_needs_no_room_but_what_was_set_aside(pool_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint asked for room when it began; another program had taken it by then."""
+    async with two_volumes(pool_home) as (service, first, _):
+
+        def full(file: File, *_: Any, **__: Any) -> None:
+            raise NoSpace(f"cannot grow {file.path}: No space left on device", path=str(file.path))
+
+        monkeypatch.setattr(File, "allocate", full)
+        with trio.fail_after(PATIENCE_S):
+            for _ in range(3):
+                await rewrite(service, first)
+                await service.checkpoint()
+        assert not service._store.has_unfolded
 
 
 async def folded(service: Service) -> None:

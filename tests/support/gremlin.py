@@ -84,6 +84,8 @@ class GoOn:
     """The round that is held goes on, or its write or flush fails."""
 
     fails: bool = False
+    is_full: bool = False
+    """The write finds no room, which harms nothing."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,14 @@ class _Round:
         self.held_at: Stage | None = None
         self.is_held = False
         self.has_failed = False
-        self._fails = False
+        self._error = 0
         self._go = threading.Semaphore(0)
         self._stopped = threading.Semaphore(0)
         self._thread: threading.Thread | None = None
 
     def run(self, work: Callable[[], object], held_at: Stage | None) -> None:
         """Do it in a thread of its own, until it has ended or is held."""
-        self.held_at, self._fails = held_at, False
+        self.held_at, self._error = held_at, 0
 
         def body() -> None:
             work()
@@ -123,9 +125,9 @@ class _Round:
         self._thread.start()
         self._wait()
 
-    def go_on(self, *, fails: bool) -> None:
-        """Let it go on to its end."""
-        self._fails = fails
+    def go_on(self, error: int) -> None:
+        """Let it go on to its end; with an errno its write or flush fails."""
+        self._error = error
         self.is_held = False
         self._go.release()
         self._wait()
@@ -133,15 +135,16 @@ class _Round:
     def _wait(self) -> None:
         assert self._stopped.acquire(timeout=_PATIENCE_S), "an fsync neither ends nor is held: a deadlock"
 
-    def reach(self, stage: Stage) -> bool:
-        """Its thread has come so far; tell whether it fails here."""
+    def reach(self, stage: Stage) -> int:
+        """Its thread has come so far; give the errno if it fails here."""
         if threading.current_thread() is not self._thread or self.held_at != stage:
-            return False
+            return 0
         self.held_at, self.is_held = None, True
         self._stopped.release()
         assert self._go.acquire(timeout=_PATIENCE_S), "nobody lets a held fsync go on"
-        self.has_failed |= self._fails and stage != Stage.FLUSHED
-        return self._fails
+        is_harmless = stage == Stage.FLUSHED or (stage == Stage.QUEUED and self._error == errno.ENOSPC)
+        self.has_failed |= bool(self._error) and not is_harmless
+        return self._error
 
 
 class Listener:
@@ -273,10 +276,10 @@ class Gremlin:
             self._round.run(work, held_at)
         return sync
 
-    def go_on(self, *, fails: bool) -> None:
+    def go_on(self, *, fails: bool = False, is_full: bool = False) -> None:
         """Let the round that is held end."""
         if self.is_held:
-            self._round.go_on(fails=fails)
+            self._round.go_on(errno.ENOSPC if is_full else errno.EIO if fails else 0)
         self.hear()
 
     def hear(self) -> None:
@@ -286,13 +289,13 @@ class Gremlin:
             self._listener.synced(sync, error)
 
     def _write_record(self, fd: int, data: int, length: int, offset: int) -> int:
-        if self._round.reach(Stage.QUEUED):
-            return errno.EIO
+        if error := self._round.reach(Stage.QUEUED):
+            return error
         return 0 if os.pwrite(fd, ctypes.string_at(data, length), offset) == length else errno.EIO
 
     def _flush_record(self, fd: int) -> int:
-        if self._round.reach(Stage.WRITTEN):
-            return errno.EIO
+        if error := self._round.reach(Stage.WRITTEN):
+            return error
         os.fdatasync(fd)
         self._backing.note_sync_of(fd)
         self._round.reach(Stage.FLUSHED)

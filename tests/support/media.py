@@ -21,7 +21,7 @@ from random import Random
 from typing import Any
 
 from incfs.backing import Backing, File
-from incfs.errors import AlreadyExists, BackingError
+from incfs.errors import AlreadyExists, BackingError, MetadataFull, NoSpace
 from incfs.metadata import TABLES_NAME
 from incfs.tables import Tables
 
@@ -112,6 +112,9 @@ class MemoryFile(File):
 
     def host_device(self) -> int:
         return 1
+
+    def keep_in_place(self) -> None:
+        """It is."""
 
     def drop_cache(self, offset_bytes: int, length_bytes: int) -> None:
         """There is none."""
@@ -292,14 +295,14 @@ class MemoryBacking(Backing):
         begin: Callable[..., None] = Tables.__init__
 
         def recorded_write(tables: Tables, *arguments: Any) -> None:
-            self.meet("commit", tables._path)
+            with _as_lmdb_says():
+                self.meet("commit", tables._path)
             write(tables, *arguments)
             self._note_tables(tables)
 
         def recorded_begin(tables: Tables, *arguments: Any, create: bool = False, **options: Any) -> None:
             begin(tables, *arguments, create=create, **options)
             if create:
-                self.events.append(Event("create", self._name(tables._path)))
                 self.tables[self._name(tables._path)] = b""
                 self._note_tables(tables)
 
@@ -330,6 +333,15 @@ class MemoryBacking(Backing):
             self.events.append(Event("write", name, event.offset_bytes, SECTOR, event.data[:SECTOR]))
         if flags["sync"] and flags["metasync"]:
             self.events.append(Event("sync", name))
+
+
+@contextmanager
+def _as_lmdb_says() -> Iterator[None]:
+    """Say it as ``Tables.write`` does when LMDB finds no room."""
+    try:
+        yield
+    except NoSpace as error:
+        raise MetadataFull(error.message, **error.facts) from error
 
 
 def apply(content: bytearray, event: Event) -> None:

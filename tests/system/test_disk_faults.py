@@ -272,7 +272,8 @@ class Rig:
     def come_back(self, work: Work) -> None:
         """The cause is gone: what was acknowledged is there, and more can be written."""
         target = work.target
-        has_failed = "read-only from now on" in target.log.read_text()
+        told = target.log.read_text()
+        has_failed = "read-only from now on" in told or "has no room for metadata" in told
         self.switch.heal()
         target.log.write_text("")
         target.mount()
@@ -327,9 +328,14 @@ def judge(target: Target, fault: Fault, refusals: list[tuple[str, int]]) -> None
     if fault.way != "fails":
         assert not is_read_only()
         assert not refusals, "what was only late or in pieces was refused"
-    elif fault.host_errno in NO_ROOM and fault.file == "image" and fault.action in ("write", "allocate"):
+    elif fault.host_errno in NO_ROOM and (
+        (fault.file == "image" and fault.action in ("write", "allocate"))
+        or (fault.file == "journal" and fault.action in ("write", "allocate"))
+    ):
         assert not is_read_only(), "a full disk harms nothing"
         assert {code for _, code in refusals} <= {*NO_ROOM}
+    elif fault.host_errno in NO_ROOM and fault.file == "tables":
+        pass  # LMDB gives a transaction up, but for its last write, after which it gives itself up
     elif fault.action in ("write", "sync"):
         deadline = time.monotonic() + START_TIMEOUT_S  # the owner thread hears of it after whoever waited
         while not is_read_only():

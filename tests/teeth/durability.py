@@ -28,9 +28,9 @@ DURABILITY: Final = (
         "record-before-its-data",
         "I2",
         "incfs/checkpoint.py",
-        "            self.pool.sync()\n        self.journal.append(self.sequence,",
+        "            self.pool.sync()\n        body = encode_body(",
         "            self.journal.append(self.sequence, encode_body(self.changes, data, self.folded_sequence))\n"
-        "            return self.pool.sync()\n        self.journal.append(self.sequence,",
+        "            return self.pool.sync()\n        body = encode_body(",
         f"{CUTS}[flush-images]",
     ),
     Breakage(
@@ -183,7 +183,7 @@ DURABILITY: Final = (
         "I5",
         "incfs/journal.py",
         "        file.pwrite(self._end_bytes, encode_ack(sequence, self._segment.nonce))",
-        "",
+        "        pass",
         "tests/damage/test_damage.py::test_a_destroyed_last_record_is_not_taken_for_one_that_was_never_written",
     ),
     Breakage(

@@ -41,8 +41,9 @@ SHELL: Final = (
         "fold-without-room",
         "I10",
         "incfs/committer.py",
-        "                if not await self._wait_for_room(checkpoint):\n",
-        "                if self.is_closing:\n",
+        "                await self._wait_for_room(error)\n                if self.is_closing:\n"
+        "                    return False\n                continue\n            self._found_room()\n",
+        "                pass\n            self._found_room()\n",
         "tests/service/test_driver.py::test_a_checkpoint_waits_for_room_and_harms_nothing",
     ),
     Breakage(

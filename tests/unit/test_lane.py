@@ -8,13 +8,14 @@ import pytest
 
 pytest.importorskip("incfs._dataplane")
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 from incfs import copymaker, ranges, rollback, snapshot, volume
 from incfs.backing import Backing
 from incfs.changes import decode_body, map_runs
 from incfs.dataplane import LeaseExhausted
-from incfs.errors import BackingError, PoolReadOnly
+from incfs.errors import BackingError, MetadataFull, PoolReadOnly
 from incfs.roster import read_roster
 from tests.support import pools
 
@@ -242,14 +243,13 @@ def test_records_made_while_a_checkpoint_ends_say_what_the_tables_contain(pool):
     store.abandon()
 
 
-@pytest.mark.parametrize("device", ["/dev/full", "/dev/null"])
-def test_a_failed_flush_is_told_and_the_pool_becomes_read_only(pool, device):
-    """I10: nobody hears "durable", nothing is tried again.  One refuses the record, the other only to flush it."""
+def test_a_failed_flush_is_told_and_the_pool_becomes_read_only(pool):
+    """I10: nobody hears "durable", nothing is tried again.  The device takes the record, and refuses to flush it."""
     store = opened(pool)
     (table,) = new_volumes(store, "v")
     fill(store, table, 0, b"1" * BLOCK)
     assert store.plane._sync(table)
-    full = os.open(device, os.O_RDWR)
+    full = os.open("/dev/null", os.O_RDWR)
     lent = store.journal._file(store.journal.segment.number)
     saved = os.dup(lent.fileno())
     os.dup2(full, lent.fileno())
@@ -270,6 +270,68 @@ def test_a_failed_flush_is_told_and_the_pool_becomes_read_only(pool, device):
         os.close(full)
     store = crash(store)
     assert pools.read(store, table, 0, BLOCK) == b"1" * BLOCK
+    store.abandon()
+
+
+@contextmanager
+def full_disks(fds):
+    """Let files be on a full disk; all of them must have been empty of what is written meanwhile."""
+    saved = [os.dup(fd) for fd in fds]
+    full = os.open("/dev/full", os.O_RDWR)
+    for fd in fds:
+        os.dup2(full, fd)
+    try:
+        yield
+    finally:
+        for fd, before in zip(fds, saved, strict=True):
+            os.dup2(before, fd)
+            os.close(before)
+        os.close(full)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_record_without_room_is_kept_and_written_before_any_other(pool, copies):
+    """It made the pool read-only until it was mounted again."""
+    store = opened_with_two_copies(pool) if copies == 2 else opened(pool)
+    (table,) = new_volumes(store, "v")
+    with full_disks(list(store.journal._file(store.journal.segment.number).filenos().values())):
+        fill(store, table, 0, b"2" * BLOCK)
+        assert not store.plane._sync(table), "nobody hears durable"
+        for _ in range(2):
+            with pytest.raises(MetadataFull, match="journal"):
+                store.commit()  # of the same fsync, through Python
+        assert store.failure is None
+        store.catch_up()
+        assert store.durable_sequence == store.sequence - 1
+        with pytest.raises(MetadataFull):
+            pools.write(store, table, 0, b"3" * BLOCK)
+        assert pools.read(store, table, 0, BLOCK) == b"2" * BLOCK
+        store.lend_journal()
+        fill(store, table, 1, b"4" * BLOCK)  # of a write that was on its way
+        assert not store.plane._sync(table), "no record overtakes it"
+    store.commit()
+    assert store.durable_sequence == store.sequence
+    assert store.copies.current == list(range(1, copies + 1))
+    store.lend_journal()
+    fill(store, table, 2, b"5" * BLOCK)
+    assert store.plane._sync(table), "it goes on"
+    store = crash(store)
+    assert pools.read(store, table, 0, 3 * BLOCK) == b"2" * BLOCK + b"4" * BLOCK + b"5" * BLOCK
+    pools.check_clean(store)
+    store.abandon()
+
+
+def test_a_record_without_room_is_lost_with_the_power_and_nothing_else(pool):
+    store = opened(pool)
+    (table,) = new_volumes(store, "v")
+    fill(store, table, 0, b"1" * BLOCK)
+    assert store.plane._sync(table)
+    with full_disks([store.journal._file(store.journal.segment.number).fileno()]):
+        fill(store, table, 0, b"2" * BLOCK)
+        assert not store.plane._sync(table)
+    store = crash(store)
+    assert pools.read(store, table, 0, BLOCK) == b"1" * BLOCK
+    pools.check_clean(store)
     store.abandon()
 
 
@@ -364,7 +426,7 @@ def test_when_every_copy_fails_the_pool_is_read_only(pool):
     store = opened_with_two_copies(pool)
     (table,) = new_volumes(store, "v")
     lent = store.journal._file(store.journal.segment.number).filenos()
-    full = os.open("/dev/full", os.O_RDWR)
+    full = os.open("/dev/null", os.O_RDWR)
     for fd in lent.values():
         os.dup2(full, fd)
     fill(store, table, 0, b"2" * BLOCK)

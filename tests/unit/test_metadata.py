@@ -116,7 +116,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, is_hit: Call
         (File, "pwrite", "journal"),
         (File, "sync", "journal"),
         (Tables, "write", "tables"),
-        (File, "allocate", "tables"),
+        (Tables, "reserve", "tables"),
     ],
     ids=["append", "flush", "fold", "reserve"],
 )

@@ -344,9 +344,33 @@ static int reclaim(void)
 {
     if (!state.is_lent || options.owner == OWNER_APPENDS_BESIDE_LANE)
         return 0;
-    int error = lane_reclaim(lane, &state.end_bytes);
+    int error;
+    do
+        error = lane_reclaim(lane, &state.end_bytes);
+    while (!error && lane_no_room(lane));
     state.is_closed = true;
     state.is_lent = false;
+    return error;
+}
+
+static int settle(void)
+{
+    int error;
+    if (!state.is_lent)
+        return 0;
+    do
+        error = lane_settle(lane);
+    while (!error && lane_no_room(lane));
+    return error;
+}
+
+/* The committer tries again what found no room. */
+static int write_journal(int fd, const unsigned char *bytes, size_t length, uint64_t offset)
+{
+    int error;
+    do
+        error = write_fully(fd, bytes, length, offset);
+    while (error == ENOSPC);
     return error;
 }
 
@@ -354,14 +378,15 @@ static int append(const unsigned char *record, size_t length, uint64_t sequence)
 {
     unsigned char ack[SECTOR_BYTES] = {0};
     int error = reclaim();
-    if (error || (error = write_fully(journal_fd(), record, length, state.end_bytes)))
+    if (error || (error = write_journal(journal_fd(), record, length, state.end_bytes)))
         return error;
     if (hooks_fdatasync(journal_fd()))
         return errno;
     state.end_bytes += length;
     state.used_bytes = state.end_bytes;
     encode_head(ack, "JACK", 0, sequence, state.nonce, 0);
-    return write_fully(journal_fd(), ack, sizeof ack, state.end_bytes);
+    error = write_fully(journal_fd(), ack, sizeof ack, state.end_bytes);
+    return error == ENOSPC ? 0 : error;
 }
 
 static int start_segment(uint64_t start_sequence)
@@ -373,7 +398,7 @@ static int start_segment(uint64_t start_sequence)
     uint64_t segment = state.segment + 1, nonce = state.nonce + 1;
     int fd = disk_fd(segment % 2 ? OTHER_JOURNAL : JOURNAL);
     encode_segment(sector, segment, start_sequence, nonce);
-    if ((error = write_fully(fd, sector, sizeof sector, 0)))
+    if ((error = write_journal(fd, sector, sizeof sector, 0)))
         return error;
     if (hooks_fdatasync(fd))
         return errno;
@@ -421,7 +446,7 @@ static int run_commit(const struct commit *commit)
     unsigned blocks = 0;
     int error = 0;
     if (!commit->count)
-        error = state.is_lent ? lane_settle(lane) : 0;
+        error = settle();
     else if (stored_blocks(commit) <= SMALL_BLOCKS)
         error = read_back(commit, data, &blocks);
     else

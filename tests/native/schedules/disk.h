@@ -10,7 +10,15 @@ enum disk_file { IMAGE, OTHER_LEG, JOURNAL, OTHER_JOURNAL, DISK_FILES };
 enum { FIRST_FD = 1000, JOURNAL_BYTES = 96 << 10, IMAGE_BYTES = 8 << 10 };
 
 /* One operation that goes wrong. */
-enum fault { NO_FAULT, FAULT_FLUSH, FAULT_WRITE_JOURNAL, FAULT_WRITE_IMAGE, FAULT_IMAGE_FULL, FAULT_READ_IMAGE };
+enum fault {
+    NO_FAULT,
+    FAULT_FLUSH,
+    FAULT_WRITE_JOURNAL,
+    FAULT_WRITE_IMAGE,
+    FAULT_IMAGE_FULL,
+    FAULT_JOURNAL_FULL,
+    FAULT_READ_IMAGE
+};
 
 struct disk_faults {
     enum fault kind;
