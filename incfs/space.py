@@ -299,8 +299,13 @@ class Space:
         if self._lacking(needs, urgent=urgent, is_scarce=True) is not None:
             yield Step.RECLAIM
             yield Step.CHECKPOINT
-        if (lease := self._lacking(needs, urgent=urgent, is_scarce=True)) is not None:
-            raise self._full(lease)
+        while (lease := self._lacking(needs, urgent=urgent, is_scarce=True)) is not None:
+            growth = self.next_growth(lease)  # what became free may have been given back to the host meanwhile
+            if growth is None:
+                raise self._full(lease)
+            yield growth
+            if growth.refusal is not None:
+                self._refusals[growth.storage.record.id] = growth.refusal
 
     def _rules(self, lease: MapId) -> tuple[Rule, ...]:
         """Give what a storage volume must be for a lease's blocks."""

@@ -15,6 +15,7 @@ from incfs.image import DATA_OFFSET_BYTES
 from incfs.model import StorageId
 from incfs.recovery import make_storage
 from incfs.reuse import CHUNK_BYTES
+from incfs.space import Growth, Step
 from incfs.store import Store
 from tests.support import pools
 from tests.support.media import MemoryBacking
@@ -264,6 +265,23 @@ def test_punched_blocks_are_leased_once_the_host_has_given_their_space_again(poo
         growth.end()
         backed = sum(count for _, count in store.pool.allocate(1, 1 << 20, most_runs=1 << 20))
         assert storage.file.allocated_bytes() - before == backed * 4096 == min(96 * 4096, store.account.extend_bytes)
+
+
+def test_what_goes_back_to_the_host_while_space_is_made_is_got_again(pool_home: Path) -> None:
+    """The last checkpoint's blocks were punched before they were leased: a full pool, although they were free."""
+    with pools.open_tiny(pools.make_pool(pool_home, block_bytes=4096, capacity_bytes=40 * 4096)) as store:
+        volume = pools.new_volume(store, "db")
+        pools.write(store, volume.map_id, 0, b"x" * 40 * 4096)
+        pools.discard(store, volume.map_id, 0, 30 * 4096)
+        store.absorb()
+        for step in store.space.steps({volume.map_id: 20}):
+            if isinstance(step, Growth):
+                step.run()
+                step.end()
+            elif step is Step.CHECKPOINT:
+                store.checkpoint()
+                pools.give_back(store)
+        assert store.plane.leased_blocks(volume.map_id) >= 20
 
 
 def freed_chunks(pool_home: Path) -> Store:
