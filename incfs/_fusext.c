@@ -81,6 +81,16 @@ static PyObject *module_leave_syncs(PyObject *module, PyObject *are_left)
     Py_RETURN_NONE;
 }
 
+static PyObject *module_refuse_writers(PyObject *module, PyObject *are_refused)
+{
+    (void)module;
+    int is_true = PyObject_IsTrue(are_refused);
+    if (is_true < 0)
+        return NULL;
+    hot_refuse_writers(is_true);
+    Py_RETURN_NONE;
+}
+
 static PyObject *module_is_interposed(PyObject *module, PyObject *unused)
 {
     (void)module;
@@ -98,6 +108,7 @@ static PyMethodDef module_methods[] = {
     {"start_hot", module_start_hot, METH_O, "Start the hot threads on a data plane, given by its capsule."},
     {"stop_hot", module_stop_hot, METH_NOARGS, "End the hot threads; what they had begun is answered."},
     {"leave_syncs", module_leave_syncs, METH_O, "Have hot threads leave every fsync to Python, or not any more."},
+    {"refuse_writers", module_refuse_writers, METH_O, "Refuse writers that the kernel caches for, or not any more."},
     {"hot_counts", module_hot_counts, METH_NOARGS, "Requests that hot threads answered, and left to Python."},
     {"hot_durations", module_hot_durations, METH_NOARGS, "How long what hot threads answered took: (buckets, sum in ns)."},
     {"is_interposed", module_is_interposed, METH_NOARGS, "Whether pyfuse3 calls us and not libfuse."},

@@ -17,6 +17,7 @@ static struct {
 
 static struct fuse_session *session; /* the one that was created through this module, until destroyed */
 static void (*inner_init)(void *, struct fuse_conn_info *);
+static void (*inner_getattr)(fuse_req_t, fuse_ino_t, struct fuse_file_info *);
 static struct fuse_conn_info negotiated; /* as it stood at the end of init; proto_major is 0 before */
 
 /* Only the first ten members of fuse_conn_info are used: they lie the same in every libfuse 3. */
@@ -37,6 +38,14 @@ static void op_init(void *userdata, struct fuse_conn_info *connection)
     negotiated = *connection;
 }
 
+static void op_getattr(fuse_req_t req, fuse_ino_t inode, struct fuse_file_info *file)
+{
+    if (file && hot_is_refused(file->fh))
+        libfuse.reply_err(req, ENOSPC);
+    else
+        inner_getattr(req, inode, file);
+}
+
 /* Returns a copy of `ops` with our operations in it, to be freed; NULL when out of memory. */
 static struct fuse_lowlevel_ops *extended(const struct fuse_lowlevel_ops *ops, size_t *size)
 {
@@ -53,6 +62,8 @@ static struct fuse_lowlevel_ops *extended(const struct fuse_lowlevel_ops *ops, s
     memcpy(table, ops, given);
     inner_init = table->init;
     table->init = op_init;
+    inner_getattr = table->getattr;
+    table->getattr = op_getattr;
     /* A later pyfuse3 may bring its own; then its handlers are the ones that its users know. */
     if (!table->lseek)
         table->lseek = op_lseek;

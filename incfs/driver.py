@@ -80,6 +80,10 @@ class Driver:
         """Set by the service."""
         self._fullness = ""
         """What was told last of a full pool: queue, full, or nothing."""
+        self._full_at: int | None = None
+        """So much was free when a write failed for lack of space; None when space came back since."""
+        self.became_full = trio.Event()
+        """Set while the pool is full; then there is a new one."""
 
     async def drive(
         self, request: Callable[[bool], Result], *, in_thread: bool = False, may_wait_in_thread: bool = False
@@ -289,10 +293,23 @@ class Driver:
     def _tell_full(self, error: NoSpace) -> None:
         if not isinstance(error, QuotaExceeded):
             self._note_fullness("full", f"{error}; writes fail with ENOSPC")
+            self._full_at = self._store.account.free_bytes()
+            if self._full_at < self._store.account.extend_bytes:  # else only some volumes may not use what there is
+                self.became_full.set()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a write failed for lack of space, and no space came back since."""
+        if self.became_full.is_set() and self._full_at is not None:
+            if self._store.account.free_bytes() <= self._full_at:
+                return True
+            self.became_full = trio.Event()
+        return False
 
     def _leave_queue(self) -> None:
         if self._fullness:
             self._note_fullness("", "")
+            self._full_at = None
             self._store.events.record("space-returned", "pool", "blocks are free again; writes go on")
 
     def _note_fullness(self, kind: str, reason: str) -> None:

@@ -120,7 +120,7 @@ class FileHandlers(pyfuse3.Operations):
                 await self.service.resize_volume(volume.id, 0, shrink=True)
         else:
             raise pyfuse3.FUSEError(errno.EISDIR)
-        return self._open_table(MapId(inode), ctx.pid, is_writable=wants_write)
+        return self._open_table(MapId(inode), ctx.pid, flags, is_writable=wants_write)
 
     def _open_status_file(self, inode: int, *, wants_write: bool) -> pyfuse3.FileInfo:
         if wants_write:
@@ -129,17 +129,20 @@ class FileHandlers(pyfuse3.Operations):
         fh = self._register(Handle(inode, MapId(0), is_writable=False, content=content))
         return pyfuse3.FileInfo(fh=fh, direct_io=True, keep_cache=False)
 
-    def _open_table(self, table: MapId, pid: int, *, is_writable: bool, is_cached: bool = True) -> pyfuse3.FileInfo:
+    def _open_table(
+        self, table: MapId, pid: int, flags: int, *, is_writable: bool, is_cached: bool = True
+    ) -> pyfuse3.FileInfo:
         self.service.handles.open(table, describe_process(pid))
         is_ours = self.kernel is not None and not is_writable and self.kernel.is_ours(pid)
-        fh = self._register(Handle(table, table, is_writable=is_writable, is_ours=is_ours))
+        handle = Handle(table, table, is_writable=is_writable, is_ours=is_ours)
+        fh = self._register(handle, only_writes=flags & os.O_ACCMODE == os.O_WRONLY)
         # But for rollbacks and streams, a table changes through the mount only: the kernel may keep its pages.
         is_cached = is_cached and self.cache != "none"
         is_kept = is_cached and not self.service.branches.take_changed(table)
         return pyfuse3.FileInfo(fh=fh, direct_io=not is_cached, keep_cache=is_kept)
 
-    def _register(self, handle: Handle) -> int:
-        fh = next(self._numbers)
+    def _register(self, handle: Handle, *, only_writes: bool = False) -> int:
+        fh = next(self._numbers) << 1 | only_writes  # as the extension reads it, which refuses writers of a full pool
         self._handles[fh] = handle
         return fh
 

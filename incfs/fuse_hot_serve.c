@@ -22,6 +22,20 @@ void hot_leave_syncs(bool are_left)
     atomic_store(&are_syncs_left, are_left);
 }
 
+/* Of the numbers that fuse_files.py gives to handles: open for writing, and not for reading. */
+enum { ONLY_WRITES = 1 };
+static atomic_bool are_writers_refused;
+
+void hot_refuse_writers(bool are_refused)
+{
+    atomic_store(&are_writers_refused, are_refused);
+}
+
+bool hot_is_refused(uint64_t handle)
+{
+    return handle & ONLY_WRITES && atomic_load_explicit(&are_writers_refused, memory_order_relaxed);
+}
+
 void serve_from(const struct hot_server *given, int fd, unsigned threads)
 {
     server = *given;
@@ -154,9 +168,14 @@ static bool serve_write(struct worker *worker, const struct fuse_in_header *head
     return true;
 }
 
-static bool serve_getattr(struct worker *worker, const struct fuse_in_header *header)
+static bool serve_getattr(struct worker *worker, const struct fuse_in_header *header, size_t length)
 {
+    const struct fuse_getattr_in *in = (const void *)(header + 1);
     struct hot_stat found;
+    if (length >= sizeof *header + sizeof *in && in->getattr_flags & FUSE_GETATTR_FH && hot_is_refused(in->fh)) {
+        reply(header->unique, ENOSPC, NULL, 0);
+        return true;
+    }
     if (!server.stat(server.owner, header->nodeid, &found))
         return false;
     count(&worker->lookups, 1);
@@ -256,7 +275,7 @@ static bool serve_at_once(struct worker *worker, enum hot_operation operation, s
     case HOT_WRITE:
         return serve_write(worker, header, length);
     case HOT_GETATTR:
-        return serve_getattr(worker, header);
+        return serve_getattr(worker, header, length);
     case HOT_SETATTR:
         return serve_setattr(worker, header, length);
     default:

@@ -157,7 +157,7 @@ class Operations(FileHandlers):
         is_volume = kind_of(entry.st_ino) is Kind.VOLUME
         is_writable = is_volume and flags & os.O_ACCMODE != os.O_RDONLY
         # The kernel believes that it may write to a snapshot that it has just "created": without a cache it has to ask.
-        opened = self._open_table(MapId(entry.st_ino), ctx.pid, is_writable=is_writable, is_cached=is_volume)
+        opened = self._open_table(MapId(entry.st_ino), ctx.pid, flags, is_writable=is_writable, is_cached=is_volume)
         return opened, entry
 
     @handler

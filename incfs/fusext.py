@@ -153,6 +153,15 @@ def leave_syncs(is_left: bool) -> None:
     _fusext.leave_syncs(is_left)
 
 
+def refuse_writers(are_refused: bool) -> None:
+    """Let writers whose writes the kernel caches hear ENOSPC before each, as long as they cannot read; or no more."""
+    try:
+        from incfs import _fusext
+    except ImportError:
+        return  # they hear it from fsync and close
+    _fusext.refuse_writers(are_refused)
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     """Tell whether to log; not that nobody took the answer to a close.
 

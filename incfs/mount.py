@@ -67,6 +67,8 @@ MIN_TASKS: Final = 8
 MAX_TASKS: Final = 4096
 """A request that waits for others (a snapshot for the write-back of its volumes, FSYNC of each for the others) holds
 its task, so tasks must not run out: twice the volumes of one standstill."""
+_LOOK_FOR_SPACE_EVERY_S: Final = 0.1
+"""While writers are refused because the pool is full."""
 RETRY_S: Final = 1.0
 """Between attempts to unmount what is in use; what the kernel holds is written as often."""
 REMIND_S: Final = 60.0
@@ -160,6 +162,7 @@ async def _run(pool: Path, mountpoint: Path, options: MountOptions, parent: Pare
                         stopping = _Stopping(service, hook, mountpoint, outside)
                         await _start_tasks(nursery, service, options)
                         await minding.start(stopping.watch_signals)
+                        nursery.start_soon(_refuse_writers_of_a_full_pool, service, operations, hook)
                         nursery.start_soon(_tell_ready, mountpoint, session, parent, outside)
                         aborted = await _serve_requests(mountpoint, outside, stopping)
                     notify_systemd("STOPPING=1")
@@ -181,6 +184,20 @@ async def _start_tasks(nursery: trio.Nursery, service: "Service", options: Mount
         service.policies.may_hook = options.hooks
         nursery.start_soon(enforce, service)
         nursery.start_soon(resume_jobs, service)
+
+
+async def _refuse_writers_of_a_full_pool(service: "Service", operations: Operations, hook: KernelHook) -> None:
+    """While the pool is full, let writers hear so: the kernel takes their writes and drops what we refuse."""
+    while operations.enable_writeback_cache:
+        await service.wait_full()
+        fusext.refuse_writers(True)
+        try:
+            for table in operations.writers():
+                hook.forget_attributes(table)
+            while service.is_full:  # noqa: ASYNC110 - nobody tells when space comes back
+                await trio.sleep(_LOOK_FOR_SPACE_EVERY_S)
+        finally:
+            fusext.refuse_writers(False)
 
 
 async def _serve_requests(mountpoint: Path, outside: Outside, stopping: "_Stopping") -> IncfsError | None:

@@ -128,6 +128,15 @@ class Service:
         """Learn how full the images' filesystems are, from those that answer soon; else that is some seconds old."""
         await self._keeper.hosts.look()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether a write failed for lack of space, and no space came back since."""
+        return self._driver.is_full
+
+    async def wait_full(self) -> None:
+        """Wait until the pool is."""
+        await self._driver.became_full.wait()
+
     def metadata_copies(self) -> list[dict[str, Any]]:
         """Report every copy of the metadata."""
         return status.copy_facts(self._store)

@@ -6,10 +6,12 @@ import mmap
 import os
 import re
 import threading
+import time
 
 import pytest
 
 from tests.mount.conftest import END_TIMEOUT_S, incfs, mounted_pool
+from tests.mount.test_fusext import KEEP_SIZE, PUNCH_HOLE, fallocate
 from tests.mount.test_names import errno_of
 
 MIB = 1 << 20
@@ -206,6 +208,40 @@ def test_umount_tells_of_a_failure_that_nobody_was_told_of(tmp_path):
         assert (done.returncode, "not everything could be written" in done.stderr) == (1, True)
         assert pool.process.wait(END_TIMEOUT_S) == 0
         pool.process = None
+
+
+@pytest.mark.parametrize("plane", ["native", "python"])
+def test_a_writer_that_the_kernel_caches_for_hears_that_the_pool_is_full(tmp_path, plane):
+    """Nobody told the kernel: ``dd`` wrote 74 GB into 251 MiB, and heard of it when it closed the file."""
+    with mounted_pool(tmp_path, f"data_plane={plane}", "--capacity", "16M") as pool:
+        data, deadline, written = os.urandom(MIB), time.monotonic() + 60, 0
+        fd, other = os.open(pool / "db", os.O_WRONLY | os.O_CREAT), os.open(pool / "db", os.O_RDWR)
+        while time.monotonic() < deadline and not (error := _refusal(os.write, fd, data)):
+            written += MIB
+            if written % (8 * MIB) == 0:
+                _refusal(os.fsync, other)  # else the kernel keeps what it likes
+        assert error == errno.ENOSPC
+        assert written <= 256 * MIB
+        assert os.lseek(other, 0, os.SEEK_END) == written
+        assert os.read(other, 10) == b""
+        while _refusal(fallocate, fd, PUNCH_HOLE | KEEP_SIZE, 0, 8 * MIB) == errno.ENOSPC:
+            assert time.monotonic() < deadline, "what became of pages is told once"
+        pool.command("pool", "check")  # begins with a checkpoint: what was punched is free
+        while _refusal(os.pwrite, fd, data, 0) or _refusal(os.fsync, fd):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        for opened in (fd, other):
+            _refusal(os.close, opened)
+        assert (pool / "db").read_bytes()[:MIB] == data
+
+
+def _refusal(function, *args):
+    """Call it; give the errno, 0 for none."""
+    try:
+        function(*args)
+    except OSError as error:
+        return error.errno
+    return 0
 
 
 def _fill(fd, length):

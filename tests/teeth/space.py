@@ -98,6 +98,22 @@ SPACE: Sequence[Breakage] = [
         "tests/service/test_space.py::test_a_write_that_waits_has_the_policy_prune",
     ),
     Breakage(
+        "cached-writers-are-not-told-of-a-full-pool",
+        "policy",
+        "incfs/mount.py",
+        "        fusext.refuse_writers(True)\n",
+        "",
+        "tests/mount/test_data.py::test_a_writer_that_the_kernel_caches_for_hears_that_the_pool_is_full[python]",
+    ),
+    Breakage(
+        "a-full-pool-refuses-those-who-read",
+        "policy",
+        "incfs/fuse_hot_serve.c",
+        "    return handle & ONLY_WRITES && atomic_load",
+        "    return handle && atomic_load",
+        "tests/mount/test_data.py::test_a_writer_that_the_kernel_caches_for_hears_that_the_pool_is_full[native]",
+    ),
+    Breakage(
         "what-a-host-reserved-is-believed-after-it-refused",
         "I15",
         "incfs/storage.py",

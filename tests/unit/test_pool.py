@@ -269,7 +269,8 @@ def test_punched_blocks_are_leased_once_the_host_has_given_their_space_again(poo
 
 def test_what_goes_back_to_the_host_while_space_is_made_is_got_again(pool_home: Path) -> None:
     """The last checkpoint's blocks were punched before they were leased: a full pool, although they were free."""
-    with pools.open_tiny(pools.make_pool(pool_home, block_bytes=4096, capacity_bytes=40 * 4096)) as store:
+    pool = pools.make_pool(pool_home, block_bytes=4096, capacity_bytes=40 * 4096)
+    with pools.open_tiny(pool, pools.tiny_options(extend_bytes=1 << 20)) as store:
         volume = pools.new_volume(store, "db")
         pools.write(store, volume.map_id, 0, b"x" * 40 * 4096)
         pools.discard(store, volume.map_id, 0, 30 * 4096)
