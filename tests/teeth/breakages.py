@@ -6,6 +6,7 @@ from tests.teeth.breakage import Breakage
 from tests.teeth.core import CORE
 from tests.teeth.domain import DOMAIN
 from tests.teeth.durability import DURABILITY
+from tests.teeth.epochs import EPOCHS
 from tests.teeth.metadata import COPIES
 from tests.teeth.mounted import MOUNTED
 from tests.teeth.native import NATIVE
@@ -15,7 +16,7 @@ from tests.teeth.shell import SHELL
 from tests.teeth.space import SPACE
 
 ROOMS: Sequence[Sequence[Breakage]] = (
-    (*DURABILITY, *COPIES),
+    (*DURABILITY, *COPIES, *EPOCHS),
     (*CORE, *SPACE),
     DOMAIN,
     (*NATIVE, *SCHEDULES),

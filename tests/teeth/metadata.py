@@ -160,7 +160,15 @@ COPIES: Final = (
         "incfs/gather.py",
         "    there = [number for number in newest.current if number in found.directories]",
         "    there = [place.number for place in newest.places if place.number in found.directories]",
-        f"{_CUTS}test_every_cut_while_a_copy_is_left_behind_and_comes_back",
+        f"{_UNIT}test_a_copy_that_was_left_behind_does_not_stand_in_for_a_damaged_one",
+    ),
+    Breakage(
+        "journals-not-made-alike",
+        "I17",
+        "incfs/gather.py",
+        "                journal.catch_up(ahead)",
+        "                pass",
+        f"{_UNIT}test_a_record_that_one_copy_lacked_is_in_it_from_the_opening_on[other]",
     ),
     Breakage(
         "shorter-journal-read",

@@ -9,7 +9,15 @@ import pytest
 
 from incfs import copymaker
 from incfs.backing import Backing, File
-from incfs.errors import AlreadyExists, BackingError, EpochMismatch, MetadataStale, PoolLocked, UsageError
+from incfs.errors import (
+    AlreadyExists,
+    BackingError,
+    EpochMismatch,
+    MetadataStale,
+    NotAPool,
+    PoolLocked,
+    UsageError,
+)
 from incfs.lock import PoolLock
 from incfs.metadata import TABLES_NAME
 from incfs.roster import ROSTER_NAME, decode_roster, encode_roster, first_roster, read_roster
@@ -180,6 +188,15 @@ def test_a_copy_that_was_left_behind_leads_to_the_one_that_counts(pool: Path, tm
         assert content(again) == DATA
 
 
+def test_a_copy_that_was_left_behind_does_not_stand_in_for_a_damaged_one(pool: Path) -> None:
+    with pools.open_tiny(pool) as store:
+        store.copies.leave(2, "a test")
+        store.copies.settle()
+    (pool / "superblock").write_bytes(b"damaged")
+    with pytest.raises(NotAPool):
+        pools.open_tiny(pool)
+
+
 def test_a_copy_that_was_left_behind_is_refused_alone_from_the_first_commit_on(pool: Path, tmp_path: Path) -> None:
     """Its own roster says that it is up to date: only the images know better."""
     store = pools.open_tiny(pool)
@@ -254,6 +271,22 @@ def test_a_record_that_one_copy_lacks_is_taken_from_the_other(pool: Path, tmp_pa
         with pools.open_tiny(pool) as again:
             assert content(again, len(lacking.name)) == lacking.name.encode()
             assert sorted(again.copies.current) == [1, 2]
+
+
+@pytest.mark.parametrize("lacking", ["pool", "other"])
+def test_a_record_that_one_copy_lacked_is_in_it_from_the_opening_on(pool: Path, tmp_path: Path, lacking: str) -> None:
+    """The power fails right after the opening, and takes the disk of the copy that had it."""
+    behind, ahead = tmp_path / lacking, tmp_path / ("other" if lacking == "pool" else "pool")
+    store = pools.open_tiny(pool)
+    before = {name: (behind / name).read_bytes() for name in ("journal.0", "journal.1")}
+    write(store)
+    store.abandon()
+    for name, data in before.items():
+        (behind / name).write_bytes(data)
+    pools.open_tiny(pool).abandon()
+    lose(ahead)
+    with pools.open_tiny(behind) as again:
+        assert content(again) == DATA
 
 
 def test_a_checkpoint_that_one_copy_lacks_is_folded_into_it(pool: Path, tmp_path: Path) -> None:
