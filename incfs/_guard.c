@@ -17,7 +17,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { RANGES = 64, HEAD_BYTES = 64 };
+enum { RANGES = 1024, HEAD_BYTES = 64 }; /* a pool has one, or one more for each copy of its metadata */
 
 static struct {
     atomic_uintptr_t start;

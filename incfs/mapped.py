@@ -47,9 +47,11 @@ class MappedFile:
 
 def _mappings(inode: int, name: str) -> Iterator[tuple[int, int]]:
     """Find the mappings of a file; by number and name, as the device is not told alike everywhere."""
-    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+    end_of_line = os.fsencode(f"/{name}\n")
+    with open("/proc/self/maps", "rb") as maps:
         for line in maps:
-            addresses, _, _, _, number, *path = line.split(maxsplit=5)
-            if int(number) == inode and path and path[0].rstrip("\n").endswith(f"/{name}"):
-                start, end = addresses.split("-")
-                yield int(start, 16), int(end, 16)
+            if line.endswith(end_of_line):
+                addresses, _, _, _, number, _ = line.split(maxsplit=5)
+                if int(number) == inode:
+                    start, end = addresses.split(b"-")
+                    yield int(start, 16), int(end, 16)

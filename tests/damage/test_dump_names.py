@@ -96,6 +96,7 @@ class Place:
             match document:
                 case {"record": "storage", "value": value}:
                     value["mirrors"], value["stale_legs"] = [f"{value['path']}.leg1"], [1]
+                    value["left_legs"] = [[1, 1, 1, 1, 1]]
                     value["storage_class"] = "ssd"
                 case {"record": "volume", "value": {"name": "v"} as value}:
                     value["replicas"] = {"r": self.replica(value["uuid"])}

@@ -159,6 +159,7 @@ def test_merged_streams_lead_where_the_parts_do(places, history):
     copy = there.catalog.volume_named("vol")
     assert outcome(direct) is None
     assert read(there, copy.map_id) == read(here, snapshots[-1].map_id)
+    places.close()
 
 
 HISTORY = [
