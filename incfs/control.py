@@ -1,4 +1,4 @@
-"""The admin socket: how a command reaches the daemon that has the pool open.
+"""The daemon's end of the admin socket; ``client`` has the other one.
 
 Owns ``POOL/control.sock``; ``protocol`` owns what is said on it.  Requests may follow each other
 on one connection, each after the result of the one before.
@@ -14,27 +14,26 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from incfs.admin import VERBS, run_verb
-from incfs.admin.verb import NO_CHANNEL, Channel, Progress
-from incfs.backing import Backing
+from incfs.channel import Channel, Progress
 from incfs.documents import Document
 from incfs.errors import DaemonError, IncfsError, PermissionRefused, UsageError
-from incfs.gather import other_directories
 from incfs.protocol import (
     MAX_REPLY_BYTES,
     MAX_REQUEST_BYTES,
     PROTOCOL_VERSION,
+    SOCKET_NAME,
     data_of,
     encode_frame,
     error_document,
-    rebuild_error,
     receive_frame,
+    short_path,
 )
 
 if TYPE_CHECKING:
@@ -42,17 +41,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SOCKET_NAME: Final = "control.sock"
-MAX_SOCKET_PATH_BYTES: Final = 107
-"""Of ``sun_path`` in unix(7), without its final NUL."""
 PROGRESS_EVERY_S: Final = 0.2
-CONNECT_TIMEOUT_S: Final = 10
-_TIMEVAL: Final = struct.Struct("ll")
 _PEER: Final = struct.Struct("3i")
 """pid, uid and gid of ``struct ucred``."""
-
-
-# ----------------------------------------------------------------------------------- server
 
 
 async def serve_control(
@@ -85,7 +76,7 @@ def _listening_socket(directory: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
         try:
             path.unlink(missing_ok=True)
-            with _short_path(directory) as short:
+            with short_path(directory) as short:
                 listening.bind(short)
             path.chmod(stat.S_IRUSR | stat.S_IWUSR)
             listening.listen(64)
@@ -96,20 +87,6 @@ def _listening_socket(directory: Path) -> Iterator[socket.socket]:
         finally:
             with contextlib.suppress(OSError):  # its disk may be lost; the next daemon takes it away
                 path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _short_path(directory: Path) -> Iterator[str]:
-    """Yield a path of the socket that fits an address, through /proc when it is too long."""
-    path = str(directory / SOCKET_NAME)
-    if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES:
-        yield path
-        return
-    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{descriptor}/{SOCKET_NAME}"
-    finally:
-        os.close(descriptor)
 
 
 async def _serve_client(service: "Service", stream: trio.SocketStream) -> None:
@@ -241,130 +218,3 @@ async def _cancel_on_hangup(stream: trio.SocketStream, working: trio.CancelScope
             peeked = b""
         if not peeked:
             working.cancel()
-
-
-# ----------------------------------------------------------------------------------- client
-
-
-class ControlClient:
-    """A connection to the daemon of one pool; use ``connect_control``."""
-
-    def __init__(self, stream: trio.SocketStream, progress: Progress) -> None:
-        self._stream = stream
-        self._progress = progress
-
-    async def call(self, verb: str, **arguments: Any) -> Document:
-        """Have the daemon run a verb and return its document.
-
-        Raises:
-            IncfsError: What the verb raised.
-            DaemonError: The daemon went away or broke the protocol.
-        """
-        await self._ask(verb, arguments)
-        return await self._result(NO_CHANNEL)
-
-    async def transfer(self, verb: str, channel: Channel, arguments: Document) -> Document:
-        """Do as ``call``, for a verb that has bulk data.
-
-        Args:
-            verb: Its name.
-            channel: Takes and gives the data.
-            arguments: Of the verb.
-        """
-        await self._ask(verb, arguments)
-        outcome: Document | IncfsError
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._pump, channel)
-            try:
-                outcome = await self._result(channel)
-            except IncfsError as error:
-                outcome = error  # raised outside: a nursery would wrap it
-            nursery.cancel_scope.cancel()
-        if isinstance(outcome, IncfsError):
-            raise outcome
-        return outcome
-
-    async def _ask(self, verb: str, arguments: Document) -> None:
-        request = {"version": PROTOCOL_VERSION, "verb": verb, "arguments": arguments}
-        with contextlib.suppress(trio.BrokenResourceError):
-            # A daemon that refuses this user answers and closes without reading.
-            await self._stream.send_all(encode_frame(request, limit_bytes=MAX_REQUEST_BYTES))
-
-    async def _pump(self, channel: Channel) -> None:
-        """Send what the channel gives; the daemon says in its result what it thinks of it."""
-        data = b"first"
-        with contextlib.suppress(trio.BrokenResourceError):
-            while data:
-                data = await channel.take()
-                await self._stream.send_all(encode_frame({"data": data}, limit_bytes=MAX_REQUEST_BYTES))
-
-    async def _result(self, channel: Channel) -> Document:
-        while True:
-            reply = await self._receive()
-            if "result" in reply:
-                result: Document = reply["result"]
-                return result
-            if isinstance(reply.get("error"), dict):
-                raise rebuild_error(reply["error"])
-            if isinstance(reply.get("data"), bytes):
-                await channel.put(reply["data"])
-            else:
-                self._report(reply.get("progress"))
-
-    async def _receive(self) -> Document:
-        try:
-            reply = await receive_frame(self._stream, limit_bytes=MAX_REPLY_BYTES)
-        except trio.BrokenResourceError:
-            reply = None
-        if reply is None:
-            raise DaemonError("the daemon went away before it answered; the request may have been carried out")
-        return reply
-
-    def _report(self, progress: object) -> None:
-        match progress:
-            case {"done": int(done), "total": int(total), "unit": str(unit)}:
-                self._progress(done, total, unit)
-            case _:
-                raise DaemonError("the daemon sent a reply that this command does not know")
-
-
-@contextlib.asynccontextmanager
-async def connect_control(directory: Path, progress: Progress) -> AsyncIterator[ControlClient | None]:
-    """Connect to the daemon of the pool in ``directory``, or in another copy of it; None when there is none.
-
-    A socket file that a killed daemon left behind counts as none.
-
-    Raises:
-        PermissionRefused: The daemon belongs to another user.
-        DaemonError: The daemon does not accept connections.
-    """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
-        # While the daemon is slow to accept, the kernel waits this long before EAGAIN.
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(CONNECT_TIMEOUT_S, 0))
-        if not await trio.to_thread.run_sync(_connect_any, connected, directory):
-            yield None
-            return
-        connected.setblocking(False)
-        async with trio.SocketStream(trio.socket.from_stdlib_socket(connected)) as stream:
-            yield ControlClient(stream, progress)
-
-
-def _connect_any(unconnected: socket.socket, directory: Path) -> bool:
-    """Connect where the pool was opened: in this directory, or in another that holds its metadata."""
-    if _connect(unconnected, directory):
-        return True
-    return any(_connect(unconnected, other) for other in other_directories(Backing(), directory))
-
-
-def _connect(unconnected: socket.socket, directory: Path) -> bool:
-    try:
-        with _short_path(directory) as path:
-            unconnected.connect(path)
-    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
-        return False
-    except PermissionError as error:
-        raise PermissionRefused(f"you may not administer the pool in {directory}") from error
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise DaemonError(f"the daemon of {directory} does not answer: {reason}") from error
-    return True

@@ -9,7 +9,7 @@ written before ``Gathered.agree``.
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
@@ -373,11 +373,3 @@ def _joined_files(copies: Copies, joined: Mapping[int, Sound], first: int) -> tu
 def real_directory(directory: Path) -> Path:
     """Give a copy's directory as the roster has it."""
     return Path(os.path.realpath(directory))
-
-
-def other_directories(backing: Backing, directory: Path) -> Iterator[Path]:
-    """Yield where else copies of a pool may be, as the roster in one of them says."""
-    with contextlib.suppress(IncfsError):
-        own = read_roster(backing, directory)
-        if own is not None:
-            yield from (Path(place.path) for place in own[0].places if place.number != own[1])

@@ -1,4 +1,4 @@
-"""Messages on the admin socket: how they are framed, and how an error travels.
+"""The admin socket: where it is, how messages on it are framed, and how an error travels.
 
 A frame is a little-endian 32-bit length and a msgpack map.  A request is ``{version, verb,
 arguments}``.  The replies to it are any number of ``{progress: {done, total, unit}}``, then one
@@ -6,7 +6,11 @@ arguments}``.  The replies to it are any number of ``{progress: {done, total, un
 number of ``{data: bytes}`` in either direction; the client's ends with an empty one.
 """
 
+import contextlib
+import os
 import struct
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import msgpack
@@ -14,6 +18,9 @@ import trio
 
 from incfs.errors import DaemonError, IncfsError
 
+SOCKET_NAME: Final = "control.sock"
+MAX_SOCKET_PATH_BYTES: Final = 107
+"""Of ``sun_path`` in unix(7), without its final NUL."""
 PROTOCOL_VERSION: Final = 1
 MAX_REQUEST_BYTES: Final = 1 << 20
 MAX_REPLY_BYTES: Final = 256 << 20
@@ -21,6 +28,20 @@ _LENGTH: Final = struct.Struct("<I")
 _TORN: Final = "the peer closed the admin socket in the middle of a message"
 
 Document = dict[str, Any]
+
+
+@contextlib.contextmanager
+def short_path(directory: Path) -> Iterator[str]:
+    """Yield a path of the socket that fits an address, through /proc when it is too long."""
+    path = str(directory / SOCKET_NAME)
+    if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES:
+        yield path
+        return
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{SOCKET_NAME}"
+    finally:
+        os.close(descriptor)
 
 
 def encode_frame(message: Document, *, limit_bytes: int) -> bytes:

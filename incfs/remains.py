@@ -5,9 +5,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from incfs.control import SOCKET_NAME
 from incfs.lock import read_holder
 from incfs.mount_table import FILESYSTEM_TYPE, is_dead, read_mounts
+from incfs.protocol import SOCKET_NAME
 from incfs.units import format_time
 
 

@@ -8,9 +8,10 @@ still are, before anything is acknowledged that the others lack.  So of several 
 of the highest generation is right, and names every copy that may be opened.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from uuid import UUID
 
 from incfs.backing import Backing, translated
 from incfs.codec import checksum
-from incfs.errors import FormatError
+from incfs.errors import FormatError, IncfsError
 
 ROSTER_NAME = "copies"
 ROSTER_VERSION = 1
@@ -153,3 +154,11 @@ def write_roster(backing: Backing, directory: Path, roster: Roster, here: int) -
     path = directory / ROSTER_NAME
     with translated(path, "replace"):
         backing.replace_content(path, encode_roster(roster, here))
+
+
+def other_directories(backing: Backing, directory: Path) -> Iterator[Path]:
+    """Yield where else copies of a pool may be, as the roster in one of them says."""
+    with contextlib.suppress(IncfsError):
+        own = read_roster(backing, directory)
+        if own is not None:
+            yield from (Path(place.path) for place in own[0].places if place.number != own[1])

@@ -12,7 +12,8 @@ import typing
 from typing import TYPE_CHECKING, Any, Final
 
 from incfs.admin import bookmark, debug, events, policy, pool, raw, replica, snapshot, storage, transfer, volume
-from incfs.admin.verb import NO_CHANNEL, Channel, Progress, Verb
+from incfs.admin.verb import Verb
+from incfs.channel import NO_CHANNEL, Channel, Progress
 from incfs.documents import Document
 from incfs.errors import UsageError
 

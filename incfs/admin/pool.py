@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from incfs import fusext
-from incfs.admin.verb import Progress, Verb
+from incfs.admin.verb import Verb
+from incfs.channel import Progress
 from incfs.documents import Document
 from incfs.errors import UsageError
 from incfs.histogram import merge

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from incfs.admin.verb import Progress, Verb, refuse_open
+from incfs.admin.verb import Verb, refuse_open
+from incfs.channel import Progress
 from incfs.documents import Document, snapshot_document, volume_document
 from incfs.errors import UsageError
 from incfs.targets import find_base, find_table, find_volume

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Final
 
 from incfs import replicator
-from incfs.admin.verb import Progress, Verb, in_bytes
+from incfs.admin.verb import Verb, in_bytes
+from incfs.channel import Progress
 from incfs.documents import Document, volume_document
 from incfs.model import Volume
 from incfs.replication import DEFAULT_PROGRAM, ReplicaConfig

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Final
 
-from incfs.admin.verb import Progress, Verb
+from incfs.admin.verb import Verb
+from incfs.channel import Progress
 from incfs.documents import Document
 from incfs.jobs import Request
 from incfs.model import StorageId

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Final
 
-from incfs.admin.verb import Channel, Progress, Verb, in_bytes
+from incfs.admin.verb import Verb, in_bytes
+from incfs.channel import Channel, Progress
 from incfs.documents import Document, snapshot_document
 from incfs.errors import UsageError
 from incfs.sender import SendPlan

@@ -4,41 +4,18 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from incfs.channel import Progress
 from incfs.documents import Document
-from incfs.errors import AlreadyExists, Busy, UsageError
+from incfs.errors import AlreadyExists, Busy
 from incfs.model import Volume
 
 if TYPE_CHECKING:
     from incfs.service import Service
 
-Progress = Callable[[int, int, str], None]
-"""Called with what is done, the total and their unit; from any thread, often."""
-
 
 def in_bytes(progress: Progress) -> Callable[[int, int], None]:
     """Make what counts in bytes tell so."""
     return lambda done, total: progress(done, total, "bytes")
-
-
-@dataclass(frozen=True, slots=True)
-class Channel:
-    """Bulk data of a request, in bounded pieces, beside its arguments and its result."""
-
-    put: Callable[[bytes], Awaitable[None]]
-    """Hands bytes to the caller; returns when there is room for more."""
-    take: Callable[[], Awaitable[bytes]]
-    """Gives the caller's next bytes; none at the end, and when the caller has gone."""
-
-
-async def _put_nothing(data: bytes) -> None:
-    raise UsageError(f"this request has no room for {len(data)} bytes of data")
-
-
-async def _take_nothing() -> bytes:
-    return b""
-
-
-NO_CHANNEL = Channel(_put_nothing, _take_nothing)
 
 
 @dataclass(frozen=True, slots=True)

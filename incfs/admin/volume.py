@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Final
 
 from incfs.admin.raw import raw_path
-from incfs.admin.verb import Progress, Verb, busy, in_bytes, refuse_open, refuse_taken
+from incfs.admin.verb import Verb, busy, in_bytes, refuse_open, refuse_taken
+from incfs.channel import Progress
 from incfs.documents import Document, volume_document, volume_removal
 from incfs.errors import Busy, UsageError
 from incfs.jobs import Request

@@ -35,4 +35,4 @@ def events_command(
                 output.print_list(document, "events", _COLUMNS, replace(style, no_header=True))
                 seen = document["events"][-1]["number"]
 
-    run(context, show, degraded=True)
+    run(context, "events.list", show)

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeVar
 import trio
 import typer
 
-from incfs.admin import VERBS, run_verb
-from incfs.admin.verb import NO_CHANNEL, Channel
+from incfs.channel import NO_CHANNEL, Channel
 from incfs.cli.options import FORCE_OLDER, pool_directory
 from incfs.cli.progress import ProgressDisplay
-from incfs.control import connect_control
+from incfs.client import connect_control
 from incfs.documents import Document
 from incfs.errors import PoolLocked
 from incfs.remains import find_remains
@@ -58,6 +57,8 @@ class _OfflineAdmin:
         return await self.transfer(verb, NO_CHANNEL, arguments)
 
     async def transfer(self, verb: str, channel: Channel, arguments: Document) -> Document:
+        from incfs.admin import VERBS, run_verb  # late, as in open_admin
+
         document = await run_verb(self._service, verb, arguments, self._progress, channel)
         if not VERBS[verb].is_read_only:
             # No daemon will do it later: the next opener should not find the work of a removal.
@@ -71,18 +72,18 @@ def call(context: typer.Context, verb: str, **arguments: Any) -> Document:
     Raises:
         IncfsError: What the verb raised, or why the pool could not be reached.
     """
-    return run(context, lambda admin: admin.call(verb, **arguments), degraded=VERBS[verb].is_read_only)
+    return run(context, verb, lambda admin: admin.call(verb, **arguments))
 
 
 def transfer(context: typer.Context, verb: str, channel: Channel, **arguments: Any) -> Document:
     """Do as ``call``, for a verb that has bulk data."""
-    return run(context, lambda admin: admin.transfer(verb, channel, arguments), degraded=VERBS[verb].is_read_only)
+    return run(context, verb, lambda admin: admin.transfer(verb, channel, arguments))
 
 
-def run(context: typer.Context, work: Callable[[Admin], Awaitable[T]], *, degraded: bool = False) -> T:
-    """Run ``work`` with the pool of the command; Ctrl-C ends the process with 130.
+def run(context: typer.Context, verb: str, work: Callable[[Admin], Awaitable[T]]) -> T:
+    """Run ``work``, which calls a verb any number of times; Ctrl-C ends the process with 130.
 
-    With ``degraded`` the pool is opened also when images are missing: for work that only looks.
+    For a verb that only looks, a pool that no daemon has is opened also when images are missing.
     """
     try:
         with ProgressDisplay() as progress:
@@ -91,9 +92,9 @@ def run(context: typer.Context, work: Callable[[Admin], Awaitable[T]], *, degrad
                 partial(
                     _work,
                     pool_directory(context),
+                    verb,
                     work,
                     progress,
-                    degraded=degraded,
                     force_older=bool(context.meta.get(FORCE_OLDER)),
                 ),
                 restrict_keyboard_interrupt_to_checkpoints=True,
@@ -108,17 +109,12 @@ def run(context: typer.Context, work: Callable[[Admin], Awaitable[T]], *, degrad
 
 
 async def _work(
-    directory: Path,
-    work: Callable[[Admin], Awaitable[T]],
-    progress: ProgressDisplay,
-    *,
-    degraded: bool,
-    force_older: bool,
+    directory: Path, verb: str, work: Callable[[Admin], Awaitable[T]], progress: ProgressDisplay, *, force_older: bool
 ) -> T:
     deadline = trio.current_time() + LOCK_WAIT_S
     while True:
         try:
-            async with open_admin(directory, progress, degraded=degraded, force_older=force_older) as admin:
+            async with open_admin(directory, verb, progress, force_older=force_older) as admin:
                 return await work(admin)
         except PoolLocked:
             if trio.current_time() > deadline:
@@ -128,9 +124,9 @@ async def _work(
 
 @contextlib.asynccontextmanager
 async def open_admin(
-    directory: Path, progress: ProgressDisplay, *, degraded: bool = False, force_older: bool = False
+    directory: Path, verb: str, progress: ProgressDisplay, *, force_older: bool
 ) -> AsyncIterator[Admin]:
-    """Reach the pool: its daemon when that answers, else the pool itself.
+    """Reach the pool for a verb: its daemon when that answers, else the pool itself.
 
     Raises:
         PoolLocked: Another process has it open and no daemon answers.
@@ -140,10 +136,11 @@ async def open_admin(
         if client is not None:
             yield client
             return
-    from incfs.service import open_service  # late: an online command does not need the core
+    from incfs.admin import VERBS  # late: an online command does not need the core
+    from incfs.service import open_service
 
     remains = find_remains(directory)
-    async with open_service(directory, degraded=degraded, force_older=force_older) as service:
+    async with open_service(directory, degraded=VERBS[verb].is_read_only, force_older=force_older) as service:
         for line in await trio.to_thread.run_sync(remains.describe):
             logger.warning("%s", line)
         remains.forget()

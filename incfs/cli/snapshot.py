@@ -152,7 +152,7 @@ def diff(
     async def collect(admin: Admin) -> Document:
         return await _all_ranges(admin, max_results, target=target, from_snapshot=from_snapshot, start_bytes=start or 0)
 
-    output.print_list(run(context, collect, degraded=True), "ranges", _DIFF_COLUMNS, style)
+    output.print_list(run(context, "snapshot.diff", collect), "ranges", _DIFF_COLUMNS, style)
 
 
 async def _all_ranges(admin: Admin, limit: int | None, **arguments: Any) -> Document:

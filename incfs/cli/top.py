@@ -48,7 +48,7 @@ def top_command(
             before = now
             shown += 1
 
-    run(context, show, degraded=True)
+    run(context, "pool.activity", show)
 
 
 def _screen(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from incfs.admin.verb import Channel
+from incfs.channel import Channel
 from incfs.cli import output
 from incfs.cli.options import DryRun, Json
 from incfs.cli.pipes import put_stdout, require_stream_input, require_stream_output, take_stdin

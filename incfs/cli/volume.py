@@ -193,7 +193,7 @@ def map_(
     async def collect(admin: Admin) -> Document:
         return await _all_extents(admin, target)
 
-    output.print_list(run(context, collect), "extents", _MAP_COLUMNS, style)
+    output.print_list(run(context, "volume.map", collect), "extents", _MAP_COLUMNS, style)
 
 
 async def _all_extents(admin: Admin, target: str) -> Document:

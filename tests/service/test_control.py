@@ -16,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from incfs import control, errors, protocol
-from incfs.control import ControlClient, connect_control, serve_control
+from incfs.client import ControlClient, connect_control
+from incfs.control import serve_control
 from incfs.errors import DaemonError, IncfsError, PermissionRefused, VolumeNotFound
+from incfs.protocol import SOCKET_NAME
 from tests.support.fake_admin import FakeAdminService
 
 PATIENCE_S = 60
@@ -44,7 +46,7 @@ async def connected(directory: Path, progress: Any = ignore_progress) -> AsyncIt
 
 
 async def raw_connection(directory: Path) -> trio.SocketStream:
-    return await trio.open_unix_socket(str(directory / control.SOCKET_NAME))
+    return await trio.open_unix_socket(str(directory / SOCKET_NAME))
 
 
 async def test_calls_follow_each_other_on_one_connection(tmp_path: Path) -> None:
@@ -56,7 +58,7 @@ async def test_calls_follow_each_other_on_one_connection(tmp_path: Path) -> None
 
 
 async def test_socket_is_private_and_goes_with_the_server(tmp_path: Path) -> None:
-    path = tmp_path / control.SOCKET_NAME
+    path = tmp_path / SOCKET_NAME
     async with serving(tmp_path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert stat.S_ISSOCK(path.stat().st_mode)
@@ -74,7 +76,7 @@ async def test_error_comes_back_as_its_class(tmp_path: Path) -> None:
 
 async def test_stale_socket_file_counts_as_no_daemon_and_is_replaced(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(str(tmp_path / control.SOCKET_NAME))
+        dead.bind(str(tmp_path / SOCKET_NAME))
     async with connect_control(tmp_path, ignore_progress) as client:
         assert client is None
     async with serving(tmp_path), connected(tmp_path) as client:
@@ -248,7 +250,7 @@ async def test_many_clients_at_once(tmp_path: Path) -> None:
 async def test_daemon_that_goes_away_is_a_daemon_error(tmp_path: Path) -> None:
     async with trio.open_nursery() as nursery:
         listener = trio.socket.socket(trio.socket.AF_UNIX)
-        await listener.bind(str(tmp_path / control.SOCKET_NAME))
+        await listener.bind(str(tmp_path / SOCKET_NAME))
         listener.listen()
 
         async def accept_and_close() -> None:

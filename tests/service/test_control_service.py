@@ -16,8 +16,10 @@ import trio
 
 from incfs import protocol
 from incfs.admin import VERBS
-from incfs.control import SOCKET_NAME, connect_control, serve_control
+from incfs.client import connect_control
+from incfs.control import serve_control
 from incfs.errors import DaemonError, IncfsError, UsageError
+from incfs.protocol import SOCKET_NAME
 from incfs.service import Service, open_service
 from tests.support.pools import check_memory, make_pool, tiny_options
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from incfs.control import SOCKET_NAME, connect_control, serve_control
+from incfs.client import connect_control
+from incfs.control import serve_control
 from incfs.errors import PermissionRefused
 from incfs.options import Options
+from incfs.protocol import SOCKET_NAME
 from incfs.service import open_service
 from tests.support.pools import make_pool
 from tests.support.users import as_nobody

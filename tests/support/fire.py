@@ -23,7 +23,7 @@ from typing import Any
 
 import trio
 
-from incfs.control import connect_control
+from incfs.client import connect_control
 from incfs.mount_table import detach, find_mount
 from incfs.recovery import create_pool
 from tests.support.spawner import Preparation, Spawner
