@@ -17,11 +17,13 @@ PARALLEL ?= --numprocesses auto --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 TEETH ?=
 C_SOURCES := $(wildcard incfs/*.c incfs/*.h)
+# Each command that a test runs is a process, which would compile all of incfs by itself.
+unexport PYTHONDONTWRITEBYTECODE
 # Compared with mkfs and losetup, a user's PATH may lack the sbin directories; the tests call both.
 export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
-.PHONY: help man setup system system-demo system-test system-bench test lint sweep demo bench bench-quick wheel clean sanitize damage-long \
-	crash-long kill-long teeth teeth-some soak
+.PHONY: help man setup system system-demo system-test system-bench system-vm test lint sweep demo bench bench-quick wheel clean sanitize damage-long \
+	crash-long kill-long teeth teeth-some soak test-vm test-vm-some
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +41,9 @@ system-test: system
 
 system-bench: system-test
 	@tools/system-packages.sh bench $(PYTHON)
+
+system-vm: system-test
+	@tools/system-packages.sh vm $(PYTHON)
 
 # Order-only: the packages are looked at each time (milliseconds), but rebuild nothing by themselves.
 $(VENV)/.installed: pyproject.toml setup.py | system
@@ -80,6 +85,16 @@ teeth: setup system-test ## break a copy of the product in each way known; every
 
 teeth-some: setup system-test ## the same for a dozen of them, another dozen for each commit; about a minute
 	$(BIN)/python -m tests.teeth --some
+
+# Two machines at once; what they are started from is made first, once.
+VM_PYTEST := INCFS_REQUIRE_VM=1 $(BIN)/python -m pytest -rP -o timeout=2400 --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test-vm: setup system-vm ## Debian 12 and 13 in virtual machines: their kernels, real boots, power cuts; under 20 minutes
+	$(BIN)/python -m tests.vm.image
+	$(VM_PYTEST) tests/vm $(PYTEST_ARGS)
+
+test-vm-some: setup system-vm ## the same for one kernel, two boots and one cut
+	$(BIN)/python -m tests.vm.image bookworm-6.12
+	INCFS_VM_PLATFORMS=bookworm-6.12 $(VM_PYTEST) -m short tests/vm $(PYTEST_ARGS)
 
 SOAK_MINUTES ?= 10
 soak: setup system-test sweep ## a day's work in SOAK_MINUTES=10: memory, descriptors, threads and space must not grow

@@ -5,6 +5,7 @@ not announce, the pool free, and ``incfs pool check --data`` clean.
 """
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from incfs.cli import main
 from incfs.errors import IncfsError
 from incfs.mount_table import MNT_DETACH, _libc, find_mount
 from incfs.unmount import unmount
@@ -34,6 +36,14 @@ def incfs(*args, check=True, **kwargs):
     return done
 
 
+def incfs_here(*args):
+    """Run an offline command that must work in this process, which has imported everything; returns its output."""
+    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as ended:
+        main([*map(str, args)])
+    assert ended.value.code == 0, f"incfs {args} ended with {ended.value.code}"
+    return said.getvalue()
+
+
 class MountedPool:
     """A pool in a temporary directory, or one that is there already, with a daemon in the foreground."""
 
@@ -46,7 +56,7 @@ class MountedPool:
         self.process: Any = None
         self.path.mkdir()
         if pool is None:
-            incfs("pool", "create", self.pool, *pool_options)
+            incfs_here("pool", "create", self.pool, *pool_options)
 
     def __truediv__(self, name):
         return self.path / name
@@ -77,7 +87,7 @@ class MountedPool:
         self.start(options)
 
     def stop(self):
-        incfs("umount", self.path)
+        unmount(self.path)
         assert self.process.wait(END_TIMEOUT_S) == 0
         self.process = None
 
@@ -108,7 +118,7 @@ class MountedPool:
             and not any(re.search(pattern, line) for pattern in self.expected_log)
         ]
         assert not unexpected, unexpected
-        assert "clean" in incfs("-p", self.pool, "pool", "check", "--data").stdout
+        assert "clean" in incfs_here("-p", self.pool, "pool", "check", "--data")
 
 
 def wait_for(condition, timeout_s=START_TIMEOUT_S):

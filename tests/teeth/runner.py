@@ -19,7 +19,7 @@ LIMIT_S = 150.0
 """Of one test, and of one build; far more than any needs."""
 _COPIED = ("incfs", "tests", "tools", "pyproject.toml", "setup.py")
 _SEVERITY = ("red", "skipped", "green")
-_ENVIRONMENT = {"PYTHONDONTWRITEBYTECODE": "1", "INCFS_REQUIRE_MOUNT": "1", "INCFS_TEST_PROFILE": "unshrunk"}
+_ENVIRONMENT = {"INCFS_REQUIRE_MOUNT": "1", "INCFS_TEST_PROFILE": "unshrunk"}
 
 
 def bite(breakage: Breakage, home: Path) -> Verdict:
@@ -52,7 +52,7 @@ def _make_copy(home: Path) -> Path:
     copy = Path(mkdtemp(dir=home))
     for name in _COPIED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, copy / name)
         else:
             shutil.copy2(ROOT / name, copy / name)
     return copy
