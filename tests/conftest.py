@@ -28,6 +28,9 @@ settings.register_profile(
 settings.register_profile("unshrunk", settings.get_profile("normal"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile(os.environ.get("INCFS_TEST_PROFILE", "normal"))
 
+collect_ignore = ["vm"]
+"""Virtual machines have targets of their own in the Makefile, which name the directory."""
+
 
 def fast_directory() -> Path:
     """Where many tiny pools are made: in memory if the machine has that, for their thousands of syncs."""

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs the system packages that are lacking, and touches nothing when none is.
-#   usage: system-packages.sh setup|demo|test|bench PYTHON
+#   usage: system-packages.sh setup|demo|test|bench|vm PYTHON
 # Each line of the lists below is "Debian package|command that succeeds when it is there", so that
 # the check also holds on machines that have the same thing from elsewhere.
 set -eu
@@ -53,6 +53,13 @@ list_bench() {
     cat <<EOF
 postgresql|ls /usr/lib/postgresql/*/bin/pgbench /usr/local/bin/pgbench 2>/dev/null | grep -q .
 qemu-system-common|command -v qemu-storage-daemon
+EOF
+}
+
+list_vm() {
+    cat <<EOF
+mmdebstrap|command -v mmdebstrap
+qemu-system-x86|command -v qemu-system-x86_64
 EOF
 }
 
