@@ -14,6 +14,7 @@ from incfs.backing import Backing, File
 from incfs.errors import BackingError, IncfsError, NoSpace, PoolReadOnly
 from incfs.model import HOLE
 from incfs.store import Store
+from incfs.tables import Tables
 from tests.support import pools
 from tests.support.faults import Fault, FaultyBacking
 from tests.support.media import MemoryBacking
@@ -149,7 +150,7 @@ def test_a_checkpoint_without_host_space_may_be_tried_again(pool_home: Path, mon
         volume = pools.new_volume(store, "a")
         pools.write(store, volume.map_id, 0, b"x" * 640)
         with monkeypatch.context() as patched:
-            patched.setattr(File, "allocate", _no_space)
+            patched.setattr(Tables, "reserve", _no_space)  # what was set aside is not enough
             with pytest.raises(NoSpace):
                 store.checkpoint()
             assert store.failure is None
