@@ -160,8 +160,8 @@ def test_a_checkpoint_without_host_space_may_be_tried_again(pool_home: Path, mon
 
 def test_a_commit_after_one_that_failed_is_refused(pool_home: Path) -> None:
     """It ended in an assertion: one commit at a time."""
-    with _failing_once(pool_home, Fault("write", 1, errno.ENOSPC)) as store:
-        with pytest.raises(NoSpace):
+    with _failing_once(pool_home, Fault("write", 1, errno.EIO)) as store:
+        with pytest.raises(BackingError):
             store.commit()
         with pytest.raises(PoolReadOnly):
             store.commit()
