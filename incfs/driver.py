@@ -99,21 +99,21 @@ class Driver:
             NoSpace: The pool is full, also after everything removed was reclaimed.
             IncfsError: Whatever the request raises.
         """
-        healed: set[object] = set()
+        mended: set[object] = set()
         needs: dict[MapId, int] = {}
         refused: dict[StorageId, float] = {}
         place: object = None
         deadline = self._deadline()
         for attempt in count():
             try:
-                may_wait = attempt - len(healed) > _CACHED_READ_TRIES
+                may_wait = attempt - len(mended) > _CACHED_READ_TRIES
                 if in_thread or (may_wait and may_wait_in_thread):
                     return await trio.to_thread.run_sync(request, may_wait, limiter=self._limiter(place))
                 return request(may_wait)
             except LegFailed as refusal:
                 legs.leave(self._store, refusal)
             except (ChecksumMismatch, BackingError) as error:
-                if not await self._mend(error, healed):
+                if not await self._mend(error, mended):
                     self._store.checksum_errors += isinstance(error, ChecksumMismatch)
                     raise
             except MetadataFull as error:
@@ -171,15 +171,13 @@ class Driver:
             return self._writing
         return self._limiters.setdefault(place, trio.CapacityLimiter(_THREADS))
 
-    async def _mend(self, error: IncfsError, healed: set[object]) -> bool:
+    async def _mend(self, error: IncfsError, mended: set[object]) -> bool:
         """Have what a read found wrong put right; False when that cannot be, or did not help."""
-        if error.facts.get("action") != "write" and self._store.note_failed_legs():
-            return True  # somebody left the leg behind that the data plane still read
-        if not ranges.is_news(healed, error):
-            return False
-        is_healed = await offload(lambda: legs.heal(self._store, error))
-        self._store.note_failed_legs()  # the data plane must not read one that was left behind again
-        return is_healed
+        mend = legs.plan_mend(self._store, error, mended)
+        with self._store.pool.reuse.withholding():
+            is_mended = await offload(mend)
+        self._store.note_failed_legs()
+        return is_mended
 
     async def turn_away(self, error: NoSpace, refused: dict[StorageId, float]) -> None:
         """Let a write go elsewhere, or wait, that the host refused although it had reserved the blocks.

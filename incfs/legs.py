@@ -5,20 +5,21 @@ verified on its way: a leg is never made from data that is not right.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from incfs import groups
 from incfs.backing import File
-from incfs.blocks import split_address
+from incfs.blocks import pack_address, split_address
 from incfs.codec import checksum
 from incfs.dataplane import LegFailed
 from incfs.epoch import Epoch, Point, Stamp, is_behind
 from incfs.errors import BackingError, ChecksumMismatch, IncfsError, NotFound, UsageError
+from incfs.extents import page_entries
 from incfs.image import DATA_OFFSET_BYTES, read_stamp, write_stamp
 from incfs.memory import one_step
 from incfs.mirror import MirroredFile
-from incfs.model import HOLE, Storage, StorageId
+from incfs.model import HOLE, PAGE_BLOCKS, Storage, StorageId
 from incfs.overlay import TableKey
 from incfs.storage import StorageVolume
 from incfs.store import Store
@@ -53,14 +54,81 @@ def leave(store: Store, refusal: LegFailed) -> None:
     store.note_failed_legs()
 
 
-def heal(store: Store, error: IncfsError) -> bool:
-    """Put right what a read found wrong; False when that cannot be.  Any thread."""
+Run = tuple[StorageId, int, list[int]]
+"""(storage volume, first block, checksums) of stored blocks that follow each other."""
+_MEND_BYTES = 1 << 20
+"""What is put right at once: the largest request of the kernel."""
+
+
+def plan_mend(store: Store, error: IncfsError, mended: set[object]) -> Callable[[], bool]:
+    """Say how to put right what a request found wrong.  Owner thread.
+
+    Args:
+        store: The pool.
+        error: What it found.
+        mended: The blocks that it found wrong before: healing those did not help.
+
+    Returns:
+        What does it, in any thread, and tells whether to ask again; ``note_failed_legs`` follows, since the data plane
+        must not read a leg that was left behind.
+    """
+    if error.facts.get("action") != "write" and store.note_failed_legs():
+        return lambda: True  # somebody left the leg behind that the data plane still read
+    place = error.facts.get("storage"), error.facts.get("block")
+    if place in mended:
+        return lambda: False
+    mended.add(place)
+    runs = _runs_behind(store, error)
+    return lambda: heal(store, error, runs)
+
+
+def _runs_behind(store: Store, error: IncfsError) -> list[Run]:
+    """List the block that a read found wrong, and those that it meets next: of a leg that is wrong most are.
+
+    Nothing where the page does not say any more what the read was told.
+    """
+    facts = error.facts
+    if "virtual_block" not in facts or store.pool.volume(facts["storage"]).mirror is None:
+        return []
+    page_index, slot = divmod(facts["virtual_block"], PAGE_BLOCKS)
+    try:
+        entries = page_entries(store, facts["map_id"], page_index)
+    except IncfsError:
+        return []
+    if entries.get(slot) != (pack_address(facts["storage"], facts["block"]), facts["expected"]):
+        return []
+    runs: list[Run] = []
+    for index in range(slot, min(PAGE_BLOCKS, slot + max(1, _MEND_BYTES // store.block_bytes))):
+        address, crc = entries.get(index, (HOLE, 0))
+        if address <= HOLE:
+            continue
+        storage_id, block_index = split_address(address)
+        if runs and (storage_id, block_index) == (runs[-1][0], runs[-1][1] + len(runs[-1][2])):
+            runs[-1][2].append(crc)
+        else:
+            runs.append((storage_id, block_index, [crc]))
+    return runs
+
+
+def heal(store: Store, error: IncfsError, runs: Sequence[Run] = ()) -> bool:
+    """Put right what a read found wrong; False when that cannot be.  Any thread; freed blocks stay unused meanwhile.
+
+    Args:
+        store: The pool.
+        error: What it found.
+        runs: The block, and others that may be wrong, too.
+    """
     is_read = isinstance(error, ChecksumMismatch) or error.facts.get("action") == "read"
     volume = store.pool.volumes.get(StorageId(error.facts.get("storage", 0)))
     if not is_read or volume is None or volume.mirror is None or store.mismatch is not None:
         return False
     first = volume.mirror.sound_legs()[0][0]
-    healed = volume.heal(error.facts["block"], error.facts.get("expected"))
+    own, others = (runs[0][2], runs[1:]) if runs else ([error.facts.get("expected")], ())
+    healed = volume.heal_run(error.facts["block"], own)
+    for storage_id, block_index, expected in others:
+        other = store.pool.volumes.get(storage_id)
+        if other is not None:
+            other.heal_run(block_index, expected)
     if healed or (healed == 0 and isinstance(error, ChecksumMismatch)):
         return True
     if volume.mirror.sound_legs()[0][0] != first:

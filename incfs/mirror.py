@@ -8,10 +8,10 @@ Concurrency: reads, writes and syncs may run in any thread; which legs there are
 owner thread.
 """
 
-import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +23,43 @@ from incfs.image import write_stamp
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Healed:
+    """What healing some blocks came to."""
+
+    rewritten: int
+    """Blocks of legs; 0 when somebody else was faster."""
+    lost: frozenset[int]
+    """Numbers of the blocks that no leg has right."""
+
+
+def _read_blocks(leg: File, offset_bytes: int, block_bytes: int, count: int) -> list[bytes | None]:
+    """Read blocks of a leg, None for each that cannot be read."""
+    try:
+        data = leg.pread(offset_bytes, count * block_bytes)
+    except BackingError:
+        if count == 1:
+            return [None]
+        half = count // 2
+        rest = _read_blocks(leg, offset_bytes + half * block_bytes, block_bytes, count - half)
+        return _read_blocks(leg, offset_bytes, block_bytes, half) + rest
+    return [data[i * block_bytes : (i + 1) * block_bytes] for i in range(count)]
+
+
+def _stretches(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield (first, count) of numbers that follow each other; they ascend."""
+    first = count = 0
+    for number in numbers:
+        if count and number == first + count:
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = number, 1
+    if count:
+        yield first, count
 
 
 class MirroredFile(File):
@@ -41,7 +78,7 @@ class MirroredFile(File):
         self.stale = set(stale) | {i for i, leg in enumerate(legs) if leg is None}
         """Not read."""
         self.healed_count = 0
-        """Ranges that were rewritten."""
+        """Blocks that were rewritten."""
         self._healing = threading.Lock()
         """Several reads may find the same block wrong: it is healed, and counted, once."""
         self.rebuilding: set[int] = set()
@@ -169,27 +206,40 @@ class MirroredFile(File):
             if leg is not None:
                 leg.close()
 
-    def heal(self, offset_bytes: int, length_bytes: int, is_right: Callable[[bytes], bool]) -> int | None:
-        """Rewrite a range on the legs that have it wrong, from one that has it right.
+    def heal(self, offset_bytes: int, block_bytes: int, are_right: Sequence[Callable[[bytes], bool]]) -> Healed:
+        """Rewrite blocks that follow each other on the legs that have them wrong, each from one that has it right.
 
-        Returns:
-            How many legs were healed: 0 when somebody else was faster; None when no leg has it right.
+        Args:
+            offset_bytes: Of the first.
+            block_bytes: Of each.
+            are_right: One judge for each block.
+
+        Cost: a read of all of it from each leg, and a write for each stretch that is wrong.
         """
         with self._healing:
-            return self._heal(offset_bytes, length_bytes, is_right)
+            return self._heal(offset_bytes, block_bytes, are_right)
 
-    def _heal(self, offset_bytes: int, length_bytes: int, is_right: Callable[[bytes], bool]) -> int | None:
-        found: dict[int, bytes | None] = {}
-        for number, leg in self.sound_legs():
-            found[number] = None
-            with contextlib.suppress(BackingError):
-                found[number] = leg.pread(offset_bytes, length_bytes)
-        right = next((data for data in found.values() if data is not None and is_right(data)), None)
-        if right is None:
-            return None
-        wrong = [number for number, data in found.items() if data != right]
-        healed = sum(self._rewrite(number, offset_bytes, right) for number in wrong)
+    def _heal(self, offset_bytes: int, block_bytes: int, are_right: Sequence[Callable[[bytes], bool]]) -> Healed:
+        found = {n: _read_blocks(leg, offset_bytes, block_bytes, len(are_right)) for n, leg in self.sound_legs()}
+        right: list[bytes | None] = []
+        for i, is_right in enumerate(are_right):
+            copies = [blocks[i] for blocks in found.values()]
+            right.append(next((data for data in copies if data is not None and is_right(data)), None))
+        healed = 0
+        for number, blocks in found.items():
+            wrong = [i for i, data in enumerate(right) if data is not None and blocks[i] != data]
+            healed += self._rewrite_all(number, offset_bytes, right, wrong)
         self.healed_count += healed
+        return Healed(healed, frozenset(i for i, data in enumerate(right) if data is None))
+
+    def _rewrite_all(self, number: int, offset_bytes: int, right: Sequence[bytes | None], wrong: Sequence[int]) -> int:
+        """Rewrite blocks of a leg, those next to each other at once, until it fails; give how many."""
+        healed = 0
+        for first, count in _stretches(wrong):
+            data = [block for block in right[first : first + count] if block is not None]
+            if not self._rewrite(number, offset_bytes + first * len(data[0]), b"".join(data)):
+                break
+            healed += count
         return healed
 
     def _rewrite(self, number: int, offset_bytes: int, data: bytes) -> bool:

@@ -5,7 +5,6 @@ used again, so what it names stays what it is.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +121,7 @@ class Mirrors:
         self._tell("resilver-ended", storage_id, f"{copied * store.block_bytes} bytes were copied to leg {number}")
 
     async def _copy(self, storage_id: StorageId, number: int, lacks: legs.Lacking) -> int:
-        with self._frees_held():
+        with self._store.pool.reuse.withholding():
             return len(await offload(lambda: legs.copy_lacking(self._store, storage_id, number, lacks)))
 
     async def replace_leg(self, storage_id: StorageId, number: int, path: str) -> None:
@@ -185,17 +184,8 @@ class Mirrors:
             await throttle(len(blocks) * self._store.block_bytes, rate_bytes)
 
     async def _scrub_blocks(self, blocks: list[tuple[StorageId, int, int]]) -> legs.Scrubbed:
-        with self._frees_held():
+        with self._store.pool.reuse.withholding():
             return await offload(lambda: legs.scrub_blocks(self._store, blocks))
-
-    @contextmanager
-    def _frees_held(self) -> Iterator[None]:
-        """Let no freed block be used again meanwhile."""
-        self._store.pool.reuse.held += 1
-        try:
-            yield
-        finally:
-            self._store.pool.reuse.held -= 1
 
     def _tell(self, kind: str, storage_id: StorageId, reason: str) -> None:
         self._store.events.record(kind, f"storage {storage_id}", reason)

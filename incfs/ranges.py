@@ -11,7 +11,7 @@ from incfs import legs
 from incfs.blocks import split_pages
 from incfs.codec import entry_runs
 from incfs.dataplane import LeaseExhausted, LegFailed, NotResident, ReadWouldWait, Refused
-from incfs.errors import BackingError, ChecksumMismatch, IncfsError, LimitExceeded, NoSpace, NotSupported
+from incfs.errors import BackingError, ChecksumMismatch, LimitExceeded, NoSpace, NotSupported
 from incfs.extents import next_page, page_entries
 from incfs.model import HOLE, INHERIT, MAX_VOLUME_BYTES, PAGE_BLOCKS, MapId, StorageId, Volume, VolumeId, split_map_id
 from incfs.overlay import TableKey
@@ -49,7 +49,7 @@ def drive(store: Store, request: Callable[[bool], Result]) -> Result:
         request: Called with whether it may wait for the disk.
     """
     wait = False
-    healed: set[object] = set()
+    mended: set[object] = set()
     needs: dict[MapId, int] = {}
     refused: set[StorageId] = set()
     while True:
@@ -58,10 +58,10 @@ def drive(store: Store, request: Callable[[bool], Result]) -> Result:
         except LegFailed as refusal:
             legs.leave(store, refusal)
         except (ChecksumMismatch, BackingError) as error:
-            was_left = error.facts.get("action") != "write" and store.note_failed_legs()
-            if not was_left and (not is_news(healed, error) or not legs.heal(store, error)):
-                raise
+            is_mended = legs.plan_mend(store, error, mended)()
             store.note_failed_legs()
+            if not is_mended:
+                raise
         except NoSpace as error:
             storage_id = refused_storage(error)
             if storage_id is None or storage_id in refused:
@@ -79,14 +79,6 @@ def drive(store: Store, request: Callable[[bool], Result]) -> Result:
         except StepsPending as refusal:
             while not drive(store, refusal.step):
                 pass
-
-
-def is_news(healed: set[object], error: IncfsError) -> bool:
-    """Note the block that an error is about; False when it was noted before: healing does not help."""
-    place = error.facts.get("storage"), error.facts.get("block")
-    known = place in healed
-    healed.add(place)
-    return not known
 
 
 def make_space(store: Store, needs: Mapping[MapId, int], *, urgent: bool = False) -> None:

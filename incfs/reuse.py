@@ -6,8 +6,11 @@ Punched, it is nobody's and not free either: it is leased again once the host ha
 """
 
 import logging
+import math
+import time
 from array import array
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from incfs import groups
@@ -38,6 +41,8 @@ class PunchPlan:
     held: tuple[Held, ...]
     punched: "_Sets" = field(default_factory=dict)
     """Those whose space the host has taken back."""
+    left: "_Sets" = field(default_factory=dict)
+    """Those for which there was no time."""
 
     @property
     def runs(self) -> list[tuple[StorageId, int, int]]:
@@ -70,6 +75,15 @@ class Reuse:
         """Blocks that became free since ``settle``; most of a busy volume's are in use again soon."""
         self._settled: _Sets = {}
         """Those before, and what a crash left: given back if they still are."""
+
+    @contextmanager
+    def withholding(self) -> Iterator[None]:
+        """Let no freed block be used again meanwhile: somebody reads or rewrites what he knows by its address."""
+        self.held += 1
+        try:
+            yield
+        finally:
+            self.held -= 1
 
     def make_free(self, freed: "array[int]") -> None:
         """End a checkpoint: its freed blocks are free, unless somebody verifies."""
@@ -163,19 +177,39 @@ class Reuse:
         starts = free & near & everything // bit_mask(0, chunk)
         return starts * bit_mask(0, chunk)
 
-    def punch(self, plan: PunchPlan) -> None:
-        """Give host space back, where the host lets us: the blocks are nobody's in any case.  Any thread."""
-        for storage_id, block_index, count in plan.runs:
-            try:
-                is_punched = self._volumes[storage_id].punch(block_index, count)
-            except IncfsError as error:
-                logger.warning("freed space is not given back to the host: %s", error)
+    def punch(self, plan: PunchPlan, limit_s: float = math.inf) -> float:
+        """Give host space back, where the host lets us: the blocks are nobody's in any case.  Any thread.
+
+        No piece is begun after ``limit_s``, but for the first.
+
+        Returns:
+            How long the slowest piece took: nobody could write to its image meanwhile.
+        """
+        began = ended = time.monotonic()
+        slowest_s = 0.0
+        for number, (storage_id, block_index, count) in enumerate(plan.runs):
+            if number and ended - began >= limit_s:
+                for group_index, bits in split_groups(block_index, count):
+                    _add(plan.left, (storage_id, group_index), bits)
                 continue
-            for group_index, bits in split_groups(block_index, count) if is_punched else ():
-                _add(plan.punched, (storage_id, group_index), bits)
+            self._punch_run(plan, storage_id, block_index, count)
+            before, ended = ended, time.monotonic()
+            slowest_s = max(slowest_s, ended - before)
+        return slowest_s
+
+    def _punch_run(self, plan: PunchPlan, storage_id: StorageId, block_index: int, count: int) -> None:
+        try:
+            is_punched = self._volumes[storage_id].punch(block_index, count)
+        except IncfsError as error:
+            logger.warning("freed space is not given back to the host: %s", error)
+            return
+        for group_index, bits in split_groups(block_index, count) if is_punched else ():
+            _add(plan.punched, (storage_id, group_index), bits)
 
     def punched(self, plan: PunchPlan) -> None:
-        """Let what was held be free once the host has been asked for its space again."""
+        """Let what was held be free once the host has been asked for its space again; what was left waits again."""
+        for key, bits in plan.left.items():
+            _add(self._settled, key, bits)
         for storage_id, group_index, bits in plan.held:
             self._volumes[storage_id].end_hold(
                 group_index, bits, punched=bits & plan.punched.get((storage_id, group_index), 0)

@@ -68,6 +68,10 @@ class Backed:
     """Why."""
 
 
+def _judge(expected: int | None) -> Callable[[bytes], bool]:
+    return lambda data: expected is None or checksum(data) == expected
+
+
 class StorageVolume:
     """One image file and its bitmaps.
 
@@ -212,11 +216,14 @@ class StorageVolume:
             block_index: The block.
             expected: Its checksum; None when it is not known: then any leg that can be read is right.
         """
+        return self.heal_run(block_index, [expected])
+
+    def heal_run(self, block_index: int, expected: Sequence[int | None]) -> int | None:
+        """Do so for blocks that follow each other; None when none has the first of them right.  Any thread."""
         if self.mirror is None:
             return None
-        return self.mirror.heal(
-            self._offset(block_index), self._block_bytes, lambda data: expected is None or checksum(data) == expected
-        )
+        healed = self.mirror.heal(self._offset(block_index), self._block_bytes, [_judge(crc) for crc in expected])
+        return None if 0 in healed.lost else healed.rewritten
 
     @property
     def healed_blocks(self) -> int:

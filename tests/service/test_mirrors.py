@@ -12,7 +12,9 @@ import pytest
 import trio
 
 from incfs import legs, restore
-from incfs.errors import ChecksumMismatch, ImageMismatch, UsageError
+from incfs.backing import File
+from incfs.errors import BackingError, ChecksumMismatch, ImageMismatch, UsageError
+from incfs.mirror import Healed, MirroredFile
 from incfs.model import StorageId
 from incfs.planes import HAS_NATIVE, PlaneKind
 from incfs.service import Service, open_service
@@ -92,6 +94,90 @@ async def test_both_legs_hold_the_same_and_wrong_blocks_are_healed_while_reading
         assert blocks_of(legs[0], 1000) == blocks_of(legs[1], 1000)
         assert await service.read(volume.map_id, 0, 1000 * BLOCK) == noise(1000)
         assert mirror(service)["healed_blocks"] == 200
+
+
+@pytest.fixture
+def mends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many blocks each healing looked at."""
+    found: list[int] = []
+    heal = MirroredFile.heal
+
+    def counted(file: MirroredFile, offset_bytes: int, block_bytes: int, are_right: Any) -> Healed:
+        found.append(len(are_right))
+        return heal(file, offset_bytes, block_bytes, are_right)
+
+    monkeypatch.setattr(MirroredFile, "heal", counted)
+    return found
+
+
+async def test_a_leg_that_is_blank_is_healed_by_runs(pool_home: Path, plane: PlaneKind, mends: list[int]) -> None:
+    """Each block was a round trip of its own: a read of 1 MiB came at 10 MB/s."""
+    async with opened(pool_home, plane) as service:
+        volume = await service.create_volume("db", 1 << 20)
+        await service.write(volume.map_id, 0, noise(1000))
+        await service.checkpoint()
+        spoil(pool_home / "a.img", list(range(1000)))
+        assert await service.read(volume.map_id, 0, 1000 * BLOCK) == noise(1000)
+        assert (sum(mends), len(mends) <= 4) == (1000, True)
+        assert blocks_of(pool_home / "a.img", 1000) == blocks_of(pool_home / "b.img", 1000)
+        assert mirror(service)["healed_blocks"] == 1000
+
+
+async def test_of_a_run_only_what_no_leg_has_right_is_lost(pool_home: Path, plane: PlaneKind, mends: list[int]) -> None:
+    async with opened(pool_home, plane) as service:
+        volume = await service.create_volume("db", 1 << 20)
+        await service.write(volume.map_id, 0, noise(50))
+        await service.checkpoint()
+        spoil(pool_home / "a.img", list(range(40)))
+        spoil(pool_home / "b.img", [20])
+        with pytest.raises(ChecksumMismatch):
+            await service.read(volume.map_id, 0, 50 * BLOCK)
+        assert len(mends) == 2
+        for first, count in ((0, 20), (21, 29)):
+            found = await service.read(volume.map_id, first * BLOCK, count * BLOCK)
+            assert found == noise(50)[first * BLOCK : (first + count) * BLOCK]
+        assert len(mends) == 2
+        assert mirror(service)["healed_blocks"] == 39
+
+
+async def test_a_block_that_was_moved_meanwhile_is_mended_alone(pool_home: Path, plane: PlaneKind) -> None:
+    """What stands behind it in the page now is not what the read was about to meet."""
+    async with opened(pool_home, plane) as service:
+        volume = await service.create_volume("db", 1 << 20)
+        await service.write(volume.map_id, 0, noise(50))
+        await service.checkpoint()
+        spoil(pool_home / "a.img", [7, 8])
+        store = service._store
+        with pytest.raises(ChecksumMismatch) as caught:
+            store.plane.read(volume.map_id, 7, 1, wait=True)
+        assert [len(run[2]) for run in legs._runs_behind(store, caught.value)] == [43]
+        await service.write(volume.map_id, 7 * BLOCK, noise(1, seed=2))
+        await service.commit()
+        assert legs._runs_behind(store, caught.value) == []
+
+
+def test_blocks_beside_one_that_cannot_be_read_are_read(tmp_path: Path) -> None:
+    class Bad(File):
+        def pread(self, offset_bytes: int, length_bytes: int) -> bytes:
+            if offset_bytes <= 5 * BLOCK < offset_bytes + length_bytes and not self.is_mended:
+                raise BackingError("a bad sector", action="read")
+            return super().pread(offset_bytes, length_bytes)
+
+        def pwrite(self, offset_bytes: int, data: bytes | memoryview) -> None:
+            self.is_mended |= offset_bytes == 5 * BLOCK
+            super().pwrite(offset_bytes, data)
+
+        is_mended = False
+
+    files = []
+    for name, kind in (("a", Bad), ("b", File)):
+        (tmp_path / name).write_bytes(noise(9))
+        files.append(kind(tmp_path / name, os.open(tmp_path / name, os.O_RDWR)))
+    file = MirroredFile(tmp_path / "a", files, [])
+    assert file.heal(0, BLOCK, [lambda _: True] * 9) == Healed(1, frozenset())
+    assert file.pread(0, 9 * BLOCK) == noise(9)
+    assert not file.failed
+    file.close()
 
 
 async def test_readers_that_find_the_same_block_wrong_are_all_served(pool_home: Path, plane: PlaneKind) -> None:
