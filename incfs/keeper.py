@@ -29,11 +29,14 @@ _PRUNE_EVERY_S = 5.0
 """How often the policy is asked what it can do without, while somebody needs space: that looks at every volume."""
 _GIVE_BACK_EVERY_S = 5.0
 _GIVE_BACK_AT_END_S = 10.0
-_PUNCH_RUNS = 16
-_PUNCH_BYTES = 16 << 20
-"""Given back at once, in so many pieces: 1 to 70 ms in which the image is not written and does not grow."""
-_PIECE_PAUSE_S = 0.002
-"""At most 500 pieces a second: at the 5,700 that ext4 can do, whoever syncs beside it gets half as much done."""
+_SLICE_S = 0.02
+"""After so long no piece of a slice is begun: who needs space waits for that, and for a piece that is under way."""
+_SLICE_PIECES = 1024
+_LEAST_SLICE_BYTES, _MOST_SLICE_BYTES = 64 << 10, 64 << 20
+"""How much a slice may be altogether, and so each piece: who writes to the image waits for one."""
+_REST, _SHORT_REST = 1.0, 0.25
+"""Between two slices, times what the last one took: the host's filesystem has other things to do, and somebody may
+need the space.  On ext4 a piece takes 0.2 to 1 ms, and who syncs beside it is half as fast meanwhile."""
 _SURVEY_PAUSE_S = 0.01
 """Between two groups of 128 MiB: 82 s for a TiB."""
 
@@ -53,6 +56,8 @@ class Keeper:
         self._hurried = trio.Event()
         self._refused: set[str] = set()
         """Directories in which no image could be made; told once."""
+        self._slice_bytes = 16 << 20
+        """What took no longer than a slice may, the last times."""
         self._healed: dict[StorageId, int] = {}
         """Healed blocks that were told of."""
         self.monitor = Monitor()
@@ -126,9 +131,9 @@ class Keeper:
         reuse = self._store.pool.reuse
         with trio.move_on_after(_GIVE_BACK_AT_END_S):
             reuse.hurry(self._store.pool.volumes)
-            await self._give_back(pause_s=0.0)
+            await self._give_back(rest=0.0)
             reuse.settle()
-            await self._give_back(pause_s=0.0)
+            await self._give_back(rest=0.0)
 
     async def survey(self) -> None:
         """Look through the images once for free blocks that the host still keeps, and give them back.
@@ -149,25 +154,33 @@ class Keeper:
                     await self._give_back()
                 await trio.sleep(_SURVEY_PAUSE_S)
 
-    async def _give_back(self, pause_s: float = _PIECE_PAUSE_S) -> None:
-        """Give host space back, some at a time; who needs blocks waits for those that are held meanwhile.
+    async def _give_back(self, rest: float = _REST) -> None:
+        """Give host space back, in slices; who needs blocks waits for those that are held meanwhile.
 
         Args:
-            pause_s: For each piece, unless a host is short of space: its filesystem has other things to do.
+            rest: How long to wait after each slice, times what it took; less where a host is short of space.
         """
         reuse = self._store.pool.reuse
         while self._store.failure is None:
             if short := self._short_hosts():
                 reuse.hurry(short)
             async with self._space_lock:
-                plan = reuse.plan(_PUNCH_RUNS, max(1, _PUNCH_BYTES // self._store.block_bytes))
+                plan = reuse.plan(_SLICE_PIECES, max(1, self._slice_bytes // self._store.block_bytes))
                 if not plan.held:
                     return
+                began = trio.current_time()
                 with trio.CancelScope(shield=True):
-                    await offload(lambda: reuse.punch(plan))  # noqa: B023
+                    self._note_pace(await offload(lambda: reuse.punch(plan, _SLICE_S)))  # noqa: B023
                     reuse.punched(plan)
-            if not short:
-                await trio.sleep(pause_s * len(plan.runs))
+                took_s = trio.current_time() - began
+            await trio.sleep((min(rest, _SHORT_REST) if short else rest) * took_s)
+
+    def _note_pace(self, slowest_s: float) -> None:
+        """Let pieces be as large as this host punches in the time of a slice."""
+        if slowest_s > _SLICE_S:
+            self._slice_bytes = max(_LEAST_SLICE_BYTES, self._slice_bytes // 2)
+        elif slowest_s < _SLICE_S / 4:
+            self._slice_bytes = min(_MOST_SLICE_BYTES, self._slice_bytes * 2)
 
     def _short_hosts(self) -> list[StorageId]:
         """List the storage volumes whose host filesystem is short of space."""

@@ -41,6 +41,22 @@ CORE: Final = (
         "tests/unit/test_pool.py::test_whole_chunks_go_back_to_the_host",
     ),
     Breakage(
+        "slice-of-what-goes-back-has-no-end",
+        "waiting",
+        "incfs/reuse.py",
+        "            if number and ended - began >= limit_s:",
+        "            if number and ended - began >= 1000 * limit_s:",
+        "tests/unit/test_pool.py::test_a_slice_ends_when_its_time_is_over_and_the_rest_waits",
+    ),
+    Breakage(
+        "what-a-slice-left-never-goes-back",
+        "I9",
+        "incfs/reuse.py",
+        "        for key, bits in plan.left.items():",
+        "        for key, bits in ():",
+        "tests/unit/test_pool.py::test_a_slice_ends_when_its_time_is_over_and_the_rest_waits",
+    ),
+    Breakage(
         "full-while-space-is-given-back",
         "I10",
         "incfs/keeper.py",

@@ -2,6 +2,7 @@
 
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from incfs.model import StorageId
 from incfs.recovery import make_storage
 from incfs.reuse import CHUNK_BYTES
 from incfs.space import Growth, Step
+from incfs.storage import StorageVolume
 from incfs.store import Store
 from tests.support import pools
 from tests.support.media import MemoryBacking
@@ -311,6 +313,35 @@ def test_what_is_given_back_at_once_is_bounded(pool_home: Path) -> None:
             reuse.punch(plan)
             reuse.punched(plan)
         blocks = [first + i for _, first, count in seen for i in range(count)]
+        assert len(set(blocks)) == len(blocks) == 64 + 32
+        pools.check_clean(store)
+
+
+def test_a_slice_ends_when_its_time_is_over_and_the_rest_waits(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever needed space waited for sixteen pieces, however long the host took for each."""
+    now_s, pieces = [0.0], list[tuple[int, int]]()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+
+    def punch(volume: StorageVolume, block_index: int, count: int) -> bool:
+        now_s[0] += 0.3
+        pieces.append((block_index, count))
+        return volume.file.punch(volume._offset(block_index), count * 4096)
+
+    with freed_chunks(pool_home) as store:
+        monkeypatch.setattr(StorageVolume, "punch", punch)
+        reuse = store.pool.reuse
+        reuse.settle()
+        slices = 0
+        while (plan := reuse.plan(1000, 1000)).held:
+            before = len(pieces)
+            assert reuse.punch(plan, limit_s=1.0) == pytest.approx(0.3)
+            assert 1 <= len(pieces) - before <= 4
+            reuse.punched(plan)
+            slices += 1
+        assert slices > 4
+        blocks = [first + i for first, count in pieces for i in range(count)]
         assert len(set(blocks)) == len(blocks) == 64 + 32
         pools.check_clean(store)
 
