@@ -574,9 +574,14 @@ class Journal:
                 raise BackingError(reason, action="write")
 
     def _tell_survivors(self) -> None:
-        """Make it durable who lacks what was just written, before anybody hears that it is durable."""
+        """Make it durable who lacks what was just written, before anybody hears that it is durable.
+
+        Raises:
+            MetadataFull: There is no room to say so.  Whoever tries again writes the same to the same place.
+        """
         if self._survivors is not None:
-            self._survivors.settle()
+            with _finding_room():
+                self._survivors.settle()
 
     def close(self) -> None:
         """Close both files, once nobody appends any more."""

@@ -15,7 +15,7 @@ from incfs import committer
 from incfs.backing import File
 from incfs.errors import MetadataFull, NoSpace
 from incfs.metadata import TABLES_NAME
-from incfs.model import Volume
+from incfs.model import PAGE_BLOCKS, Volume
 from incfs.options import Options
 from incfs.planes import HAS_NATIVE, PlaneKind
 from incfs.recovery import create_pool
@@ -347,8 +347,9 @@ async def test_folding_needs_no_room_but_what_was_set_aside(pool_home: Path, mon
 
         monkeypatch.setattr(File, "allocate", full)
         with trio.fail_after(PATIENCE_S):
-            for _ in range(3):
-                await rewrite(service, first)
+            for number in range(3):
+                for page in range(40):
+                    await service.write(first.map_id, page * PAGE_BLOCKS * 4096, bytes([number + 1]) * 4096)
                 await service.checkpoint()
         assert not service._store.has_unfolded
 

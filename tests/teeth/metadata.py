@@ -38,8 +38,8 @@ COPIES: Final = (
         "nobody-told-who-was-left-behind",
         "I17",
         "incfs/journal.py",
-        "        if self._survivors is not None:\n            self._survivors.settle()",
-        "        return",
+        "            with _finding_room():\n                self._survivors.settle()",
+        "            return",
         f"{_UNIT}test_a_flush_that_fails_in_one_copy_is_told_before_the_commit_ends",
     ),
     Breakage(

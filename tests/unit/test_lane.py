@@ -18,6 +18,7 @@ from incfs.dataplane import LeaseExhausted
 from incfs.errors import BackingError, MetadataFull, PoolReadOnly
 from incfs.roster import read_roster
 from tests.support import pools
+from tests.support.served import Served
 
 BLOCK = pools.BLOCK
 LEASE_BLOCKS = 2000
@@ -258,6 +259,7 @@ def test_a_failed_flush_is_told_and_the_pool_becomes_read_only(pool):
         with pytest.raises(BackingError, match="journal"):
             store.plane._sync(table)
         assert not store.plane._sync(table), "the next one is the control plane's to refuse"
+        assert not Served(store.plane).write(table, 0, b"3" * BLOCK), "hot threads write no more"
         with pytest.raises(BackingError, match="journal"):
             store.commit()  # of an fsync through Python, before anybody has told of the failure
         assert store.failure is not None
@@ -297,12 +299,15 @@ def test_a_record_without_room_is_kept_and_written_before_any_other(pool, copies
     with full_disks(list(store.journal._file(store.journal.segment.number).filenos().values())):
         fill(store, table, 0, b"2" * BLOCK)
         assert not store.plane._sync(table), "nobody hears durable"
+        store.plane.reopen()
+        fill(store, table, 3, b"6" * BLOCK)
+        assert not store.plane._sync(table), "nothing is begun behind it"
         for _ in range(2):
             with pytest.raises(MetadataFull, match="journal"):
                 store.commit()  # of the same fsync, through Python
         assert store.failure is None
         store.catch_up()
-        assert store.durable_sequence == store.sequence - 1
+        assert store.durable_sequence == store.sequence - 2, "the lane's, and the next"
         with pytest.raises(MetadataFull):
             pools.write(store, table, 0, b"3" * BLOCK)
         assert pools.read(store, table, 0, BLOCK) == b"2" * BLOCK
@@ -316,7 +321,7 @@ def test_a_record_without_room_is_kept_and_written_before_any_other(pool, copies
     fill(store, table, 2, b"5" * BLOCK)
     assert store.plane._sync(table), "it goes on"
     store = crash(store)
-    assert pools.read(store, table, 0, 3 * BLOCK) == b"2" * BLOCK + b"4" * BLOCK + b"5" * BLOCK
+    assert pools.read(store, table, 0, 4 * BLOCK) == b"".join(byte * BLOCK for byte in (b"2", b"4", b"5", b"6"))
     pools.check_clean(store)
     store.abandon()
 

@@ -13,7 +13,9 @@ from incfs.errors import (
     AlreadyExists,
     BackingError,
     EpochMismatch,
+    MetadataFull,
     MetadataStale,
+    NoSpace,
     NotAPool,
     PoolLocked,
     UsageError,
@@ -115,6 +117,34 @@ def failing(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, is_hit: Call
         return original(self, *arguments, **named)
 
     monkeypatch.setattr(owner, name, fails)
+
+
+def test_who_was_left_behind_is_said_when_there_is_room(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool was read-only because the one copy that was left had no room for the roster."""
+    store = pools.open_tiny(pool)
+    write(store, b"before")
+    with monkeypatch.context() as patched:
+        failing(patched, File, "pwrite", lambda path: path.parent.name == "other" and path.name.startswith("journal"))
+
+        def full(backing: Backing, path: Path, content: bytes) -> None:
+            raise NoSpace(f"cannot write {path}: No space left on device")
+
+        patched.setattr(Backing, "replace_content", full)
+        for _ in range(2):
+            with pytest.raises(MetadataFull):
+                write(store, b"later")
+            assert store.durable_sequence < store.sequence
+    assert store.failure is None
+    store.commit()
+    write(store)
+    assert store.copies.is_settled
+    assert current(pool) == [1]
+    store.abandon()
+    with pools.open_tiny(pool) as again:
+        assert content(again) == DATA
+        pools.check_clean(again)
 
 
 @pytest.mark.parametrize("lost", ["pool", "other"])
