@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 
 from incfs.blocks import split_address, split_pages
 from incfs.codec import Entries, checksum
-from incfs.errors import BackingError, ChecksumMismatch, IncfsError
+from incfs.errors import BackingError, ChecksumMismatch, IncfsError, NoSpace
 from incfs.model import HOLE, INHERIT, PAGE_BLOCKS, Facts, MapId, StorageId
 from incfs.sealed import Sealed, runs_of, seal_pages
 
@@ -446,7 +446,9 @@ class DataPlane:
         assert data is not None
         try:
             self._files[storage_id].write_blocks(block_index, data)
-        except IncfsError:
+        except IncfsError as error:
+            if isinstance(error, NoSpace):
+                error.facts.update(storage=storage_id, block=block_index)
             self._dropped += [p.address for p in placements[position:] if p.block is not None]
             raise
 
