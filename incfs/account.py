@@ -116,8 +116,9 @@ class Account:
         for volume in volumes:
             if not volume.is_usable:
                 continue
-            kept = max(0, volume.grown_blocks - volume.live_blocks - volume.lacking_blocks)
-            lacking = max(0, volume.lacking_blocks - volume.lost_blocks)
+            lacking = volume.lacking_blocks
+            kept = max(0, volume.grown_blocks - volume.live_blocks - lacking)
+            lacking = max(0, lacking - volume.lost_blocks)
             longer = max(0, volume.most_blocks - volume.grown_blocks)
             host = volume.host_room(lambda host: self._unusable_bytes(volume, host), taken) // self._block_bytes  # noqa: B023
             lacking = min(lacking, host)

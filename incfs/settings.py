@@ -23,7 +23,8 @@ class Amount:
 
     def of(self, whole_bytes: int) -> int:
         """Give it in bytes."""
-        return self.fixed_bytes + int(whole_bytes * self.percent / 100)
+        percent = self.percent
+        return self.fixed_bytes + whole_bytes * percent.numerator // (100 * percent.denominator)
 
 
 class Directory(NamedTuple):

@@ -103,6 +103,8 @@ class StorageVolume:
         self.hosts: Sequence[Host] = ()
         """Of the image, or of each leg that is written, by the last look; a host that does not answer must not keep
         those waiting who only ask how full it is."""
+        self._legs_on = Counter[int]()
+        """Device -> how many of them are on it."""
         self.allocated_bytes = 0
         """What the image, or all legs, occupied then."""
         self.is_silent = False
@@ -125,6 +127,7 @@ class StorageVolume:
             Host(f.host_device(), f.path.parent, f.host_free_bytes(), f.host_total_bytes(), f.allocated_bytes())
             for f in files
         ]
+        self._legs_on = Counter(host.device for host in self.hosts)
         self.allocated_bytes = self.file.allocated_bytes()
 
     @property
@@ -139,14 +142,12 @@ class StorageVolume:
             reserve: What must stay free.
             taken: Device -> bytes that others will have taken by then.
         """
-        legs = Counter(host.device for host in self.hosts)
-        return min(
-            (
-                max(0, host.free_bytes - reserve(host) - (taken or {}).get(host.device, 0)) // legs[host.device]
-                for host in self.hosts
-            ),
-            default=0,
-        )
+        least: int | None = None
+        for host in self.hosts:
+            others = taken.get(host.device, 0) if taken else 0
+            room = max(0, host.free_bytes - reserve(host) - others) // self._legs_on[host.device]
+            least = room if least is None else min(least, room)
+        return least or 0
 
     @property
     def most_blocks(self) -> int:
@@ -167,6 +168,8 @@ class StorageVolume:
     @property
     def lacking_blocks(self) -> int:
         """Unbacked blocks that have no host space, as far as what the image occupies tells."""
+        if not self.unbacked.count:
+            return 0
         length_bytes = DATA_OFFSET_BYTES + self.grown_blocks * self._block_bytes
         absent_bytes = max((length_bytes - host.allocated_bytes for host in self.hosts), default=0)
         return min(self.unbacked.count, max(self.unbacked.hollow_count, absent_bytes // self._block_bytes))
