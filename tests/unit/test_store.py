@@ -7,6 +7,7 @@ import pytest
 
 from incfs import extents, ranges
 from incfs import snapshot as snapshots
+from incfs import tables as tables_module
 from incfs import volume as volumes
 from incfs.backing import Backing, File
 from incfs.codec import Entries
@@ -201,3 +202,18 @@ def test_data_that_changed_before_its_commit_is_not_committed(store: Store) -> N
         store.commit()
     with pytest.raises(PoolReadOnly):
         store.commit()
+
+
+@pytest.mark.parametrize("has_memory", [True, False])
+def test_lmdbs_list_of_readers_is_in_memory_where_that_is_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_memory: bool
+) -> None:
+    """A page of it that a full btrfs could not give ended the daemon."""
+    if not has_memory:
+        monkeypatch.setattr(tables_module, "_IN_MEMORY", tmp_path / "nowhere")
+    tables = Tables(tmp_path / "tables", Backing(), create=True)
+    assert (tmp_path / "tables-lock").exists() == (not has_memory)
+    tables.write({}, Puts({}, {"sequence": 3, "segment": 1, "last_volume": 0}))
+    with tables.reading() as reader:
+        assert reader.checkpoint()[0] == 3
+    tables.close()
