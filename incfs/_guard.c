@@ -23,6 +23,7 @@ static struct {
     atomic_uintptr_t start;
     atomic_size_t length; /* 0: not in use */
     atomic_ulong faults;
+    unsigned long guard_count; /* of this place: who guarded it before has nothing to do with it any more */
 } ranges[RANGES];
 
 static struct sigaction before;
@@ -73,6 +74,25 @@ static int install(void)
     return sigaction(SIGBUS, &action, NULL);
 }
 
+/* What was mapped there has gone without a word, as the mapping of a pool that nobody closed. */
+static void forget_within(uintptr_t start, size_t length)
+{
+    for (int i = 0; i < RANGES; i++) {
+        uintptr_t other = atomic_load(&ranges[i].start);
+        if (other < start + length && start < other + atomic_load(&ranges[i].length))
+            atomic_store(&ranges[i].length, 0);
+    }
+}
+
+/* Returns the place of what guard has returned; -1 with an error, or without one if another has it now. */
+static int place_of(PyObject *number)
+{
+    unsigned long given = PyLong_AsUnsignedLong(number);
+    if (PyErr_Occurred())
+        return -1;
+    return ranges[given % RANGES].guard_count == given / RANGES ? (int)(given % RANGES) : -1;
+}
+
 static PyObject *guard(PyObject *module, PyObject *arguments)
 {
     unsigned long long start, length;
@@ -85,12 +105,13 @@ static PyObject *guard(PyObject *module, PyObject *arguments)
     PyBuffer_Release(&begin);
     if (install())
         return PyErr_SetFromErrno(PyExc_OSError);
-    for (int i = 0; i < RANGES; i++)
+    forget_within((uintptr_t)start, (size_t)length);
+    for (unsigned long i = 0; i < RANGES; i++)
         if (!atomic_load(&ranges[i].length)) {
             atomic_store(&ranges[i].faults, 0);
             atomic_store(&ranges[i].start, (uintptr_t)start);
             atomic_store(&ranges[i].length, (size_t)length);
-            return PyLong_FromLong(i);
+            return PyLong_FromUnsignedLong(++ranges[i].guard_count * RANGES + i);
         }
     PyErr_SetString(PyExc_OverflowError, "too many guarded ranges");
     return NULL;
@@ -98,21 +119,22 @@ static PyObject *guard(PyObject *module, PyObject *arguments)
 
 static PyObject *release(PyObject *module, PyObject *number)
 {
-    long i = PyLong_AsLong(number);
+    int i = place_of(number);
     (void)module;
-    if (i < 0 || i >= RANGES)
-        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "no such range");
-    atomic_store(&ranges[i].length, 0);
+    if (i < 0 && PyErr_Occurred())
+        return NULL;
+    if (i >= 0)
+        atomic_store(&ranges[i].length, 0);
     Py_RETURN_NONE;
 }
 
 static PyObject *faults(PyObject *module, PyObject *number)
 {
-    long i = PyLong_AsLong(number);
+    int i = place_of(number);
     (void)module;
-    if (i < 0 || i >= RANGES)
-        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "no such range");
-    return PyLong_FromUnsignedLong(atomic_load(&ranges[i].faults));
+    if (i < 0 && PyErr_Occurred())
+        return NULL;
+    return PyLong_FromUnsignedLong(i < 0 ? 0 : atomic_load(&ranges[i].faults));
 }
 
 static PyMethodDef methods[] = {

@@ -163,3 +163,23 @@ def test_a_fault_elsewhere_ends_the_process_as_before(tmp_path: Path) -> None:
     assert mapped.fault_count == 2
     mapped.close()
     assert mapped.fault_count == 2
+
+
+def test_a_range_that_nobody_released_does_not_count_for_who_is_mapped_there_now(tmp_path: Path) -> None:
+    """A pool that was not closed: the faults of the next one at its addresses were counted for it, and not believed."""
+    import mmap  # here: it is what is tested
+
+    path = tmp_path / "file"
+    path.write_bytes(bytes(8192))
+    with path.open("r+b") as stream:
+        mapping = mmap.mmap(stream.fileno(), 8192)
+    former, now = MappedFile(path, b""), MappedFile(path, b"")
+    former.look()
+    now.look()
+    os.truncate(path, 0)
+    assert mapping[0] == 0
+    assert (former.fault_count, now.fault_count) == (0, 1)
+    former.close()
+    assert mapping[5000] == 0
+    assert now.fault_count == 2
+    now.close()
