@@ -262,26 +262,38 @@ class Committer:
             await self._set_aside()
 
     async def _write(self, work: Commit | Checkpoint) -> None:
-        """Write a commit; one for which the journal has no room may find some when the fold under way has ended."""
+        """Write a commit, and have a checkpoint folded.
+
+        Raises:
+            MetadataFull: The journal has no room; it is refused, and kept.
+            BackingError: As ``Commit.run``.
+        """
+        under_way = self._fold_told
+        if isinstance(work, Checkpoint):
+            # In the step that counts it: else who sees that it has begun would take the last one's end for its own.
+            self._fold_told = trio.Event()
         try:
-            try:
-                await offload(lambda: self._store.write(work))
-            except MetadataFull:
-                if self._fold_told.is_set():
-                    raise
-                await self._fold_told.wait()
-                await self._write_again(work)
-        except MetadataFull as error:
-            self._store.refuse(work, error)
+            await self._write_once_there_is_room(work, under_way)
+        except BaseException as error:
+            if isinstance(error, MetadataFull):
+                self._store.refuse(work, error)
+            if isinstance(work, Checkpoint):
+                self._fold_told.set()
             raise
         self._store.accept(work)
         if isinstance(work, Checkpoint):
-            self._fold_told = trio.Event()
             self._nursery.start_soon(self._fold, work)
 
-    async def _write_again(self, work: Commit | Checkpoint) -> None:
-        self._store.prepare_again(work)
-        await offload(lambda: self._store.write(work))
+    async def _write_once_there_is_room(self, work: Commit | Checkpoint, fold_under_way: trio.Event) -> None:
+        """A commit for which the journal has no room may find some when the fold under way has ended."""
+        try:
+            await offload(lambda: self._store.write(work))
+        except MetadataFull:
+            if fold_under_way.is_set():
+                raise
+            await fold_under_way.wait()
+            self._store.prepare_again(work)
+            await offload(lambda: self._store.write(work))
 
     async def _fold(self, checkpoint: Checkpoint) -> None:
         told = self._fold_told

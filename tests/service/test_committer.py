@@ -68,3 +68,28 @@ async def test_a_checkpoint_begins_after_it_was_asked_for(pool_home: Path, monke
         assert store_of(service).pool.used_blocks() == 0
         assert store_of(service).freed_bytes == 0
         assert not store_of(service).has_unfolded
+
+
+async def test_a_checkpoint_that_has_begun_is_waited_for_also_while_its_commit_is_written(
+    pool_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever saw it counted took the end of the one before for its own, and was told too early."""
+    gate = Gate()
+    async with open_service(make_pool(pool_home), tiny_options()) as service, trio.open_nursery() as nursery:
+        await service.create_volume("v")
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoint, "run_commit", gate.wrap(Checkpoint.run_commit))
+            nursery.start_soon(service.checkpoint)
+            await gate.wait_arrived()
+            told = trio.Event()
+
+            async def wait() -> None:
+                await service._committer._wait_for_fold()
+                told.set()
+
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not told.is_set()
+            gate.open()
+            await told.wait()
+        assert not store_of(service).has_unfolded

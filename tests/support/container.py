@@ -41,6 +41,9 @@ class Container:
         (memory / "srv").rmdir()
         (memory / "srv").symlink_to(disk)
         (memory / "fstab").write_text("")
+        # At a boot nothing is taken from /tmp: this tree may lie there.
+        (memory / "etc/tmpfiles.d").mkdir()
+        (memory / "etc/tmpfiles.d/tmp.conf").write_text("")
         (memory / "units/guest.target").write_text(_TARGET)
         (memory / "units/tmp.mount").symlink_to("/dev/null")
         (memory / "incfs").write_text(_PROGRAM.format(root=ROOT, python=sys.executable))

@@ -75,7 +75,7 @@ _ALL = (
     # A checkpoint and its fold into the tables.
     Point("checkpoint.begun", "store:Store.begin_checkpoint", most=3),
     Point("checkpoint.committed", "store:Store.end_checkpoint_commit", most=3),
-    Point("checkpoint.reserving", _ALLOCATE, "after", "checkpoint:Checkpoint.reserve", most=3),
+    Point("checkpoint.reserving", "tables:Tables.reserve", "after", "checkpoint:Checkpoint.reserve", most=3),
     Point("checkpoint.reserved", "checkpoint:Checkpoint.reserve", most=3),
     Point("fold.stamp-torn", _WRITE, "half", _STAMP, most=3),
     Point("fold.stamped", "pool:Pool.write_stamps", most=3),

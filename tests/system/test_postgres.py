@@ -55,10 +55,13 @@ class Server:
     def running(self) -> Iterator[None]:
         log = self.sockets / "log"
         self.run("pg_ctl", "-D", self.data, "-l", log, "-w", "-o", f"-k {self.sockets} -c listen_addresses=", "start")
+        pid = int((self.data / "postmaster.pid").read_text().split()[0])
         try:
             yield
         finally:
             self.run("pg_ctl", "-D", self.data, "-m", "fast", "-w", "stop")
+            # It has taken its file away then, but may still have its directory open.
+            wait_for(lambda: not Path(f"/proc/{pid}").exists())
 
     def books(self) -> list[int]:
         return [int(word) for word in self.client("psql", "-AtF ", "-c", BOOKS, USER).split()]
