@@ -8,8 +8,9 @@ import pytest
 import trio
 
 from incfs import keeper, restore
+from incfs.checkpoint import Checkpoint
 from incfs.epoch import EPOCH_NAME
-from incfs.errors import EpochMismatch, FormatError, ImageMismatch, IncfsError
+from incfs.errors import EpochMismatch, FormatError, ImageMismatch, IncfsError, NoSpace
 from incfs.image import DATA_OFFSET_BYTES
 from incfs.planes import PlaneKind
 from incfs.recovery import create_pool
@@ -47,6 +48,18 @@ async def fill(service: Service, seed: int, *, at: int = 0) -> bytes:
 
 async def read(service: Service) -> bytes:
     return await service.read(service.volume("db").map_id, 0, 1000 * BLOCK)
+
+
+def set_aside(home: Path, name: str) -> None:
+    """Copy the pool and its images as they are: while the pool is open, as a crash would leave them."""
+    for part in ("pool", "images"):
+        shutil.copytree(home / part, home / name / part)
+
+
+def bring_back(home: Path, name: str) -> None:
+    for part in ("pool", "images"):
+        shutil.rmtree(home / part)
+        shutil.copytree(home / name / part, home / part)
 
 
 def files_of(path: Path) -> dict[Path, bytes]:
@@ -123,6 +136,44 @@ async def test_two_forks_of_a_pool_do_not_share_images(home: Path) -> None:
         await fill(service, 3)
     with pytest.raises(EpochMismatch, match="of another fork"):
         async with open_service(home / "pool.first"):
+            pass
+
+
+async def test_two_forks_that_crashed_do_not_share_images(home: Path) -> None:
+    """No end told them apart, and no checkpoint: their openings did."""
+    async with open_service(home / "pool") as service:
+        await fill(service, 1)
+    set_aside(home, "base")
+    for seed, fork in enumerate(("one", "two"), start=2):
+        bring_back(home, "base")
+        async with open_service(home / "pool") as service:
+            await fill(service, seed)
+            set_aside(home, fork)
+    bring_back(home, "one")
+    shutil.rmtree(home / "images")
+    shutil.copytree(home / "two" / "images", home / "images")
+    with pytest.raises(EpochMismatch, match="of another fork"):
+        async with open_service(home / "pool"):
+            pass
+
+
+async def test_a_directory_copied_before_an_end_without_a_checkpoint_is_older(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stamps name no newer checkpoint then: only the end of the epoch tells."""
+
+    def refuse(checkpoint: Checkpoint) -> None:
+        raise NoSpace(f"no room for checkpoint {checkpoint.sequence}")
+
+    async with open_service(home / "pool") as service:
+        await fill(service, 1)
+        await service.checkpoint()
+        shutil.copytree(home / "pool", home / "copy")
+        await fill(service, 2)
+        monkeypatch.setattr(Checkpoint, "reserve", refuse)
+    monkeypatch.undo()
+    with pytest.raises(EpochMismatch, match="the image is newer"):
+        async with open_service(home / "copy"):
             pass
 
 
