@@ -205,7 +205,7 @@ def test_a_signal_unmounts_cleanly(mounted, number):
     assert (mounted / "db").read_bytes() == b"x" * 1_000_000
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
 def test_a_signal_while_files_are_open_is_obeyed_when_they_are_closed(mounted, number):
     mounted.expected_log = ["in use by"]
     fd = os.open(mounted / "db", os.O_CREAT | os.O_RDWR)

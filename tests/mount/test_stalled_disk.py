@@ -18,7 +18,8 @@ from tests.support.stalling_fs import EVERYTHING, NOTHING, WRITES, stalling
 
 BLOCK = 4096
 SLOW_VOLUMES = 6
-"""Each has a write that hangs: more than there are threads."""
+PLACES = range(1, 64, 16)
+"""Blocks that are written in each at once: all hang, on all threads that take requests."""
 POLICY = """
 [volume."slow*"]
 place = ["class=slow"]
@@ -31,6 +32,17 @@ def put(path, offset, data):
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         os.pwrite(fd, data, offset)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def put_scattered(path):
+    """Write what the kernel sends in as many requests as there are places."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        for block in PLACES:
+            os.pwrite(fd, b"t" * BLOCK, block * BLOCK)
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -106,20 +118,22 @@ def test_writes_that_hang_keep_nobody_else_waiting(two_disks):
     pool, switch, image = two_disks
     switch.stalls = WRITES
     hanging = [
-        threading.Thread(target=put, args=(pool / f"slow{number}", BLOCK, b"t" * 8 * BLOCK), daemon=True)
+        threading.Thread(target=put_scattered, args=(pool / f"slow{number}",), daemon=True)
         for number in range(SLOW_VOLUMES)
     ]
     for thread in hanging:
         thread.start()
-    wait_for(lambda: writing_threads(pool) == SLOW_VOLUMES)
+    hanging_writes = SLOW_VOLUMES * len(PLACES)
+    wait_for(lambda: writing_threads(pool) == hanging_writes)
     with going_on(pool, image):
-        assert writing_threads(pool) == SLOW_VOLUMES
+        assert writing_threads(pool) == hanging_writes
     switch.stalls = NOTHING
     for thread in hanging:
         thread.join(END_TIMEOUT_S)
         assert not thread.is_alive()
     for number in range(SLOW_VOLUMES):
-        assert get(pool / f"slow{number}", 0, 10 * BLOCK) == b"s" * BLOCK + b"t" * 8 * BLOCK + b"s" * BLOCK
+        expected = b"".join((b"t" if block in PLACES else b"s") * BLOCK for block in range(64))
+        assert get(pool / f"slow{number}", 0, 64 * BLOCK) == expected
 
 
 def test_a_host_that_does_not_answer_stops_nobody_and_is_told(two_disks):

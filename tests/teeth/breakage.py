@@ -30,10 +30,10 @@ class Breakage:
     @property
     def is_native(self) -> bool:
         """Whether the extension must be built anew."""
-        return self.file.endswith(".c") and not self.test.startswith("tests/native/")
+        return self.file.endswith((".c", ".h")) and not self.test.startswith("tests/native/")
 
     def _is_in(self, path: Path) -> bool:
-        return path.suffix in (".py", ".c") and self.old in path.read_text()
+        return path.suffix in (".py", ".c", ".h") and self.old in path.read_text()
 
     def broken_text(self, root: Path) -> str:
         """Give the text of the file, broken.
@@ -44,7 +44,7 @@ class Breakage:
         text = (root / self.file).read_text()
         found = text.count(self.old)
         if found != 1:
-            now = [str(p.relative_to(root)) for p in (root / "incfs").rglob("*.[pc]*") if self._is_in(p)]
+            now = [str(p.relative_to(root)) for p in (root / "incfs").rglob("*.[pch]*") if self._is_in(p)]
             raise Misfit(
                 f"{self.name}: its old text is {found} times in {self.file}, expected once; update the breakage "
                 f"(files that have it: {', '.join(now) or 'none'})"

@@ -37,7 +37,7 @@ MOUNTED: Final = (
         "incfs/mount.py",
         "            self._say_for_whom(busy)\n            await self._make_durable()\n",
         "            self._say_for_whom(busy)\n            raise\n",
-        "tests/mount/test_life.py::test_a_signal_while_files_are_open_is_obeyed_when_they_are_closed[Signals.SIGTERM]",
+        "tests/mount/test_life.py::test_a_signal_while_files_are_open_is_obeyed_when_they_are_closed[TERM]",
     ),
     Breakage(
         "nothing-is-written-while-the-mount-is-in-use",
