@@ -30,6 +30,11 @@ class Parent:
     def __init__(self, pipe_fd: int | None = None) -> None:
         self._pipe_fd = pipe_fd
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a command waits, and goes its way without us then: we are in the background."""
+        return self._pipe_fd is not None
+
     def tell_ready(self) -> None:
         """Say that the mount answers."""
         self._send({"ready": True})
@@ -106,6 +111,13 @@ def log_to_file(pool: Path) -> None:
     except OSError:
         handler = logging.NullHandler()  # a read-only or full disk is reported by what fails there
     _set_handler(handler)
+
+
+def reopen_log() -> None:
+    """Write on to a new ``daemon.log`` if somebody has moved the one that is open (logrotate)."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.close()  # the next line opens it by its name
 
 
 def log_to_stderr() -> None:

@@ -15,6 +15,7 @@ from typing import Final
 import trio
 
 from incfs.errors import HookFailed
+from incfs.surroundings import expose
 
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MAX_OUTPUT_BYTES: Final = 4096
@@ -41,6 +42,7 @@ async def run_hook(command: Sequence[str], facts: Mapping[str, str], timeout_s: 
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise HookFailed(f"hook {command[0]} cannot be started: {error}", command=list(command)) from error
+    expose(process.pid)
     said, drained = bytearray(), trio.Event()
     try:
         with trio.move_on_after(timeout_s) as limit:

@@ -33,7 +33,7 @@ from incfs import fusext, metrics
 from incfs.backing import Backing
 from incfs.backing_device import widen_page_cache
 from incfs.control import serve_control
-from incfs.daemon import Parent, fork_daemon, log_to_stderr, notify_systemd
+from incfs.daemon import Parent, fork_daemon, log_to_stderr, notify_systemd, reopen_log
 from incfs.enforcer import enforce
 from incfs.errors import Busy, IncfsError, UsageError
 from incfs.exporter import serve_metrics
@@ -54,6 +54,7 @@ from incfs.outside import Outside, fork_outside
 from incfs.resume import resume_jobs
 from incfs.service import open_service
 from incfs.superblock import read_superblock
+from incfs.surroundings import settle_daemon
 from incfs.systemd import leave_session
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ def _prepare_mountpoint(pool: Path, mountpoint: Path) -> None:
 
 def _run_trio(pool: Path, mountpoint: Path, options: MountOptions, parent: Parent) -> None:
     """Run the daemon; of errors that nurseries wrapped, raise the first."""
+    settle_daemon()
     try:
         with fork_outside() as outside:
             trio.run(partial(_run, pool, mountpoint, options, parent, outside))
@@ -161,7 +163,7 @@ async def _run(pool: Path, mountpoint: Path, options: MountOptions, parent: Pare
                     with _hooked(service, operations, hook):
                         stopping = _Stopping(service, hook, mountpoint, outside)
                         await _start_tasks(nursery, service, options)
-                        await minding.start(stopping.watch_signals)
+                        await minding.start(stopping.watch_signals, _ends(in_background=parent.is_waiting))
                         nursery.start_soon(_refuse_writers_of_a_full_pool, service, operations, hook)
                         nursery.start_soon(_tell_ready, mountpoint, session, parent, outside)
                         aborted = await _serve_requests(mountpoint, outside, stopping)
@@ -305,6 +307,19 @@ async def _tell_ready(mountpoint: Path, session: _Session, parent: Parent, outsi
     parent.tell_ready()
 
 
+def _ends(*, in_background: bool) -> frozenset[signal.Signals]:
+    """Return the signals that ask for the end; SIGHUP is one for a daemon that has a terminal to lose."""
+    ends = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
+    return frozenset(ends if in_background else ends | ({signal.SIGHUP} & _heard()))
+
+
+def _heard() -> frozenset[signal.Signals]:
+    """Return the signals that say something else, less what the one who started us wants ignored (``nohup``)."""
+    return frozenset(
+        number for number in (signal.SIGUSR1, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN
+    )
+
+
 class _Stopping:
     """Unmounts when the daemon is asked to end, as soon as nobody uses the mount.
 
@@ -326,19 +341,37 @@ class _Stopping:
         self.refused: IncfsError | None = None
         """Why the mount was left in place, dead."""
 
-    async def watch_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Unmount at the first SIGTERM or SIGINT; the end is under way when others come."""
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+    async def watch_signals(
+        self, ends: frozenset[signal.Signals], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Unmount at the first signal of ``ends``; the end is under way when others come.
+
+        SIGUSR1 has the log say what is under way; SIGHUP, where it is no end, opens the log anew.
+        """
+        with trio.open_signal_receiver(*ends, *_heard()) as received:
             async with trio.open_nursery() as nursery:
                 task_status.started()
                 async for number in received:
-                    name = signal.Signals(number).name
-                    if self._is_asked:
+                    if number == signal.SIGUSR1:
+                        self._log_state()
+                    elif number not in ends:
+                        reopen_log()
+                    elif self._is_asked:
+                        name = signal.Signals(number).name
                         logger.info("%s: %s changes nothing: the mount is ending already", self._mountpoint, name)
-                        continue
-                    self._is_asked = True
-                    logger.info("%s: unmounting because of %s", self._mountpoint, name)
-                    nursery.start_soon(self._unmount)
+                    else:
+                        self._is_asked = True
+                        logger.info("%s: unmounting because of %s", self._mountpoint, signal.Signals(number).name)
+                        nursery.start_soon(self._unmount)
+
+    def _log_state(self) -> None:
+        """Say what takes long: the jobs, and the end that waits for somebody."""
+        jobs = [
+            f"{job.request.verb} of {job.request.subject}" + (f" ({job.percent} %)" if job.percent is not None else "")
+            for job in self._service.jobs.running()
+        ]
+        ending = "; ending, once nobody uses the mount" if self._is_asked else ""
+        logger.info("%s: under way: %s%s", self._mountpoint, ", ".join(jobs) or "no long work", ending)
 
     async def _unmount(self) -> None:
         try:

@@ -7,7 +7,7 @@ the pool would stay locked until somebody aborts the connection by hand.  This p
 daemon dies, its requests are aborted, it finds its sockets closed, and ends.
 
 1. It is forked before there are threads, the pool's lock or ``/dev/fuse``, and keeps none of the daemon's files.
-2. It ignores SIGTERM and SIGINT, which a service manager and a terminal send to everybody: the daemon ends it.
+2. It ignores signals that mean an end, which a service manager and a terminal send to everybody: the daemon ends it.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ MAX_CALLS: Final = 16
 _STACK_BYTES: Final = 256 << 10
 """Of a thread there: some calls take one for each of many files."""
 
-_ENDS: Final = (signal.SIGTERM, signal.SIGINT)
+_ENDS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 T = TypeVar("T")
 
@@ -101,7 +101,7 @@ def fork_outside() -> Iterator[Outside]:
     Concurrency: while this process has one thread, before it opens the pool and ``/dev/fuse``.
     """
     pairs = [Pipe() for _ in range(MAX_CALLS + 1)]
-    # A SIGINT in the hooks of a fork would be lost: Python ignores what is raised there.
+    # A signal in the hooks of a fork would be lost: Python ignores what is raised there.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
     pid = os.fork()
     if pid == 0:

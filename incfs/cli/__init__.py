@@ -6,7 +6,6 @@ code; a traceback here is a bug of ours.
 """
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from incfs.cli import (
 )
 from incfs.cli.options import FORCE_OLDER, POOL_VARIABLE
 from incfs.errors import IncfsError
+from incfs.surroundings import settle
 
 app = typer.Typer(
     name="incfs",
@@ -66,7 +66,7 @@ NOUNS: Final = frozenset(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave the process with its exit code."""
     if arguments is None:
-        speak_utf8()
+        settle()
     logging.basicConfig(level=logging.WARNING, format="incfs: %(message)s")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -74,17 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except IncfsError as error:
         print_error(error)
         sys.exit(error.exit_code)
-
-
-def speak_utf8() -> None:
-    """Begin anew if the locale is not UTF-8: names are UTF-8 in the format, and the same bytes in and out.
-
-    Whatever this process starts, the daemon, its helper, other commands, begins like that.
-    """
-    if sys.flags.utf8_mode or sys.getfilesystemencoding() == "utf-8":
-        return
-    os.environ["PYTHONUTF8"] = "1"
-    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - it is ourselves
 
 
 def as_mount_helper(arguments: list[str]) -> list[str]:

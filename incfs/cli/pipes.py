@@ -9,6 +9,7 @@ from typing import BinaryIO, Final
 import trio
 
 from incfs.errors import BackingError, UsageError
+from incfs.surroundings import is_closed
 
 READ_BYTES: Final = 1 << 18
 
@@ -17,8 +18,10 @@ def require_stream_output() -> None:
     """Make sure that stdout can take a stream.
 
     Raises:
-        UsageError: It is a terminal.
+        UsageError: It is a terminal, or closed.
     """
+    if is_closed("stdout"):
+        raise UsageError("a stream needs somewhere to go, and standard output is closed; redirect it: > FILE, or | ...")
     if sys.stdout.isatty():
         raise UsageError("a stream is not written to a terminal; redirect it: > FILE, or | ...")
 
@@ -42,8 +45,10 @@ def require_stream_input() -> None:
     """Make sure that stdin can bring a stream.
 
     Raises:
-        UsageError: It is a terminal.
+        UsageError: It is a terminal, or closed.
     """
+    if is_closed("stdin"):
+        raise UsageError("no stream: standard input is closed; redirect it: < FILE, or ... |")
     if sys.stdin.isatty():
         raise UsageError("no stream: stdin is a terminal; redirect it: < FILE, or ... |")
 

@@ -50,6 +50,19 @@ def test_names_are_utf8_whatever_the_locale(tmp_path: Path, locale: dict[str, st
     assert done.stdout == name + b"\n"
 
 
+def test_a_stream_is_not_sent_into_a_closed_descriptor(offline: Cli) -> None:
+    """What stands in for it takes everything: the stream would be lost, and the command content."""
+    offline.ok("volume", "create", "db", "1M")
+    offline.ok("snapshot", "create", "db@s")
+    for arguments, closed in ((["send", "db@s"], ">&-"), (["receive", "copy"], "<&-")):
+        done = subprocess.run(
+            ["sh", "-c", f'exec "$@" {closed}', "sh", *offline.command(*arguments)],
+            capture_output=True, text=True, env=environment(), timeout=TIMEOUT_S, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert "is closed" in done.stderr
+
+
 def test_no_pool_named() -> None:
     assert "INCFS_POOL" in Cli().fails(2, "volume", "list")
 

@@ -15,7 +15,17 @@ import pytest
 from incfs.backing_device import MAX_RATIO_PERCENT, READ_AHEAD_KIB, widen_page_cache
 from incfs.mount import RETRY_S
 from incfs.mount_table import FILESYSTEM_TYPE, find_mount
-from tests.mount.conftest import END_TIMEOUT_S, INCFS, START_TIMEOUT_S, incfs, mounted_pool, require_fuse, wait_for
+from incfs.unmount import unmount
+from tests.mount.conftest import (
+    END_TIMEOUT_S,
+    INCFS,
+    START_TIMEOUT_S,
+    incfs,
+    incfs_here,
+    mounted_pool,
+    require_fuse,
+    wait_for,
+)
 from tests.mount.test_names import errno_of
 from tests.support.loop import filesystem
 
@@ -28,10 +38,10 @@ def places(tmp_path):
     require_fuse()
     pool, mountpoint = tmp_path / "pool", tmp_path / "mnt"
     mountpoint.mkdir()
-    incfs("pool", "create", pool)
+    incfs_here("pool", "create", pool)
     yield pool, mountpoint
     if find_mount(mountpoint) is not None:
-        incfs("umount", mountpoint)
+        unmount(mountpoint)
 
 
 def test_mount_returns_when_the_mount_answers_and_umount_when_the_pool_is_free(places):
@@ -195,7 +205,7 @@ def test_umount_of_nothing(tmp_path):
 # signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_unmounts_cleanly(mounted, number):
     (mounted / "db").write_bytes(b"x" * 1_000_000)
     mounted.process.send_signal(number)
@@ -203,6 +213,37 @@ def test_a_signal_unmounts_cleanly(mounted, number):
     assert find_mount(mounted.path) is None
     mounted.start()
     assert (mounted / "db").read_bytes() == b"x" * 1_000_000
+
+
+def test_a_signal_that_means_no_end_ends_nothing(mounted):
+    """Each of these killed the daemon and left its mount dead."""
+    stray = [signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGPIPE]
+    for number in [*stray, signal.SIGRTMIN, signal.SIGRTMAX]:
+        mounted.process.send_signal(number)
+        (mounted / "db").write_bytes(str(number).encode())
+    mounted.process.send_signal(signal.SIGUSR1)
+    wait_for(lambda: "under way: no long work" in mounted.log())
+    assert (mounted / "db").read_bytes() == str(signal.SIGRTMAX).encode()
+
+
+def test_a_hangup_has_a_daemon_in_the_background_open_its_log_anew(places):
+    pool, mountpoint = places
+    incfs("mount", pool, mountpoint)
+    (pool / "daemon.log").rename(pool / "daemon.log.moved")
+    os.kill(int(os.getxattr(mountpoint, "user.incfs.pid")), signal.SIGHUP)
+    unmount(mountpoint)
+    assert "the pool is closed" in (pool / "daemon.log").read_text()
+
+
+@pytest.mark.parametrize("closed", [(1,), (0, 1, 2)], ids=str)
+def test_closed_descriptors_are_nobody_elses(places, closed):
+    """The pipe to the waiting command became standard output and was closed with it: no mount, and no word why."""
+    pool, mountpoint = places
+    shell = " ".join(f"{fd}{'<' if fd == 0 else '>'}&-" for fd in closed)
+    command = ["sh", "-c", f'exec "$@" {shell}', "sh", *INCFS, "mount", str(pool), str(mountpoint)]
+    assert subprocess.run(command, check=False, timeout=END_TIMEOUT_S).returncode == 0
+    (mountpoint / "db").write_bytes(b"x")
+    unmount(mountpoint)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])

@@ -55,4 +55,20 @@ MOUNTED: Final = (
         "",
         "tests/system/test_boots.py::test_each_daemon_has_a_unit_of_its_own",
     ),
+    Breakage(
+        "stray-signal-ends-the-daemon",
+        "I1",
+        "incfs/surroundings.py",
+        "            signal.signal(number, _pass_by)\n    ctypes",
+        "            pass\n    ctypes",
+        "tests/mount/test_life.py::test_a_signal_that_means_no_end_ends_nothing",
+    ),
+    Breakage(
+        "closed-descriptors-are-given-away",
+        "I1",
+        "incfs/surroundings.py",
+        "    _fill_standard()\n",
+        "",
+        "tests/mount/test_life.py::test_closed_descriptors_are_nobody_elses[(1,)]",
+    ),
 )
