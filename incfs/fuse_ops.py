@@ -350,7 +350,12 @@ class Operations(FileHandlers):
 
     @handler
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
-        """Store a ``user.`` attribute of a volume (pyfuse3 has looked at XATTR_CREATE and XATTR_REPLACE)."""
+        """Store a ``user.`` attribute of a volume (pyfuse3 has looked at XATTR_CREATE and XATTR_REPLACE).
+
+        Facts stay what they are, and nobody is told: rsync, cp, tar and mv bring the other file's along.
+        """
+        if _is_fact(name):
+            return
         text = self._changeable_attribute(inode, name)
         try:
             await self.service.set_xattr(volume_of(inode), text, value)
@@ -359,7 +364,10 @@ class Operations(FileHandlers):
 
     @handler
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        """Remove a stored ``user.`` attribute of a volume."""
+        """Remove a stored ``user.`` attribute of a volume; facts stay, as in ``setxattr``."""
+        if _is_fact(name):
+            await self.getxattr(inode, name, ctx)  # ENODATA where there is none
+            return
         text = self._changeable_attribute(inode, name)
         if text not in self._stored(inode):
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
@@ -375,7 +383,7 @@ class Operations(FileHandlers):
         kind = kind_of(inode)
         if not text.startswith(USER_XATTRS):
             raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
-        if text.startswith(OWN_XATTRS) or kind not in (Kind.VOLUME, Kind.SNAPSHOT):
+        if kind not in (Kind.VOLUME, Kind.SNAPSHOT):
             raise pyfuse3.FUSEError(errno.EPERM)
         if kind is Kind.SNAPSHOT:
             raise pyfuse3.FUSEError(errno.EROFS)
@@ -395,6 +403,10 @@ def _decode_name(name: bytes) -> str:
         return name.decode()
     except UnicodeDecodeError as error:
         raise InvalidName(f"the name {name!r} is not UTF-8", name=repr(name)) from error
+
+
+def _is_fact(name: bytes) -> bool:
+    return name.startswith(OWN_XATTRS.encode())
 
 
 def _decode_attribute(name: bytes) -> str:

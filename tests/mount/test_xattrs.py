@@ -2,6 +2,9 @@
 
 import errno
 import os
+import subprocess
+
+import pytest
 
 from tests.mount.test_names import errno_of
 
@@ -62,9 +65,29 @@ def test_facts_of_volume_snapshot_and_pool(mnt, volume):
     assert os.getxattr(mnt.path, "user.incfs.pool") == os.fsencode(mnt.pool)
 
 
-def test_facts_cannot_be_changed(mnt, volume):
+def test_facts_stay_what_they_are(mnt, volume):
+    """They come along when files are copied; EPERM had rsync -X, cp --preserve=xattr, tar and mv fail."""
     volume.touch()
     for path in (volume, mnt.path):
-        assert errno_of(os.setxattr, path, "user.incfs.uuid", b"x") == errno.EPERM
-        assert errno_of(os.removexattr, path, "user.incfs.uuid") == errno.EPERM
+        before = os.getxattr(path, "user.incfs.uuid")
+        os.setxattr(path, "user.incfs.uuid", b"x")
+        os.setxattr(path, "user.incfs.origin", b"x")
+        os.removexattr(path, "user.incfs.uuid")
+        assert os.getxattr(path, "user.incfs.uuid") == before
+        assert "user.incfs.origin" not in os.listxattr(path)
+        assert errno_of(os.removexattr, path, "user.incfs.origin") == errno.ENODATA
     assert errno_of(os.setxattr, mnt.path, "user.a", b"x") == errno.EPERM
+
+
+@pytest.mark.parametrize(
+    "copy", [["rsync", "-aX", "--inplace"], ["cp", "--preserve=all"], ["mv"]], ids=lambda command: command[0]
+)
+def test_attributes_travel_out_and_in(mnt, volume, tmp_path, copy):
+    volume.write_bytes(b"x" * 8192)
+    os.setxattr(volume, "user.mine", b"1")
+    subprocess.run(["rsync", "-aX", volume, tmp_path / "out"], check=True)
+    back = volume.with_name(f"{volume.name}-back")
+    done = subprocess.run([*copy, tmp_path / "out", back], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (back.read_bytes(), os.getxattr(back, "user.mine")) == (b"x" * 8192, b"1")
+    assert os.getxattr(back, "user.incfs.uuid") != os.getxattr(volume, "user.incfs.uuid")
