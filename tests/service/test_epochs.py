@@ -279,6 +279,24 @@ async def test_a_truncated_image_is_refused_before_the_epoch_is_raised(home: Pat
         assert await read(service) == data
 
 
+async def test_a_foreign_image_is_refused_although_somebody_insists(home: Path) -> None:
+    """Who takes an older image accepts that something is lost, not that another pool's data is read."""
+    async with open_service(home / "pool") as service:
+        data = await fill(service, 1)
+    (image,) = (home / "images").glob("*.img")
+    content = image.read_bytes()
+    (home / "others").mkdir()
+    create_pool(home / "other", block_bytes=BLOCK, directories=[home / "others"], journal_bytes=1 << 16)
+    (foreign,) = (home / "others").glob("*.img")
+    image.write_bytes(foreign.read_bytes().ljust(len(content), b"\0"))
+    with pytest.raises(ImageMismatch, match="expected"):
+        async with open_service(home / "pool", force_older=True):
+            pass
+    image.write_bytes(content)
+    async with open_service(home / "pool") as service:
+        assert await read(service) == data
+
+
 # Legs of mirrors
 
 

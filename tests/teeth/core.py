@@ -78,7 +78,7 @@ CORE: Final = (
         "incfs/images.py",
         "            if header != expected:",
         "            if not header:",
-        "tests/service/test_epochs.py::test_an_image_that_was_cut_off_is_refused_although_somebody_insists",
+        "tests/service/test_epochs.py::test_a_foreign_image_is_refused_although_somebody_insists",
     ),
     Breakage(
         "truncated-image-accepted",
