@@ -1,6 +1,7 @@
 """A standstill of volumes, with a kernel of the test's own: what is held is answered whatever happens."""
 
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from itertools import cycle, repeat
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from incfs import fusext
 from incfs.errors import BackingError, Busy, LimitExceeded, VolumeNotFound
 from incfs.model import MapId
 from incfs.standstill import LIMIT_S, MAX_VOLUMES, TRIES, Standstill
@@ -86,6 +88,28 @@ async def test_the_step_is_done_while_the_locks_of_all_that_are_open_for_writing
     assert held == {DATA, WAL}
     assert not kernel.opened
     assert await kernel.write(DATA) == await kernel.write(WAL) == 0
+
+
+@pytest.mark.parametrize("broken", [set(), {WAL}], ids=["sound", "broken"])
+async def test_hot_threads_leave_fsyncs_to_python_just_while_answers_are_held(
+    kernel: Kernel, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, broken: set[MapId]
+) -> None:
+    """One of theirs would let writers go on before all the others have arrived."""
+    are_left: list[bool] = []
+    at_sync: list[list[bool]] = []
+    sync_files = kernel.sync_files
+
+    async def sync_and_note(descriptors: list[int]) -> None:
+        at_sync.append(are_left.copy())
+        await sync_files(descriptors)
+
+    monkeypatch.setattr(fusext, "leave_syncs", are_left.append)
+    monkeypatch.setattr(kernel, "sync_files", sync_and_note)
+    kernel.broken = broken
+    with pytest.raises(BackingError) if broken else nullcontext():
+        await kernel.standstill.do({DATA, WAL}, lambda: None)
+    assert at_sync == [[True]]
+    assert are_left == [True, False]
 
 
 async def test_nothing_is_asked_of_the_kernel_when_nobody_may_have_written(

@@ -90,10 +90,10 @@ SHELL: Final = (
     Breakage(
         "hot-thread-answers-what-a-standstill-holds",
         "I16",
-        "incfs/fuse_hot_serve.c",
-        "    if (header->opcode == FUSE_FSYNC && !atomic_load(&are_syncs_left)) {",
-        "    if (header->opcode == FUSE_FSYNC) {",
-        "tests/mount/test_instants.py::test_a_group_snapshot_under_writers_is_one_point_in_time[writeback-auto]",
+        "incfs/standstill.py",
+        "            fusext.leave_syncs(True)\n",
+        "",
+        "tests/service/test_standstill.py::test_hot_threads_leave_fsyncs_to_python_just_while_answers_are_held[sound]",
     ),
     Breakage(
         "who-opens-a-volume-during-a-standstill-not-seen",

@@ -1,5 +1,7 @@
 """The breakages of tests/teeth still fit the code; `make teeth` tries them all, here are three."""
 
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,14 @@ def test_a_breakage_fits_the_code(breakage: Breakage) -> None:
     assert breakage.broken_text(ROOT) != (ROOT / breakage.file).read_text()
     path, _, function = breakage.test.partition("::")
     assert f"def {function.split('[')[0]}(" in (ROOT / path).read_text(), breakage.test
+
+
+def test_each_test_that_must_turn_red_is_there() -> None:
+    """One that is missing keeps the run without any breakage from being made, and then nothing is proved."""
+    tests = sorted({breakage.test for breakage in BREAKAGES})
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *tests]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout[-3000:]
 
 
 def test_each_rule_is_broken() -> None:
