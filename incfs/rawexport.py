@@ -1,5 +1,7 @@
 """Volumes and snapshots written to raw images and block devices, whole or what changed; mounted or not."""
 
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -7,8 +9,10 @@ import trio
 
 from incfs.committer import offload
 from incfs.errors import NoData
+from incfs.foreign import RAW
 from incfs.model import Base, Snapshot, Volume
-from incfs.rawtarget import RawTarget, open_target
+from incfs.qemu import QemuTarget
+from incfs.rawtarget import RawTarget, open_target, require_foreign
 from incfs.stream.records import Link, Member, SnapBegin
 
 if TYPE_CHECKING:
@@ -28,49 +32,75 @@ async def export(
     *,
     base: Base | None = None,
     force: bool = False,
+    image_format: str = RAW,
 ) -> Snapshot:
-    """Write a snapshot, or the volume as of now, to a raw file or a block device.
+    """Write a snapshot, or the volume as of now, to a raw file or a block device, or to an image of another format.
 
-    A file is sparse, and a note beside it says which snapshot it holds.  With a base only what changed since is
+    A raw file is sparse, and a note beside it says which snapshot it holds.  With a base only what changed since is
     written, onto a file whose note names that.
 
     Raises:
         AlreadyExists, Busy, NoSpace, BaseMismatch: As ``rawtarget`` says.
+        NotSupported: As ``QemuTarget`` says.
     """
-    if snapshot is not None:
-        await _export(service, volume, snapshot, path, progress, base=base, force=force)
-        return snapshot
-    (taken,) = await service.create_snapshots([(volume.id, new_snapshot_name("export"))])
-    try:
-        await _export(service, volume, taken, path, progress, base=base, force=force)
-    finally:
-        with trio.CancelScope(shield=True):
-            await service.remove_snapshots([taken])
+
+    def open_it() -> RawTarget:
+        forbidden = images_of(service)
+        if image_format == RAW:
+            return open_target(path, is_incremental=base is not None, force=force, forbidden=forbidden)
+        require_foreign(path, forbidden)
+        return QemuTarget(path.resolve(), image_format, force=force)
+
+    async with _settled(service, volume, snapshot) as taken, _pinned(service, taken, base):
+        target = await offload(open_it)
+        try:
+            await _Export(service, volume, taken, target, progress).run(base)
+        finally:
+            with trio.CancelScope(shield=True):
+                await offload(target.close)
     return taken
 
 
-async def _export(
+async def export_stream(
     service: "Service",
     volume: Volume,
-    snapshot: Snapshot,
-    path: Path,
+    snapshot: Snapshot | None,
+    put: Callable[[bytes], Awaitable[None]],
     progress: Progress,
-    *,
-    base: Base | None,
-    force: bool,
-) -> None:
-    images = images_of(service)
-    pinned = [taken.map_id for taken in (snapshot, base) if taken is not None]
+) -> Snapshot:
+    """Give the bytes of a snapshot, or of the volume as of now, from the first to the last."""
+    async with _settled(service, volume, snapshot) as taken, _pinned(service, taken):
+        position, size = 0, taken.size_bytes
+        while position < size:
+            length = min(CHUNK_BYTES, size - position)
+            await put(await service.read(taken.map_id, position, length))
+            position += length
+            progress(position, size, "bytes")
+    return taken
+
+
+@asynccontextmanager
+async def _settled(service: "Service", volume: Volume, snapshot: Snapshot | None) -> AsyncIterator[Snapshot]:
+    """Give a snapshot: the one that was named, or one of now that goes at the end."""
+    if snapshot is not None:
+        yield snapshot
+        return
+    (taken,) = await service.create_snapshots([(volume.id, new_snapshot_name("export"))])
+    try:
+        yield taken
+    finally:
+        with trio.CancelScope(shield=True):
+            await service.remove_snapshots([taken])
+
+
+@asynccontextmanager
+async def _pinned(service: "Service", *tables: Snapshot | Base | None) -> AsyncIterator[None]:
+    """Keep what is read, and what it is compared with."""
+    pinned = [taken.map_id for taken in tables if taken is not None]
     for table in pinned:
         service.handles.pin(table, "export")
     try:
-        target = await offload(
-            lambda: open_target(path, is_incremental=base is not None, force=force, forbidden=images)
-        )
-        try:
-            await _Export(service, volume, snapshot, target, progress).run(base)
-        finally:
-            target.close()
+        yield
     finally:
         for table in pinned:
             service.handles.close(table)

@@ -8,8 +8,10 @@ import trio
 
 from incfs.committer import offload
 from incfs.errors import AlreadyExists, BaseMismatch, Busy, VolumeNotFound
+from incfs.foreign import AUTO, IMAGES, RAW, recognise, require_raw
 from incfs.model import MAX_NAME_BYTES, MapId, Snapshot, Volume, validate_name
-from incfs.rawsource import RawSource, read_ranges
+from incfs.qemu import QemuSource
+from incfs.rawsource import RawSource, Source, read_ranges
 from incfs.rawtarget import require_foreign
 
 if TYPE_CHECKING:
@@ -22,15 +24,18 @@ _SCRATCH_BYTES: Final = MAX_NAME_BYTES - len(_SCRATCH_SUFFIX)
 
 
 async def import_new(
-    service: "Service", name: str, path: Path, snapshot: str, progress: Progress
+    service: "Service", name: str, path: Path, snapshot: str, progress: Progress, *, image_format: str | None = None
 ) -> tuple[Volume, Snapshot]:
     """Make a volume that is a copy of a source, and a snapshot of it.
+
+    Without ``image_format`` it must be raw, and what looks like anything else is refused.
 
     Atomicity: the copy has the volume's name only once it is whole; meanwhile it is named NAME.importing.  What an
     import that was killed left under that name is replaced by the next one.
 
     Raises:
         AlreadyExists: There is such a volume.
+        NotSupported: The source is of another format than was said.
         BaseMismatch: The source was changed while it was read.
     """
     validate_name(name)
@@ -39,7 +44,7 @@ async def import_new(
         raise AlreadyExists(f"there is a volume {name!r} already; --incremental brings it up to date", volume=name)
     scratch = name.encode()[:_SCRATCH_BYTES].decode(errors="ignore") + _SCRATCH_SUFFIX
     await _remove_left(service, scratch)
-    source = await offload(lambda: RawSource(path))
+    source = await offload(lambda: _open_source(path, image_format, name))
     try:
         volume = await service.create_volume(scratch, source.size_bytes)
         service.handles.open(volume.map_id, "import")
@@ -58,7 +63,13 @@ async def import_new(
 
 
 async def create_on_baseline(
-    service: "Service", name: str, path: Path, progress: Progress, *, digest: bool = False
+    service: "Service",
+    name: str,
+    path: Path,
+    progress: Progress,
+    *,
+    digest: bool = False,
+    image_format: str | None = None,
 ) -> Volume:
     """Make a volume over a raw image or block device, which stays where it is and is only read.
 
@@ -71,11 +82,14 @@ async def create_on_baseline(
     Raises:
         AlreadyExists: There is such a volume.
         Busy: The file belongs to the pool.
+        NotSupported: It looks like something else than a raw image, and nothing says that it is one.
     """
     validate_name(name)
     if any(volume.name == name for volume in service.volumes()):
         raise AlreadyExists(f"there is a volume {name!r} already", volume=name)
     await offload(lambda: require_foreign(path, images_of(service)))
+    if image_format is None:
+        await offload(lambda: _require_raw(path, name))
     scratch = name.encode()[:_SCRATCH_BYTES].decode(errors="ignore") + _SCRATCH_SUFFIX
     await _remove_left(service, scratch)
     volume = await service.branches.create_on_baseline(scratch, path)
@@ -92,6 +106,32 @@ async def create_on_baseline(
         with trio.CancelScope(shield=True):
             await service.remove_volume(volume.id)
         raise
+
+
+def _open_source(path: Path, image_format: str | None, name: str) -> Source:
+    raw = RawSource(path)
+    try:
+        chosen = image_format or RAW
+        if chosen == AUTO:
+            found = recognise(raw)
+            chosen = found if found in IMAGES else RAW
+        if chosen == RAW and image_format != RAW:
+            require_raw(raw, name, can_convert=True)
+    except BaseException:
+        raw.close()
+        raise
+    if chosen == RAW:
+        return raw
+    raw.close()
+    return QemuSource(path, chosen)
+
+
+def _require_raw(path: Path, name: str) -> None:
+    source = RawSource(path)
+    try:
+        require_raw(source, name, can_convert=False)
+    finally:
+        source.close()
 
 
 def _read_tail(path: Path, start_bytes: int, end_bytes: int) -> bytes:
@@ -113,7 +153,14 @@ async def _remove_left(service: "Service", scratch: str) -> None:
 
 
 async def import_changes(
-    service: "Service", volume: Volume, path: Path, snapshot: str, progress: Progress, *, changed: Path | None = None
+    service: "Service",
+    volume: Volume,
+    path: Path,
+    snapshot: str,
+    progress: Progress,
+    *,
+    changed: Path | None = None,
+    image_format: str | None = None,
 ) -> tuple[Volume, Snapshot]:
     """Let a volume that nobody has open be what a source is now, writing only blocks that differ; take a snapshot.
 
@@ -124,13 +171,14 @@ async def import_changes(
         snapshot: The new snapshot's name.
         progress: Called with what is done.
         changed: A list of ranges: only these are read.
+        image_format: As for ``import_new``.
 
     Raises:
         FormatError: The list is none.
         BaseMismatch: The source was changed while it was read.
     """
     validate_name(snapshot, what="snapshot")
-    source = await offload(lambda: RawSource(path))
+    source = await offload(lambda: _open_source(path, image_format, volume.name))
     try:
         whole = [(0, source.size_bytes)]
         wanted = whole if changed is None else await offload(lambda: read_ranges(changed, source.size_bytes))
@@ -148,9 +196,7 @@ async def import_changes(
 class _Import:
     """One copy from a source into a volume's table."""
 
-    def __init__(
-        self, service: "Service", table: MapId, source: RawSource, progress: Progress, *, is_new: bool
-    ) -> None:
+    def __init__(self, service: "Service", table: MapId, source: Source, progress: Progress, *, is_new: bool) -> None:
         self._service = service
         self._table = table
         self._source = source

@@ -9,13 +9,32 @@ import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from incfs.backing import translate
 from incfs.errors import FormatError, NotSupported
 from incfs.model import MAX_VOLUME_BYTES
 
 MAX_LIST_BYTES: Final = 64 << 20
+
+
+class Source(Protocol):
+    """Whatever an image's content is read from."""
+
+    path: Path
+    size_bytes: int
+
+    def close(self) -> None:
+        """Let go of it."""
+
+    def stamp(self) -> tuple[int, int]:
+        """Give size and time of modification of the file: what tells that somebody writes to it."""
+
+    def stretch(self, start_bytes: int, end_bytes: int) -> tuple[bool, int]:
+        """Say whether there is data at an offset, and up to where it is all the same."""
+
+    def read(self, offset_bytes: int, length_bytes: int) -> bytes:
+        """Read a range."""
 
 
 class RawSource:

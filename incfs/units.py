@@ -6,6 +6,7 @@ s, m, h, d or w.
 """
 
 import re
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Final
@@ -38,6 +39,27 @@ def parse_size(text: str) -> int:
     if size.denominator != 1:
         raise UsageError(f"{text!r} is not a whole number of bytes", value=text)
     return int(size)
+
+
+@dataclass(frozen=True, slots=True)
+class SizeChange:
+    """A size, or a difference to the size that is."""
+
+    size_bytes: int
+    is_relative: bool
+
+
+def parse_size_change(text: str) -> SizeChange:
+    """Read a size such as ``10G``, or a change of one such as ``+10G`` or ``-512M``.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    sign = text.strip()[:1]
+    if sign not in ("+", "-"):
+        return SizeChange(parse_size(text), is_relative=False)
+    size = parse_size(text.strip()[1:])
+    return SizeChange(-size if sign == "-" else size, is_relative=True)
 
 
 def parse_duration(text: str) -> float:

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from incfs.admin.verb import Verb, refuse_open
-from incfs.channel import Progress
+from incfs.channel import Channel, Progress
 from incfs.documents import Document, snapshot_document, volume_document
 from incfs.errors import UsageError
+from incfs.foreign import AUTO, RAW, parse_format
 from incfs.targets import find_base, find_table, find_volume
 
 if TYPE_CHECKING:
@@ -21,9 +22,11 @@ async def import_raw(
     snapshot: str | None = None,
     incremental: bool = False,
     changed: str | None = None,
+    image_format: str | None = None,
     progress: Progress,
 ) -> Document:
-    """Make a volume of a raw image or block device, or bring one up to date, and take a snapshot."""
+    """Make a volume of an image or block device, or bring one up to date, and take a snapshot."""
+    chosen = None if image_format is None else parse_format(image_format)
     from incfs import rawcopy, rawimport  # late: an online command does not need the core
 
     source, ranges = raw_path(service, path), None if changed is None else raw_path(service, changed)
@@ -31,11 +34,13 @@ async def import_raw(
     if not incremental:
         if ranges is not None:
             raise UsageError("a list of changed ranges goes with --incremental")
-        made, taken = await rawimport.import_new(service, volume, source, name, progress)
+        made, taken = await rawimport.import_new(service, volume, source, name, progress, image_format=chosen)
     else:
         found = find_volume(service, volume)
         refuse_open(service, found, "brought up to date")
-        made, taken = await rawimport.import_changes(service, found, source, name, progress, changed=ranges)
+        made, taken = await rawimport.import_changes(
+            service, found, source, name, progress, changed=ranges, image_format=chosen
+        )
     return {"volume": volume_document(service, made), "snapshot": snapshot_document(service, taken)}
 
 
@@ -46,15 +51,30 @@ async def export_raw(
     path: str,
     from_snapshot: str | None = None,
     force: bool = False,
+    image_format: str = RAW,
     progress: Progress,
 ) -> Document:
-    """Write a volume or snapshot to a raw file or block device, or what changed since an older snapshot."""
+    """Write a volume or snapshot to a file or block device, or what changed since an older snapshot."""
+    chosen = parse_format(image_format)
+    if chosen == AUTO or (chosen != RAW and from_snapshot is not None):
+        raise UsageError("an export is of a format that is named, and only a raw one is brought up to date")
     from incfs import rawexport  # late: as above
 
     volume, taken = find_table(service, target)
     base = None if from_snapshot is None else service.branches.base(volume, find_base(service, volume, from_snapshot))
-    written = await rawexport.export(service, volume, taken, raw_path(service, path), progress, base=base, force=force)
+    written = await rawexport.export(
+        service, volume, taken, raw_path(service, path), progress, base=base, force=force, image_format=chosen
+    )
     return {"export": {"volume": volume.name, "snapshot": written.name, "uuid": written.uuid, "path": path}}
+
+
+async def stream_raw(service: "Service", channel: Channel, *, target: str, progress: Progress) -> Document:
+    """Give the bytes of a volume or snapshot as they are."""
+    from incfs import rawexport  # late: as above
+
+    volume, taken = find_table(service, target)
+    written = await rawexport.export_stream(service, volume, taken, channel.put, progress)
+    return {"export": {"volume": volume.name, "snapshot": written.name, "uuid": written.uuid, "path": None}}
 
 
 def raw_path(service: "Service", path: str) -> Path:
@@ -70,4 +90,5 @@ def raw_path(service: "Service", path: str) -> Path:
 VERBS: Final = {
     "raw.import": Verb(import_raw, is_read_only=False, can_stop=True),
     "raw.export": Verb(export_raw, is_read_only=False, can_stop=True),
+    "raw.stream": Verb(stream_raw, is_read_only=False, can_stop=True),
 }

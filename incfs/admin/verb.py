@@ -30,8 +30,15 @@ class Verb:
 
 
 def refuse_open(service: "Service", volume: Volume, action: str) -> None:
-    """Raise Busy, naming the holders, while somebody has the volume open."""
+    """Raise Busy, naming the holders, while somebody has the volume or a snapshot of it open."""
     holders = service.handles.of_volume(volume.id)
+    if holders:
+        raise busy(volume, holders, action)
+
+
+def refuse_in_use(service: "Service", volume: Volume, action: str) -> None:
+    """Raise Busy, naming the holders, while somebody has the volume's contents of now open, and would lose some."""
+    holders = service.handles.of_table(volume.map_id)
     if holders:
         raise busy(volume, holders, action)
 

@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING, Final
 
 from incfs.admin.raw import raw_path
-from incfs.admin.verb import Verb, busy, in_bytes, refuse_open, refuse_taken
+from incfs.admin.verb import Verb, in_bytes, refuse_in_use, refuse_open, refuse_taken
 from incfs.channel import Progress
 from incfs.documents import Document, volume_document, volume_removal
 from incfs.errors import Busy, UsageError
+from incfs.foreign import RAW, parse_format
 from incfs.jobs import Request
 from incfs.model import Volume, validate_name
 from incfs.mover import MoveReport
@@ -28,6 +29,7 @@ async def volume_create(
     size_bytes: int | None = None,
     origin: str | None = None,
     digest: bool = False,
+    image_format: str | None = None,
     stripe_columns: int | None = None,
     stripe_unit_bytes: int = DEFAULT_STRIPE_UNIT_BYTES,
     progress: Progress,
@@ -37,12 +39,16 @@ async def volume_create(
         raise UsageError("a new volume has either a size or an origin, whose size it gets")
     if digest and origin is None:
         raise UsageError("a digest is of an origin; name one")
+    if image_format is not None and (origin is None or parse_format(image_format) != RAW):
+        raise UsageError("a volume lies over a raw image: --format raw says that an origin is one")
     if stripe_columns is not None:
         service.upkeep.require_columns(stripe_columns, stripe_unit_bytes)
     if origin is not None:
         from incfs.rawimport import create_on_baseline  # late: an online command does not need the core
 
-        volume = await create_on_baseline(service, name, raw_path(service, origin), progress, digest=digest)
+        volume = await create_on_baseline(
+            service, name, raw_path(service, origin), progress, digest=digest, image_format=image_format
+        )
     else:
         volume = await service.create_volume(name, size_bytes or 0)
     if stripe_columns is not None:
@@ -81,20 +87,37 @@ async def volume_show(service: "Service", *, volume: str) -> Document:
     }
 
 
-async def volume_resize(service: "Service", *, volume: str, size_bytes: int, shrink: bool = False) -> Document:
-    """Set a volume's size; giving up what lies beyond a smaller size needs ``shrink``."""
+async def volume_resize(
+    service: "Service",
+    *,
+    volume: str,
+    size_bytes: int | None = None,
+    change_bytes: int | None = None,
+    shrink: bool = False,
+) -> Document:
+    """Set or change a volume's size.
+
+    What lies beyond a smaller one is lost: that needs ``shrink``, and that nobody has the volume open.
+    """
     found = find_volume(service, volume)
-    if size_bytes < found.size_bytes and not shrink:
+    if (size_bytes is None) == (change_bytes is None):
+        raise UsageError("a volume gets either a size or a change of it")
+    wanted = found.size_bytes + (change_bytes or 0) if size_bytes is None else size_bytes
+    if wanted < found.size_bytes and not shrink:
         raise UsageError(
             f"volume {found.name} has {format_size(found.size_bytes)}; what lies beyond "
-            f"{format_size(size_bytes)} would be lost; add --shrink if that is meant",
+            f"{format_size(wanted)} would be lost; add --shrink if that is meant",
             volume=found.name,
             size_bytes=found.size_bytes,
         )
+    if wanted < 0:
+        raise UsageError(f"volume {found.name} has only {format_size(found.size_bytes)}", size_bytes=found.size_bytes)
+    if wanted < found.size_bytes:
+        refuse_in_use(service, found, "made smaller")
     if service.mounted is not None:
-        await service.mounted.resize_volume(found.name, size_bytes)
+        await service.mounted.resize_volume(found.name, wanted)
     else:
-        await service.resize_volume(found.id, size_bytes, shrink=shrink)
+        await service.resize_volume(found.id, wanted, shrink=shrink)
     return {"volume": volume_document(service, service.volume_by_id(found.id))}
 
 
@@ -128,9 +151,8 @@ async def volume_flatten(service: "Service", *, volume: str, progress: Progress)
 async def volume_rollback(service: "Service", *, target: str, force: bool = False, dry_run: bool = False) -> Document:
     """Let a volume be again what it was at a snapshot; ``force`` gives up newer snapshots and open files."""
     found, taken = find_snapshot(service, target)
-    holders = service.handles.of_table(found.map_id)
-    if holders and not force:
-        raise busy(found, holders, "rolled back")
+    if not force:
+        refuse_in_use(service, found, "rolled back")
     doomed = service.branches.newer_snapshots(taken, force=force)
     for snapshot in doomed:
         service.handles.require_closed(snapshot)

@@ -53,13 +53,15 @@ def new_noun(name: str, text: str) -> typer.Typer:
     )
 
 
-def verb(app: typer.Typer, name: str, *aliases: str) -> Callable[[_Command], _Command]:
+def verb(
+    app: typer.Typer, name: str, *aliases: str, context_settings: dict[str, Any] | None = None
+) -> Callable[[_Command], _Command]:
     """Register a function as a verb of a noun; aliases work and are not listed."""
 
     def register(function: _Command) -> _Command:
-        app.command(name)(function)
+        app.command(name, context_settings=context_settings)(function)
         for alias in aliases:
-            app.command(alias, hidden=True)(function)
+            app.command(alias, hidden=True, context_settings=context_settings)(function)
         return function
 
     return register

@@ -58,6 +58,11 @@ async def put_stdout(data: bytes) -> None:
     await trio.to_thread.run_sync(write_stream, data)
 
 
+async def take_nothing() -> bytes:
+    """Read nothing: a stream goes out."""
+    return b""
+
+
 async def take_stdin() -> bytes:
     """Read the next part of a stream from stdin in a worker thread, which is left behind when this is cancelled."""
     return await trio.to_thread.run_sync(_read_stdin, abandon_on_cancel=True)

@@ -7,16 +7,12 @@ import typer
 from incfs.channel import Channel
 from incfs.cli import output
 from incfs.cli.options import DryRun, Json
-from incfs.cli.pipes import put_stdout, require_stream_input, require_stream_output, take_stdin
+from incfs.cli.pipes import put_stdout, require_stream_input, require_stream_output, take_nothing, take_stdin
 from incfs.cli.session import call, transfer
 from incfs.documents import Document
 from incfs.errors import Damaged, UsageError
 from incfs.stream.encoder import DEFAULT_LEVEL
 from incfs.units import format_size, parse_size
-
-
-async def _take_nothing() -> bytes:
-    return b""
 
 
 async def _put_nothing(data: bytes) -> None:
@@ -57,7 +53,7 @@ def send_command(
     document = transfer(
         context,
         "transfer.send",
-        Channel(put_stdout, _take_nothing),
+        Channel(put_stdout, take_nothing),
         targets=targets or [],
         base=base or chain_base,
         every=every or chain_base is not None,

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Final
 import typer
 
 from incfs.cli import output
-from incfs.cli.options import DryRun, Json, Rate, Size, new_noun, table, verb
+from incfs.cli.options import DryRun, Json, Rate, new_noun, table, verb
 from incfs.cli.session import Admin, call, run
 from incfs.documents import Document
 from incfs.errors import UsageError
-from incfs.units import parse_size
+from incfs.units import SizeChange, parse_size, parse_size_change
 
 _COLUMNS: Final = ("name", "size_bytes", "mapped_bytes", "held_bytes", "snapshot_count", "created")
 _MAP_COLUMNS: Final = ("offset", "length", "kind", "storage", "block")
@@ -38,6 +38,9 @@ def create(
     digest: Annotated[
         bool, typer.Option("--digest", help="Read FILE once and record a digest, for `volume verify`.")
     ] = False,
+    image_format: Annotated[
+        str | None, typer.Option("--format", metavar="raw", help="FILE is raw, although it looks like something else.")
+    ] = None,
     stripe_columns: StripeColumns = None,
     stripe_unit: StripeUnit = None,
     as_json: Json = False,
@@ -47,7 +50,7 @@ def create(
         raise UsageError("say how large the volume is to be, or what it lies over (--origin FILE)")
     striping = _striping(stripe_columns, stripe_unit)
     below = None if origin is None else str(origin.absolute())
-    arguments = {"size_bytes": size, "origin": below, "digest": digest, **striping}
+    arguments = {"size_bytes": size, "origin": below, "digest": digest, "image_format": image_format, **striping}
     _report(call(context, "volume.create", name=name, **arguments), as_json)
 
 
@@ -107,17 +110,21 @@ def show(context: typer.Context, volume: Volume, as_json: Json = False) -> None:
     output.print_facts(call(context, "volume.show", volume=volume), "volume", as_json=as_json)
 
 
-@verb(app, "resize")
+# A change such as -5G is an argument, and no option.
+@verb(app, "resize", context_settings={"ignore_unknown_options": True})
 def resize(
     context: typer.Context,
     volume: Volume,
-    size: Size,
+    size: Annotated[
+        SizeChange,
+        typer.Argument(parser=parse_size_change, metavar="[+|-]SIZE", help="Its size, or how much more or less."),
+    ],
     shrink: Annotated[bool, typer.Option("--shrink", help="Allow a smaller size; what lies beyond is lost.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Set a volume's size."""
-    document = call(context, "volume.resize", volume=volume, size_bytes=size, shrink=shrink)
-    _report(document, as_json)
+    """Set a volume's size; nobody may have open what is made smaller."""
+    given = {"change_bytes" if size.is_relative else "size_bytes": size.size_bytes}
+    _report(call(context, "volume.resize", volume=volume, **given, shrink=shrink), as_json)
 
 
 @verb(app, "rename")

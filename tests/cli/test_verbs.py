@@ -17,6 +17,10 @@ def test_volume_life(cli: Cli) -> None:
     cli.ok("volume", "resize", "db", "2G")
     assert "--shrink" in cli.fails(2, "volume", "resize", "db", "1G")
     cli.ok("volume", "resize", "db", "1.5G", "--shrink")
+    cli.ok("volume", "resize", "db", "+1G")
+    assert "would be lost" in cli.fails(2, "volume", "resize", "db", "-1G")
+    cli.fails(2, "volume", "resize", "db", "-9G", "--shrink")
+    cli.ok("volume", "resize", "db", "-1G", "--shrink")
     cli.ok("volume", "rename", "db", "data")
     shown = cli.json("volume", "show", "data")["volume"]
     assert shown["size_bytes"] == 3 << 29

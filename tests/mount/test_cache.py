@@ -25,13 +25,16 @@ def test_growing_by_command_is_seen_at_once(mnt, volume):
         assert stream.read() == bytes(5000)
 
 
-def test_shrinking_by_command_is_seen_at_once(mnt, volume):
+def test_shrinking_by_command_is_refused_while_it_is_open_and_seen_at_once(mnt, volume):
     volume.write_bytes(b"x" * 20000)
     with open(volume, "r+b") as stream:
         assert len(stream.read()) == 20000
-        mnt.command("volume", "resize", "--shrink", volume.name, "6000")
-        assert os.fstat(stream.fileno()).st_size == 6000
-        stream.seek(0)
+        refused = mnt.command("volume", "resize", "--shrink", volume.name, "6000", check=False)
+        assert (refused.returncode, f"open by pid {os.getpid()}" in refused.stderr) == (11, True), refused.stderr
+        assert os.fstat(stream.fileno()).st_size == 20000
+    mnt.command("volume", "resize", "--shrink", volume.name, "--", "-14000")
+    assert os.stat(volume).st_size == 6000
+    with open(volume, "r+b") as stream:
         assert stream.read() == b"x" * 6000
         os.ftruncate(stream.fileno(), 20000)
         stream.seek(0)

@@ -81,6 +81,18 @@ async def test_shrink_must_be_asked_for_and_grow_not(service: FakeAdminService) 
     assert document["volume"]["size_bytes"] == 2 << 20
 
 
+async def test_what_somebody_has_open_is_not_made_smaller(service: FakeAdminService) -> None:
+    volume = service.volume("db")
+    service.open_by = ["pid 7"]
+    with pytest.raises(Busy, match="cannot be made smaller: it is open by pid 7"):
+        await run(service, "volume.resize", volume="db", size_bytes=1, shrink=True)
+    assert service.volume("db").size_bytes == volume.size_bytes
+    await run(service, "volume.resize", volume="db", change_bytes=5)
+    service.open_by = []
+    await run(service, "volume.resize", volume="db", change_bytes=-6, shrink=True)
+    assert service.volume("db").size_bytes == volume.size_bytes - 1
+
+
 async def test_changes_go_through_the_mount(service: FakeAdminService) -> None:
     service.mounted = hook = Hook(service)
     await run(service, "snapshot.create", targets=["db@a", "db@b"])

@@ -85,6 +85,9 @@ class FakeAdminService:
     def of_volume(self, volume_id: VolumeId) -> list[str]:
         return self.open_by
 
+    def of_table(self, table: MapId) -> list[str]:
+        return self.open_by
+
     async def create_volume(self, name: str, size_bytes: int = 0) -> Volume:
         await trio.lowlevel.checkpoint()
         validate_name(name)

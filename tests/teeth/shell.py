@@ -6,6 +6,30 @@ from tests.teeth.breakage import Breakage
 
 SHELL: Final = (
     Breakage(
+        "open-volume-made-smaller",
+        "I9",
+        "incfs/admin/volume.py",
+        '        refuse_in_use(service, found, "made smaller")\n',
+        "        pass\n",
+        "tests/service/test_admin.py::test_what_somebody_has_open_is_not_made_smaller",
+    ),
+    Breakage(
+        "image-of-another-format-taken-as-raw",
+        "I4",
+        "incfs/rawimport.py",
+        "        if chosen == RAW and image_format != RAW:\n",
+        "        if chosen == RAW and image_format == AUTO:\n",
+        "tests/cli/test_foreign.py::test_an_image_of_another_format_is_refused_and_read_when_it_is_named",
+    ),
+    Breakage(
+        "image-has-other-files-opened",
+        "I4",
+        "incfs/qemu.py",
+        "    if below or data:\n",
+        "    if data:\n",
+        "tests/cli/test_foreign.py::test_no_other_file_is_opened_for_an_image",
+    ),
+    Breakage(
         "failed-commit-acknowledged",
         "I10",
         "incfs/committer.py",
