@@ -23,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export PATH := $(CURDIR)/$(BIN):$(PATH):/usr/local/sbin:/usr/sbin:/sbin
 
 .PHONY: help man setup system system-demo system-test system-bench system-vm test lint sweep demo bench bench-quick wheel clean sanitize damage-long \
-	crash-long kill-long teeth teeth-some soak test-vm test-vm-some
+	crash-long kill-long full-long teeth teeth-some soak test-vm test-vm-some
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -115,6 +115,11 @@ kill-long: setup system-bench sweep ## end the daemon, or cut the power under it
 	    tests/system/test_signals.py tests/system/test_out_of_memory.py tests/system/test_restart.py \
 	    tests/system/test_below_process.py tests/system/test_power_loss.py \
 	    tests/system/test_disk_faults.py $(PYTEST_ARGS)
+
+# An hour: tmpfs, ext4, XFS and btrfs of 300 MiB, images with the pool and apart, writes that fail and that wait.
+FULL_ROUNDS ?= 500
+full-long: setup system-test sweep ## fill a pool FULL_ROUNDS=500 times while another program takes and returns the rest of its disk
+	INCFS_FULL_ROUNDS=$(FULL_ROUNDS) $(BIN)/python -m pytest -rP -o timeout=20000 tests/system/test_full_pool.py $(PYTEST_ARGS)
 
 demo: setup system-demo ## the main job on this machine's own files: examples/quickstart.sh
 	examples/quickstart.sh

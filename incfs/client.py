@@ -1,6 +1,7 @@
 """A command's end of the admin socket: how it reaches the daemon that has the pool open."""
 
 import contextlib
+import os
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -18,9 +19,11 @@ from incfs.protocol import (
     MAX_REQUEST_BYTES,
     PROTOCOL_VERSION,
     encode_frame,
+    peer_of,
     rebuild_error,
     receive_frame,
     short_path,
+    spare_address,
 )
 from incfs.roster import other_directories
 
@@ -120,33 +123,55 @@ async def connect_control(directory: Path, progress: Progress) -> AsyncIterator[
         PermissionRefused: The daemon belongs to another user.
         DaemonError: The daemon does not accept connections.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected:
-        # While the daemon is slow to accept, the kernel waits this long before EAGAIN.
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(CONNECT_TIMEOUT_S, 0))
-        if not await trio.to_thread.run_sync(_connect_any, connected, directory):
-            yield None
-            return
-        connected.setblocking(False)
-        async with trio.SocketStream(trio.socket.from_stdlib_socket(connected)) as stream:
-            yield ControlClient(stream, progress)
+    connected = await trio.to_thread.run_sync(_connect_any, directory)
+    if connected is None:
+        yield None
+        return
+    connected.setblocking(False)
+    async with trio.SocketStream(trio.socket.from_stdlib_socket(connected)) as stream:
+        yield ControlClient(stream, progress)
 
 
-def _connect_any(unconnected: socket.socket, directory: Path) -> bool:
+def _connect_any(directory: Path) -> socket.socket | None:
     """Connect where the pool was opened: in this directory, or in another that holds its metadata."""
-    if _connect(unconnected, directory):
-        return True
-    return any(_connect(unconnected, other) for other in other_directories(Backing(), directory))
+    connected = _connect(directory)
+    others = other_directories(Backing(), directory) if connected is None else []
+    return connected or next(filter(None, map(_connect, others)), None)
 
 
-def _connect(unconnected: socket.socket, directory: Path) -> bool:
+def _connect(directory: Path) -> socket.socket | None:
     try:
         with short_path(directory) as path:
-            unconnected.connect(path)
+            return _connect_to(path)
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
-        return False
+        return _connect_without_name(directory)
     except PermissionError as error:
         raise PermissionRefused(f"you may not administer the pool in {directory}") from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise DaemonError(f"the daemon of {directory} does not answer: {reason}") from error
-    return True
+
+
+def _connect_without_name(directory: Path) -> socket.socket | None:
+    """Connect where a daemon listens that found no room for its socket's name; not to anybody else there."""
+    try:
+        owner = os.stat(directory).st_uid
+        connected = _connect_to(spare_address(directory))
+    except OSError:
+        return None
+    if peer_of(connected).uid not in (0, os.geteuid(), owner):
+        connected.close()
+        return None
+    return connected
+
+
+def _connect_to(address: str) -> socket.socket:
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # While the daemon is slow to accept, the kernel waits this long before EAGAIN.
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(CONNECT_TIMEOUT_S, 0))
+        connected.connect(address)
+    except BaseException:
+        connected.close()
+        raise
+    return connected

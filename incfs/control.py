@@ -1,7 +1,7 @@
 """The daemon's end of the admin socket; ``client`` has the other one.
 
-Owns ``POOL/control.sock``; ``protocol`` owns what is said on it.  Requests may follow each other
-on one connection, each after the result of the one before.
+Owns ``POOL/control.sock``, which is without a name where a full disk has no room for that; ``protocol`` owns what is
+said on it.  Requests may follow each other on one connection, each after the result of the one before.
 
 1. Nothing a client sends, or stops sending, ends the server or another client's request.
 2. Only root and the daemon's own user are served.
@@ -13,7 +13,6 @@ import logging
 import os
 import socket
 import stat
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from incfs.admin import VERBS, run_verb
+from incfs.backing import NO_ROOM
 from incfs.channel import Channel, Progress
 from incfs.documents import Document
 from incfs.errors import DaemonError, IncfsError, PermissionRefused, UsageError
@@ -32,8 +32,10 @@ from incfs.protocol import (
     data_of,
     encode_frame,
     error_document,
+    peer_of,
     receive_frame,
     short_path,
+    spare_address,
 )
 
 if TYPE_CHECKING:
@@ -42,8 +44,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S: Final = 0.2
-_PEER: Final = struct.Struct("3i")
-"""pid, uid and gid of ``struct ucred``."""
 
 
 async def serve_control(
@@ -75,10 +75,16 @@ def _listening_socket(directory: Path) -> Iterator[socket.socket]:
     path = directory / SOCKET_NAME
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
         try:
-            path.unlink(missing_ok=True)
-            with short_path(directory) as short:
-                listening.bind(short)
-            path.chmod(stat.S_IRUSR | stat.S_IWUSR)
+            try:
+                path.unlink(missing_ok=True)
+                with short_path(directory) as short:
+                    listening.bind(short)
+                path.chmod(stat.S_IRUSR | stat.S_IWUSR)
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                logger.warning("no room for the name of the admin socket %s: it is without one", path)
+                listening.bind(spare_address(directory))
             listening.listen(64)
         except OSError as error:
             raise DaemonError(f"cannot make the admin socket {path}: {error.strerror}") from error
@@ -112,8 +118,7 @@ async def _serve_client(service: "Service", stream: trio.SocketStream) -> None:
 
 
 def _check_peer(stream: trio.SocketStream) -> None:
-    raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-    _, uid, _ = _PEER.unpack(raw)
+    uid = peer_of(stream.socket).uid
     if uid not in (0, os.geteuid()):
         raise PermissionRefused(f"user {uid} may not administer this pool", uid=uid)
 

@@ -8,10 +8,11 @@ number of ``{data: bytes}`` in either direction; the client's ends with an empty
 
 import contextlib
 import os
+import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgpack
 import trio
@@ -25,6 +26,7 @@ PROTOCOL_VERSION: Final = 1
 MAX_REQUEST_BYTES: Final = 1 << 20
 MAX_REPLY_BYTES: Final = 256 << 20
 _LENGTH: Final = struct.Struct("<I")
+_PEER: Final = struct.Struct("3i")
 _TORN: Final = "the peer closed the admin socket in the middle of a message"
 
 Document = dict[str, Any]
@@ -42,6 +44,28 @@ def short_path(directory: Path) -> Iterator[str]:
         yield f"/proc/self/fd/{descriptor}/{SOCKET_NAME}"
     finally:
         os.close(descriptor)
+
+
+def spare_address(directory: Path) -> str:
+    """Give the address without a file, where the socket is while the directory's disk has no room for its name.
+
+    Anybody may listen there who is first, so it is for the client to look who does.
+    """
+    found = os.stat(directory)
+    return f"\0incfs-{found.st_dev:x}-{found.st_ino:x}"
+
+
+class Peer(NamedTuple):
+    """``struct ucred``: who is at the other end."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_of(connected: socket.socket | trio.socket.SocketType) -> Peer:
+    """Tell who connected, or listens, as the kernel knows it."""
+    return Peer._make(_PEER.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)))
 
 
 def encode_frame(message: Document, *, limit_bytes: int) -> bytes:

@@ -3,7 +3,7 @@
 import socket
 import stat
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from incfs import control, errors, protocol
+from incfs import client, control, errors, protocol
 from incfs.client import ControlClient, connect_control
 from incfs.control import serve_control
 from incfs.errors import DaemonError, IncfsError, PermissionRefused, VolumeNotFound
-from incfs.protocol import SOCKET_NAME
+from incfs.protocol import SOCKET_NAME, Peer
 from tests.support.fake_admin import FakeAdminService
+from tests.support.loop import run
 
 PATIENCE_S = 60
 
@@ -218,20 +219,42 @@ async def test_gone_client_does_not_stop_a_change(tmp_path: Path) -> None:
 
 
 async def test_other_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "_PEER", _PeerWithUid(12345))
+    monkeypatch.setattr(control, "peer_of", lambda _: Peer(1, 12345, 0))
     async with serving(tmp_path), connected(tmp_path) as client:
         with pytest.raises(PermissionRefused):
             await client.call("volume.list")
 
 
-class _PeerWithUid:
-    size = control._PEER.size
+@pytest.fixture
+def nameless(tmp_path: Path) -> Iterator[Path]:
+    """A directory on a disk that has no room for another name."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "nr_inodes=2", "tmpfs", directory)
+    (directory / "last").touch()
+    yield directory
+    run("umount", directory)
 
-    def __init__(self, uid: int) -> None:
-        self._uid = uid
 
-    def unpack(self, raw: bytes) -> tuple[int, int, int]:
-        return (1, self._uid, 0)
+@pytest.mark.loop
+async def test_a_disk_without_room_for_the_sockets_name_is_served_without_one(nameless: Path) -> None:
+    """A pool on a full XFS or btrfs could not be mounted."""
+    async with serving(nameless):
+        assert not (nameless / SOCKET_NAME).exists()
+        async with connected(nameless) as client:
+            await client.call("volume.list")
+    async with connect_control(nameless, ignore_progress) as gone:
+        assert gone is None
+
+
+@pytest.mark.loop
+async def test_whoever_else_listens_at_the_address_without_a_name_is_no_daemon(
+    nameless: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such an address is nobody's: another user may have taken it, to hear what administrators ask."""
+    monkeypatch.setattr(client, "peer_of", lambda _: Peer(1, 12345, 0))
+    async with serving(nameless), connect_control(nameless, ignore_progress) as found:
+        assert found is None
 
 
 async def test_many_clients_at_once(tmp_path: Path) -> None:

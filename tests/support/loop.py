@@ -47,6 +47,32 @@ def filesystem(device: Path, directory: Path, *options: str) -> Iterator[Path]:
     run("umount", directory)
 
 
+MAKERS = {
+    "ext4": ("mkfs.ext4", "-q", "-m", "0"),
+    "xfs": ("mkfs.xfs", "-q"),
+    "btrfs": ("mkfs.btrfs", "-q"),
+}
+
+
+@contextmanager
+def small_disk(kind: str, size_bytes: int, image: Path, where: Path) -> Iterator[Path]:
+    """Give a directory on a filesystem of its own: tmpfs, or another one in a file."""
+    if kind == "tmpfs":
+        where.mkdir()
+        run("mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", where)
+        try:
+            yield where
+        finally:
+            run("umount", where)
+        return
+    with open(image, "wb") as stream:
+        stream.truncate(size_bytes)
+    with loop_device(image) as device:
+        run(*MAKERS[kind], device)
+        with filesystem(device, where) as directory:
+            yield directory
+
+
 def clone(source: Path, target: Path) -> None:
     """Copy a file of a filesystem that shares blocks, at one point in time (FICLONE)."""
     ficlone = 0x40049409

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from tests.teeth.breakage import Breakage
 
 _ACCOUNT = "tests/service/test_account.py::"
+_SOCKET = "tests/service/test_control.py::"
 _ONCE = f"{_ACCOUNT}test_blocks_that_went_back_to_the_host_count_once"
 _AGAIN = f"{_ACCOUNT}test_what_went_back_to_the_host_is_known_when_the_pool_is_opened_again"
 
@@ -112,6 +113,30 @@ SPACE: Sequence[Breakage] = [
         "    return handle & ONLY_WRITES && atomic_load",
         "    return handle && atomic_load",
         "tests/mount/test_data.py::test_a_writer_that_the_kernel_caches_for_hears_that_the_pool_is_full[native]",
+    ),
+    Breakage(
+        "a-late-count-is-believed",
+        "I15",
+        "incfs/backing.py",
+        "            self._have_counted()\n",
+        "",
+        f"{_ACCOUNT}test_a_host_that_counts_when_it_commits_keeps_its_reserve",
+    ),
+    Breakage(
+        "a-full-disk-has-no-admin-socket",
+        "I15",
+        "incfs/control.py",
+        "                if error.errno not in NO_ROOM:\n",
+        "                if error.errno:\n",
+        f"{_SOCKET}test_a_disk_without_room_for_the_sockets_name_is_served_without_one",
+    ),
+    Breakage(
+        "whoever-listens-is-the-daemon",
+        "I15",
+        "incfs/client.py",
+        "    if peer_of(connected).uid not in (0, os.geteuid(), owner):\n",
+        "    if peer_of(connected).uid < 0:\n",
+        f"{_SOCKET}test_whoever_else_listens_at_the_address_without_a_name_is_no_daemon",
     ),
     Breakage(
         "what-a-host-reserved-is-believed-after-it-refused",
