@@ -56,6 +56,7 @@ from incfs.service import open_service
 from incfs.superblock import read_superblock
 from incfs.surroundings import settle_daemon
 from incfs.systemd import leave_session
+from incfs.unmount import require_sole
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -393,6 +394,8 @@ class _Stopping:
         """
         try:
             if await self._outside.run(_is_mounted, self._mountpoint):
+                if not is_last_call():
+                    await self._outside.run(require_sole, self._mountpoint)
                 await self._outside.run(detach, self._mountpoint)
         except Busy as busy:
             self._say_for_whom(busy)

@@ -5,7 +5,7 @@ import errno
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,6 +15,8 @@ from incfs.errors import Busy, IncfsError
 FILESYSTEM_TYPE: Final = "fuse.incfs"
 MNT_DETACH: Final = 2
 MAX_HOLDERS_NAMED: Final = 8
+_MAX_LINKS: Final = 40
+"""One after the other, as the kernel allows."""
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -28,20 +30,43 @@ class Mounted:
     source: str
     device: str
     """MAJOR:MINOR."""
+    id: int
+    parent_id: int
+    root: str
+    """What of the filesystem is mounted there."""
+    shared: int
+    """The peer group that it is in; 0 for none."""
+    master: int
+    """The peer group that it follows; 0 for none."""
 
 
 def read_mounts() -> list[Mounted]:
     """Return this process's mount table, in the order of mounting."""
-    with open("/proc/self/mountinfo", "rb") as stream:
-        return [parse_mount(line) for line in stream.read().splitlines()]
+    return parse_mounts(Path("/proc/self/mountinfo").read_bytes())
+
+
+def parse_mounts(table: bytes) -> list[Mounted]:
+    """Take ``/proc/PID/mountinfo`` apart."""
+    return [parse_mount(line) for line in table.splitlines()]
 
 
 def parse_mount(line: bytes) -> Mounted:
     """Take one line of ``/proc/PID/mountinfo`` apart."""
     before, _, after = line.partition(b" - ")
     filesystem_type, source = after.split(b" ")[:2]
-    _, _, device, _, place = before.split(b" ")[:5]
-    return Mounted(Path(_unescape(place)), os.fsdecode(filesystem_type), _unescape(source), os.fsdecode(device))
+    number, parent, device, root, place, _, *optional = before.split(b" ")
+    groups = {name: int(group) for name, _, group in (field.partition(b":") for field in optional) if group}
+    return Mounted(
+        mountpoint=Path(_unescape(place)),
+        filesystem_type=os.fsdecode(filesystem_type),
+        source=_unescape(source),
+        device=os.fsdecode(device),
+        id=int(number),
+        parent_id=int(parent),
+        root=_unescape(root),
+        shared=groups.get(b"shared", 0),
+        master=groups.get(b"master", 0),
+    )
 
 
 def _unescape(field: bytes) -> str:
@@ -56,9 +81,21 @@ def find_mount(mountpoint: Path) -> Mounted | None:
 
 
 def resolve_mountpoint(mountpoint: Path) -> Path:
-    """Return the path as the mount table has it, without asking the mount itself, which may be dead."""
-    absolute = Path(os.path.abspath(mountpoint))
-    return Path(os.path.realpath(absolute.parent)) / absolute.name if absolute.name else absolute
+    """Return the path as the mount table has it, without asking the mount itself, which may be dead.
+
+    Of the last part only a link's text is read: that asks the directory around it.
+    """
+    place = Path(os.path.abspath(mountpoint))
+    for _ in range(_MAX_LINKS):
+        place = Path(os.path.realpath(place.parent)) / place.name if place.name else place
+        try:
+            target = os.readlink(place)
+        except OSError:
+            return place
+        place = place.parent / target
+        if place.name == "..":
+            return Path(os.path.realpath(place))
+    return place
 
 
 def is_dead(mountpoint: Path) -> bool:
@@ -136,9 +173,9 @@ def sync_filesystem(path: Path) -> None:
 # ----------------------------------------------------------------------------------- who holds a mount
 
 
-def busy_error(mountpoint: Path) -> Busy:
+def busy_error(mountpoint: Path, holders: Sequence[str] | None = None) -> Busy:
     """Return the error that names who holds the mount."""
-    holders = find_holders(mountpoint)
+    holders = find_holders(mountpoint) if holders is None else list(holders)
     shown = ", ".join(holders[:MAX_HOLDERS_NAMED]) or "somebody this user cannot see"
     more = f" and {len(holders) - MAX_HOLDERS_NAMED} more" if len(holders) > MAX_HOLDERS_NAMED else ""
     return Busy(f"{mountpoint} is in use by {shown}{more}", mountpoint=str(mountpoint), holders=holders)
@@ -154,10 +191,15 @@ def find_holders(mountpoint: Path) -> list[str]:
 
 
 def _processes(place: str, prefix: str) -> Iterator[str]:
-    for pid in sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+    for pid in processes():
         path = next((path for path in _used_paths(pid) if path == place or path.startswith(prefix)), None)
         if path is not None:
-            yield f"pid {pid} ({_command_name(pid)}) on {path}"
+            yield f"pid {pid} ({command_name(pid)}) on {path}"
+
+
+def processes() -> list[int]:
+    """Return the processes that there are, in order."""
+    return sorted(int(entry) for entry in os.listdir("/proc") if entry.isdigit())
 
 
 def _used_paths(pid: int) -> Iterator[str]:
@@ -182,7 +224,8 @@ def _read_link(path: Path) -> Iterator[str]:
         return  # it has gone, or belongs to another user
 
 
-def _command_name(pid: int) -> str:
+def command_name(pid: int) -> str:
+    """Return what a process is called."""
     try:
         return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

@@ -4,10 +4,16 @@ import errno
 import logging
 import os
 import select
+import socket
+from dataclasses import dataclass
 from pathlib import Path
 
-from incfs.errors import IncfsError, NotFound
-from incfs.mount_table import FILESYSTEM_TYPE, detach, find_mount, is_dead, sync_filesystem
+from incfs.errors import Busy, IncfsError, NotFound
+from incfs.lock import read_holder
+from incfs.mount_table import FILESYSTEM_TYPE, Mounted, busy_error, detach, find_mount, is_dead, sync_filesystem
+from incfs.namespaces import find_elsewhere
+from incfs.patience import PATIENCE_S, process_words, telling
+from incfs.protocol import short_path
 
 logger = logging.getLogger(__name__)
 
@@ -17,31 +23,53 @@ def unmount(mountpoint: Path) -> None:
 
     Raises:
         NotFound: No incfs is mounted there.
-        Busy: Somebody uses the mount; the message says who.
+        Busy: Somebody uses the mount, or it is mounted elsewhere, too; the message says who.  Nothing was unmounted
+            if that was seen before; else the daemon serves the other place until that is free.
         IncfsError: It is unmounted, but not everything could be written.
     """
     mounted = find_mount(mountpoint)
     if mounted is None or mounted.filesystem_type != FILESYSTEM_TYPE:
         raise NotFound(f"no incfs is mounted at {mountpoint}", mountpoint=str(mountpoint))
-    if is_dead(mountpoint):
-        detach(mountpoint, lazy=True)
-        logger.warning("the daemon of %s had died; its pool recovers when it is mounted again", mountpoint)
-        return
-    daemon = _open_daemon(mountpoint)
-    failure = _flush(mountpoint)
-    detach(mountpoint)
+    with telling(lambda: _daemon_words(mounted)):
+        if is_dead(mountpoint):
+            detach(mountpoint, lazy=True)
+            logger.warning("the daemon of %s had died; its pool recovers when it is mounted again", mountpoint)
+            return
+        require_sole(mountpoint)
+        daemon = _open_daemon(mountpoint)
+        failure = _flush(mountpoint)
+        detach(mountpoint)
     if daemon is not None:
-        _wait_for_end(daemon)
+        daemon.await_end()
     if failure is not None:
         raise IncfsError(
             f"{mountpoint} is unmounted, but not everything could be written: {failure.strerror}; see the daemon's log"
         ) from failure
 
 
-def _open_daemon(mountpoint: Path) -> int | None:
-    """Return a pidfd of the daemon; None when it lives where this process cannot see it."""
+def _daemon_words(mounted: Mounted) -> str:
+    """Name the daemon without asking the mount, which may answer nobody."""
+    pool = Path(mounted.source)
+    return f"the daemon of {pool}, {process_words(read_holder(pool))}"
+
+
+def require_sole(mountpoint: Path) -> None:
+    """Make sure that an unmounting ends the daemon: nobody has the mount at another place or in another namespace.
+
+    Raises:
+        Busy: Somebody has; it is named.
+    """
+    elsewhere = find_elsewhere(mountpoint)
+    if elsewhere:
+        raise busy_error(mountpoint, elsewhere)
+
+
+def _open_daemon(mountpoint: Path) -> "_Daemon | None":
+    """Find the daemon; None when it lives where this process cannot see it."""
     try:
-        return os.pidfd_open(int(os.getxattr(mountpoint, "user.incfs.pid")))
+        pid = int(os.getxattr(mountpoint, "user.incfs.pid"))
+        pool = Path(os.fsdecode(os.getxattr(mountpoint, "user.incfs.pool")))
+        return _Daemon(os.pidfd_open(pid), pid, pool, mountpoint)
     except (OSError, ValueError):
         return None
 
@@ -88,9 +116,43 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def _wait_for_end(pidfd: int) -> None:
-    """Return when the process has ended: it closes the pool before that."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    poll.poll()
-    os.close(pidfd)
+@dataclass(frozen=True, slots=True)
+class _Daemon:
+    """The process behind a mount."""
+
+    pidfd: int
+    pid: int
+    pool: Path
+    mountpoint: Path
+
+    def await_end(self) -> None:
+        """Return when the process has ended: it closes the pool before that.
+
+        Raises:
+            Busy: It serves the mount still: somebody that this process cannot see has it.
+        """
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        try:
+            while not poll.poll(PATIENCE_S * 1000):
+                if self._serves():
+                    raise Busy(
+                        f"{self.mountpoint} is unmounted here, but somebody has it still, where this command cannot "
+                        f"see it (another mount namespace); process {self.pid} serves it until it is free",
+                        mountpoint=str(self.mountpoint),
+                    )
+                logger.warning("waiting for %s, which closes the pool %s", process_words(self.pid), self.pool)
+        finally:
+            os.close(self.pidfd)
+
+    def _serves(self) -> bool:
+        """Tell whether it takes commands: it does until it has answered the last request of the mount."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as connection:
+            try:
+                with short_path(self.pool) as path:
+                    connection.connect(path)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+        return True

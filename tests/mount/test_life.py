@@ -7,14 +7,18 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from incfs.backing_device import MAX_RATIO_PERCENT, READ_AHEAD_KIB, widen_page_cache
+from incfs.errors import Busy
 from incfs.mount import RETRY_S
 from incfs.mount_table import FILESYSTEM_TYPE, find_mount
+from incfs.patience import telling
 from incfs.unmount import unmount
 from tests.mount.conftest import (
     END_TIMEOUT_S,
@@ -195,6 +199,62 @@ def test_umount_of_a_busy_mount_names_who_holds_it(mounted):
         assert f"pid {os.getpid()}" in done.stderr
         assert "db" in done.stderr
     assert (mounted / "db").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("what", ["", "db"])
+def test_umount_refuses_while_the_mount_is_bound_elsewhere(mounted, tmp_path, what):
+    """It unmounted, and waited for ever for a daemon that served the other place."""
+    (mounted / "db").write_bytes(b"x")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.touch() if what else elsewhere.mkdir()
+    subprocess.run(["mount", "--bind", mounted / what, elsewhere], check=True)
+    try:
+        with pytest.raises(Busy, match=str(elsewhere)):
+            unmount(mounted.path)
+        assert find_mount(mounted.path) is not None
+    finally:
+        subprocess.run(["umount", elsewhere], check=True)
+
+
+def test_umount_refuses_while_another_namespace_has_the_mount(mounted):
+    with subprocess.Popen(["unshare", "-m", "--propagation", "private", "cat"], stdin=subprocess.PIPE) as other:
+        wait_for(lambda: os.readlink(f"/proc/{other.pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt"))
+        with pytest.raises(Busy, match=f"namespace of pid {other.pid} "):
+            unmount(mounted.path)
+        assert find_mount(mounted.path) is not None
+
+
+def test_umount_ends_though_somebody_unseen_has_the_mount(mounted, monkeypatch):
+    monkeypatch.setattr("incfs.unmount.PATIENCE_S", 0.5)
+    with subprocess.Popen(["unshare", "-m", "--propagation", "private", "cat"], stdin=subprocess.PIPE) as other:
+        wait_for(lambda: os.readlink(f"/proc/{other.pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt"))
+        monkeypatch.setattr("incfs.unmount.find_elsewhere", lambda _: [])
+        with pytest.raises(Busy, match="cannot see it"):
+            unmount(mounted.path)
+    assert mounted.process.wait(END_TIMEOUT_S) == 0
+
+
+def test_a_signal_while_the_mount_is_bound_elsewhere_is_obeyed_when_that_has_gone(mounted, tmp_path):
+    mounted.expected_log = ["in use by"]
+    (tmp_path / "elsewhere").mkdir()
+    subprocess.run(["mount", "--bind", mounted.path, tmp_path / "elsewhere"], check=True)
+    mounted.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: f"in use by the mount {tmp_path}/elsewhere; it is served" in mounted.log())
+    (mounted / "db").write_bytes(b"x")
+    subprocess.run(["umount", tmp_path / "elsewhere"], check=True)
+    assert mounted.process.wait(END_TIMEOUT_S) == 0
+
+
+def test_umount_says_that_it_waits_for_a_stopped_daemon(mounted, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("incfs.unmount.telling", partial(telling, after_s=0.3))
+    (tmp_path / "link").symlink_to(mounted.path)
+    mounted.process.send_signal(signal.SIGSTOP)
+    unmounting = threading.Thread(target=unmount, args=[tmp_path / "link"])
+    unmounting.start()
+    wait_for(lambda: f"process {mounted.process.pid}, which is stopped" in caplog.text)
+    mounted.process.send_signal(signal.SIGCONT)
+    unmounting.join(END_TIMEOUT_S)
+    assert mounted.process.wait(END_TIMEOUT_S) == 0
 
 
 def test_umount_of_nothing(tmp_path):

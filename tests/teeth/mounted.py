@@ -71,4 +71,12 @@ MOUNTED: Final = (
         "",
         "tests/mount/test_life.py::test_closed_descriptors_are_nobody_elses[(1,)]",
     ),
+    Breakage(
+        "unmounted-though-bound-elsewhere",
+        "I1",
+        "incfs/unmount.py",
+        "        require_sole(mountpoint)\n",
+        "",
+        "tests/mount/test_life.py::test_umount_refuses_while_another_namespace_has_the_mount",
+    ),
 )

@@ -7,7 +7,8 @@ import pytest
 from incfs.errors import UsageError
 from incfs.mount import fuse_options
 from incfs.mount_options import MountOptions, parse_options
-from incfs.mount_table import parse_mount
+from incfs.mount_table import parse_mount, parse_mounts, resolve_mountpoint
+from incfs.namespaces import Namespace, staying
 
 
 @pytest.mark.parametrize(
@@ -72,3 +73,53 @@ def test_a_line_of_the_mount_table():
     assert mounted.mountpoint == Path("/mnt/a b")
     assert (mounted.filesystem_type, mounted.source) == ("fuse.incfs", "/pools/x\\y")
     assert mounted.device == "0:52"
+    assert (mounted.id, mounted.parent_id, mounted.root, mounted.shared, mounted.master) == (36, 35, "/", 1, 0)
+
+
+def table(text):
+    """Make a mount table of lines ``ID PARENT DEVICE ROOT PLACE [shared:N|master:N]...``."""
+    fields = filter(None, map(str.split, text.splitlines()))
+    lines = [" ".join([*line[:5], "rw", *line[5:], "-", "fuse.incfs", "p", "rw"]) for line in fields]
+    return tuple(parse_mounts("\n".join(lines).encode()))
+
+
+OURS = """
+    1 0 8:1 / / shared:1
+    9 1 0:9 / /mnt/p shared:5
+"""
+
+
+@pytest.mark.parametrize(
+    ("other", "places"),
+    [
+        # What systemd gives most services: their root follows ours, so their copy goes with ours.
+        ("11 0 8:1 / / master:1\n 19 11 0:9 / /mnt/p master:5", []),
+        ("11 0 8:1 / / shared:2 master:1\n 19 11 0:9 / /mnt/p shared:6", []),
+        ("11 0 8:1 / / shared:1\n 19 11 0:9 / /mnt/p", []),
+        # Their root is another directory of the same filesystem: the place in it counts, not the path.
+        ("11 0 8:1 /mnt / master:1\n 19 11 0:9 / /p", []),
+        ("11 0 8:1 /mnt / master:1\n 19 11 0:9 / /mnt/p", ["/mnt/p"]),
+        # A private copy, a container's volume, a root of its own whose parent nobody sees.
+        ("11 0 8:1 / /\n 19 11 0:9 / /mnt/p", ["/mnt/p"]),
+        ("11 0 7:7 / /\n 19 11 0:9 /v /data", ["/data"]),
+        ("19 18 0:9 / /", ["/"]),
+        ("11 0 8:1 / / master:1\n 19 11 0:9 / /elsewhere", ["/elsewhere"]),
+        # A slave of a slave hears of it; a slave of something else does not.
+        ("11 0 8:1 / / shared:2 master:1\n 12 0 8:1 / / master:2\n 19 12 0:9 / /mnt/p", []),
+        ("11 0 8:1 / / master:7\n 19 11 0:9 / /mnt/p", ["/mnt/p"]),
+    ],
+)
+def test_what_an_unmounting_does_not_reach(other, places):
+    ours = Namespace(0, table(OURS))
+    found = staying(ours.mounts[1], [ours, Namespace(7, table(other))])
+    assert [str(mounted.mountpoint) for _, mounted in found] == places
+
+
+def test_a_mount_point_is_found_through_links_without_asking_the_mount(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mnt").mkdir()
+    (tmp_path / "link").symlink_to("a/mnt")
+    (tmp_path / "again").symlink_to(tmp_path / "link")
+    (tmp_path / "up").symlink_to("a/mnt/..")
+    for name, place in {"a/mnt": "a/mnt", "link": "a/mnt", "again": "a/mnt", "up": "a", "missing": "missing"}.items():
+        assert resolve_mountpoint(tmp_path / name) == tmp_path / place
