@@ -17,7 +17,7 @@ from tests.teeth.verdict import Outcome, Verdict
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 150.0
 """Of one test, and of one build; far more than any needs."""
-_COPIED = ("incfs", "tests", "tools", "pyproject.toml", "setup.py")
+_COPIED = ("incfs", "packaging", "tests", "tools", "pyproject.toml", "setup.py")
 _SEVERITY = ("red", "skipped", "green")
 _ENVIRONMENT = {"INCFS_REQUIRE_MOUNT": "1", "INCFS_TEST_PROFILE": "unshrunk"}
 

@@ -52,6 +52,8 @@ _SETTINGS = {
     "etc/machine-id": "0123456789abcdef0123456789abcdef\n",
     "usr/local/bin/incfs": '#!/bin/sh\nPYTHONPATH=/opt/incfs exec /opt/venv/bin/python -m incfs "$@"\n',
     "etc/systemd/journald.conf.d/vm.conf": "[Journal]\nStorage=persistent\nForwardToConsole=yes\nMaxLevelConsole=info",
+    # Of an emulated processor on a busy machine no more is asked than that it ends.
+    "etc/systemd/system.conf.d/vm.conf": "[Manager]\nDefaultTimeoutStopSec=600s\nDefaultTimeoutStartSec=600s",
 }
 _LINKS = {
     "sbin/mount.fuse.incfs": "/opt/incfs/packaging/mount.fuse.incfs",

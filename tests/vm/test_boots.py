@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(4 * BOOT_TIMEOUT_S)
 def start_database(machine, way):
     machine.ok(
         f"systemd-run --unit=database-{way} -p RequiresMountsFor=/data/{way} -p SyslogLevel=notice "
-        f"python3 /opt/incfs/tests/vm/guest/database.py /data/{way}/records"
+        f"python3 /opt/incfs/tests/support/database.py /data/{way}/records"
     )
 
 
