@@ -21,7 +21,7 @@ from incfs.mover import MoveReport
 from incfs.policy.effective import rules_for
 from incfs.policy.facts import POLICY_TAG, PoolFacts, ReplicaFacts, SnapshotFacts, VolumeFacts
 from incfs.policy.plan import Action, Plan, Prune, TakeSnapshots, Work
-from incfs.policy.planner import NO_PRUNE_UNTIL, plan
+from incfs.policy.planner import NO_PRUNE_UNTIL, FirstRun, first_runs, plan
 from incfs.replication import DEFAULT_PROGRAM, ReplicaConfig
 
 if TYPE_CHECKING:
@@ -107,8 +107,8 @@ async def pool_facts(service: "Service", now_ns: int) -> PoolFacts:
         volumes.append(volume_facts(service, volume, now_ns, replicas))
         await trio.lowlevel.checkpoint()
     facts = service.facts()
-    runs = service.policies.stored.runs
-    return PoolFacts(tuple(volumes), facts["free_bytes"], facts["capacity_bytes"], runs)
+    stored = service.policies.stored
+    return PoolFacts(tuple(volumes), facts["free_bytes"], facts["capacity_bytes"], stored.runs, stored.set_ns)
 
 
 # ------------------------------------------------------------------------------ executor
@@ -320,6 +320,13 @@ async def make_plan(service: "Service") -> Plan:
     facts = await pool_facts(service, now_ns)
     document = service.policies.document
     return await offload(lambda: plan(document, facts, now_ns))
+
+
+async def tell_first_runs(service: "Service") -> list[FirstRun]:
+    """Tell when the policy will do for the first time what takes long."""
+    now_ns = service.policies.now_ns()
+    facts = await pool_facts(service, now_ns)
+    return first_runs(service.policies.document, facts, now_ns)
 
 
 async def run_policy(service: "Service", executor: Executor) -> Plan:

@@ -7,6 +7,7 @@ after the snapshot) goes on.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,29 @@ from typing import Final
 
 import trio
 
-from incfs.errors import HookFailed
+from incfs.errors import HookFailed, InvalidPolicy
+from incfs.policy.document import PolicyDocument
 from incfs.surroundings import expose
 
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MAX_OUTPUT_BYTES: Final = 4096
 _DRAIN_S: Final = 1.0
+
+
+def require_hooks(policy: PolicyDocument) -> None:
+    """Refuse a policy whose hooks are not on this host: it would be found out at the first snapshot, maybe at night.
+
+    Raises:
+        InvalidPolicy: A program is not there, or cannot be executed.
+    """
+    for section in (policy.pool, *policy.templates.values(), *policy.volumes):
+        for key in ("before", "after"):
+            found = section.values.get(key)
+            if found and found.value and shutil.which(found.value[0], path=PATH) is None:
+                raise InvalidPolicy(
+                    f"line {found.line} of the policy: {key} names {found.value[0]}, which is no program of this host",
+                    line=found.line,
+                )
 
 
 async def run_hook(command: Sequence[str], facts: Mapping[str, str], timeout_s: float) -> None:

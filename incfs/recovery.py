@@ -91,7 +91,8 @@ def create_pool(
             left that was cut off.
         block_bytes: A power of two, 64 to 65536.
         capacity_bytes: Most that all storage volumes together may grow to; None for no limit.
-        directories: Where the images go; ``DIRECTORY/images`` without any.
+        directories: Where the images go; ``DIRECTORY/images`` without any.  Each is made if missing, but not what it
+            lies in: that is a disk that is not mounted.
         journal_bytes: Size of each of the two journal segments, at least 64 KiB.
         mirrors: Directories for further legs of the only storage volume.
         backing: The host's files, unless a test brings its own.
@@ -111,6 +112,7 @@ def create_pool(
         raise UsageError(f"journal size must be a multiple of 4096 of at least {MIN_JOURNAL_BYTES}")
     if capacity_bytes is not None and capacity_bytes < block_bytes * max(1, len(directories)):
         raise UsageError(f"capacity of {capacity_bytes} bytes is less than one block per storage volume")
+    _require_parents(directory, directories)
     backing = backing or Backing()
     backing.make_directory(directory)
     backing.sync_directory(directory.parent)
@@ -127,6 +129,14 @@ def create_pool(
     finally:
         lock.release()
     return superblock
+
+
+def _require_parents(directory: Path, places: Sequence[Path]) -> None:
+    for place in places:
+        if not place.parent.is_dir() and place.parent != directory:
+            raise UsageError(
+                f"there is no {place.parent} for {place.name}: mount its disk, or make the directory first"
+            )
 
 
 def _create_files(

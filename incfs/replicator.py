@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from incfs.committer import offload
 from incfs.errors import (
     AlreadyExists,
     BaseMismatch,
@@ -95,6 +96,11 @@ async def add(
             raise UsageError(f"{target!r} is neither ssh://host/pool nor an absolute path", target=target)
         if str(local_pool(target)) == str(service.directory):
             raise UsageError(f"{target} is this pool; a replica needs another one")
+        if not await offload(lambda: os.path.exists(target)):
+            raise UsageError(
+                f"there is no pool {target}; make it first, or write ssh://host/pool for one of another host",
+                target=target,
+            )
     config = ReplicaConfig(name, target, [volume.uuid for volume in volumes], list(names), program)
     target_command(config, [], ["ssh"])
     await _keep(service, volumes[0], config)

@@ -4,7 +4,17 @@ from typing import TYPE_CHECKING, Final
 
 from incfs.admin.verb import Verb
 from incfs.documents import Document
-from incfs.enforcer import Executor, describe, make_plan, replicas_by_volume, run_policy, volume_facts
+from incfs.enforcer import (
+    Executor,
+    describe,
+    make_plan,
+    replicas_by_volume,
+    run_policy,
+    tell_first_runs,
+    volume_facts,
+)
+from incfs.hooks import require_hooks
+from incfs.policy.document import parse_policy
 from incfs.policy.effective import effective_volume, rules_for, rules_for_pool
 from incfs.policy.periods import moment, nanoseconds
 from incfs.policy.plan import Work
@@ -32,9 +42,11 @@ async def policy_show(service: "Service", *, effective: str | None = None) -> Do
 
 
 async def policy_set(service: "Service", *, text: str) -> Document:
-    """Let another policy rule from now on."""
+    """Let another policy rule from now on; tell when what takes long will be done for the first time."""
+    require_hooks(parse_policy(text))
     stored = await service.policies.set(text)
-    return {"policy": {"text": stored.text, "set": format_time(stored.set_ns)}}
+    first = [{"task": run.task, "due": format_time(run.due_ns)} for run in await tell_first_runs(service)]
+    return {"policy": {"text": stored.text, "set": format_time(stored.set_ns)}, "first_runs": first}
 
 
 async def policy_run(service: "Service", *, dry_run: bool = False, hooks: bool = False) -> Document:

@@ -9,6 +9,7 @@ from incfs.cli.options import Json, new_noun, table, verb
 from incfs.cli.session import call
 
 _COLUMNS: Final = ("name", "uuid", "size_bytes", "snapshot", "taken", "created")
+_FURTHER: Final = ("volume", "bookmark", "generation")
 
 app = new_noun("bookmark", "Points of volumes that increments start from when their snapshots are gone.")
 
@@ -35,7 +36,7 @@ def list_(
     style: output.TableStyle,
 ) -> None:
     """List the bookmarks, oldest first; `snapshot` is empty when it is gone."""
-    output.print_list(call(context, "bookmark.list", volume=volume), "bookmarks", _COLUMNS, style)
+    output.print_list(call(context, "bookmark.list", volume=volume), "bookmarks", _COLUMNS, style, further=_FURTHER)
 
 
 @verb(app, "remove", "rm")

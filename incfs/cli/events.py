@@ -26,7 +26,7 @@ def events_command(
 
     async def show(admin: Admin) -> None:
         document = await admin.call("events.list", limit=limit)
-        output.print_list(document, "events", _COLUMNS, style)
+        output.print_list(document, "events", _COLUMNS, style, further=("facts",))
         seen = document["events"][-1]["number"] if document["events"] else 0
         while follow:
             await trio.sleep(_FOLLOW_EVERY_S)

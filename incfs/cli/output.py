@@ -44,13 +44,23 @@ def _plain(value: object) -> object:
     return str(value)
 
 
-def print_list(document: Document, key: str, columns: Sequence[str], style: TableStyle) -> None:
-    """Print ``document[key]``, a list of rows, as the user asked; ``columns`` are the default keys."""
+def print_list(
+    document: Document, key: str, columns: Sequence[str], style: TableStyle, *, further: Sequence[str] = ()
+) -> None:
+    """Print ``document[key]``, a list of rows, as the user asked.
+
+    Args:
+        document: What the pool answered.
+        key: Where in it the rows are.
+        columns: The keys that are shown unless others are asked for.
+        style: What the user asked for.
+        further: The other keys, for a list without rows.
+    """
     if style.json:
         print_json(document)
         return
     rows: list[Document] = document[key]
-    chosen = _choose_columns(rows, columns, style.columns)
+    chosen = _choose_columns(list(rows[0]) if rows else [*columns, *further], columns, style.columns)
     cells = [[_cell(column, row.get(column), exact=style.exact) for column in chosen] for row in rows]
     header = [] if style.no_header else [_title(column) for column in chosen]
     if style.no_header:
@@ -67,18 +77,16 @@ def _title(key: str) -> str:
     return key.removesuffix(_SIZE_SUFFIX).upper()
 
 
-def _choose_columns(rows: list[Document], columns: Sequence[str], wanted: str | None) -> Sequence[str]:
+def _choose_columns(known: Sequence[str], columns: Sequence[str], wanted: str | None) -> Sequence[str]:
     """Return the keys of the columns to show; ``size`` may be written for ``size_bytes``."""
     if wanted is None:
         return columns
-    known = list(rows[0]) if rows else list(columns)
     chosen = []
     for name in wanted.split(","):
         key = next((k for k in (name, name + _SIZE_SUFFIX) if k in known), None)
-        # An empty list knows only the default columns; any name is as good there.
-        if key is None and rows:
+        if key is None:
             raise UsageError(f"no column {name!r}; there are: {', '.join(known)}")
-        chosen.append(key or name)
+        chosen.append(key)
     return chosen
 
 

@@ -54,12 +54,17 @@ def _print_text(document: Document, as_json: bool) -> None:
 
 @verb(app, "set")
 def set_(context: typer.Context, file: File, as_json: Json = False) -> None:
-    """Let another policy rule from now on; one with an error is refused."""
+    """Let another policy rule from now on; one with an error, or a hook that is not there, is refused.
+
+    Scrubs and moves that are new begin when they are due next, not at once.
+    """
     text = _read(file)
     parse_policy(text)
     document = call(context, "policy.set", text=text)
     if as_json:
         output.print_json(document)
+    else:
+        output.write_lines(f"{first['task']}: first at {first['due']}" for first in document["first_runs"])
 
 
 @verb(app, "check")

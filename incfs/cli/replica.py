@@ -12,6 +12,7 @@ from incfs.replication import DEFAULT_PROGRAM
 from incfs.units import format_size, parse_size
 
 _COLUMNS: Final = ("name", "volumes", "target", "last_success", "last_error")
+_FURTHER: Final = ("names", "common")
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A replica.")]
 Volume = Annotated[str, typer.Argument(metavar="VOL", help="A volume.")]
@@ -51,7 +52,7 @@ def list_(
     style: output.TableStyle,
 ) -> None:
     """List the replicas, with the time of the last success and the last error."""
-    output.print_list(call(context, "replica.list"), "replicas", _COLUMNS, style)
+    output.print_list(call(context, "replica.list"), "replicas", _COLUMNS, style, further=_FURTHER)
 
 
 @verb(app, "status")

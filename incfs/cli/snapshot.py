@@ -11,8 +11,10 @@ from incfs.documents import Document
 from incfs.units import parse_duration, parse_size
 
 _COLUMNS: Final = ("name", "size_bytes", "mapped_bytes", "held_bytes", "created")
+_FURTHER: Final = ("volume", "snapshot", "uuid", "generation", "tag", "clones", "holds")
 _HOLD_COLUMNS: Final = ("name", "tag", "expires")
 _DIFF_COLUMNS: Final = ("offset", "length", "kind")
+_DIFF_FURTHER: Final = ("storage", "block")
 
 Snapshot = Annotated[str, typer.Argument(metavar="VOL@SNAP", help="A snapshot, or uuid:UUID.")]
 
@@ -44,7 +46,7 @@ def list_(
 ) -> None:
     """List the snapshots, oldest first."""
     document = call(context, "snapshot.list", volume=volume)
-    output.print_list(document, "snapshots", _COLUMNS, style)
+    output.print_list(document, "snapshots", _COLUMNS, style, further=_FURTHER)
 
 
 @verb(app, "show")
@@ -152,7 +154,7 @@ def diff(
     async def collect(admin: Admin) -> Document:
         return await _all_ranges(admin, max_results, target=target, from_snapshot=from_snapshot, start_bytes=start or 0)
 
-    output.print_list(run(context, "snapshot.diff", collect), "ranges", _DIFF_COLUMNS, style)
+    output.print_list(run(context, "snapshot.diff", collect), "ranges", _DIFF_COLUMNS, style, further=_DIFF_FURTHER)
 
 
 async def _all_ranges(admin: Admin, limit: int | None, **arguments: Any) -> Document:

@@ -13,6 +13,10 @@ from incfs.errors import UsageError
 from incfs.units import SizeChange, parse_size, parse_size_change
 
 _COLUMNS: Final = ("name", "size_bytes", "mapped_bytes", "held_bytes", "snapshot_count", "created")
+_FURTHER: Final = (
+    "uuid", "id", "is_replica", "is_receiving", "origin", "origin_digest", "flattened", "stripe_columns",
+    "stripe_unit_bytes", "mode", "uid", "gid", "modified", "changed", "accessed",
+)  # fmt: skip
 _MAP_COLUMNS: Final = ("offset", "length", "kind", "storage", "block")
 
 Volume = Annotated[str, typer.Argument(metavar="VOL", help="A volume: its name, or uuid:UUID.")]
@@ -101,7 +105,7 @@ def list_(
     style: output.TableStyle,
 ) -> None:
     """List the volumes."""
-    output.print_list(call(context, "volume.list"), "volumes", _COLUMNS, style)
+    output.print_list(call(context, "volume.list"), "volumes", _COLUMNS, style, further=_FURTHER)
 
 
 @verb(app, "show")

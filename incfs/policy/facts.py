@@ -56,3 +56,5 @@ class PoolFacts:
     capacity_bytes: int = 0
     runs: Mapping[str, int] = field(default_factory=dict)
     """When each task last ran, in ns since 1970."""
+    set_ns: int = 0
+    """When the policy was set."""

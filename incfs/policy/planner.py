@@ -5,6 +5,8 @@ last run that lies in the future (the clock was set back) counts as now: the nex
 comes as if nothing had been.  When the clock is more than eight days ahead of the last plan,
 nothing is pruned for a day: whoever set it wrongly has that day, and a pool that was really
 away for so long loses nothing by waiting.
+
+Scrubs and moves take long and disturb: of those, what was missed before the policy was set is not caught up.
 """
 
 import shlex
@@ -43,12 +45,17 @@ class _Runs:
     after: dict[str, int] = field(default_factory=dict)
     following: list[datetime] = field(default_factory=list)
 
-    def why_due(self, task: str, schedule: Schedule) -> str | None:
-        """Note a run if it is due; give the reason, or None."""
+    def why_due(self, task: str, schedule: Schedule, *, since_ns: int = 0) -> str | None:
+        """Note a run if it is due; give the reason, or None.
+
+        What has never run is not due for what was missed before ``since_ns``.
+        """
         self.following.append(schedule.following(self.now, self.zone))
         now_ns = nanoseconds(self.now)
         last_ns = self.before.get(task)
         due = schedule.latest(self.now, self.zone)
+        if last_ns is None and nanoseconds(due) <= min(since_ns, now_ns):
+            return None
         if last_ns is not None and min(last_ns, now_ns) >= nanoseconds(due):
             self.after[task] = min(last_ns, now_ns)
             return None
@@ -69,7 +76,7 @@ def plan(policy: PolicyDocument, facts: PoolFacts, now_ns: int) -> Plan:
     taken = list(_snapshots(rules, facts, runs, now_ns))
     notes, may_prune = _guard_clock(runs, now_ns)
     pruned = list(_prunes(pool, rules, _with_taken(facts, taken, now_ns), now_ns)) if may_prune else []
-    actions: list[Action] = [*taken, *pruned, *_works(pool, rules, runs)]
+    actions: list[Action] = [*taken, *pruned, *_works(pool, rules, runs, facts.set_ns)]
     next_due = min(runs.following, default=None)
     return Plan(tuple(actions), runs.after, None if next_due is None else nanoseconds(next_due), notes)
 
@@ -86,17 +93,30 @@ def _snapshots(rules: Mapping[str, VolumeRules], facts: PoolFacts, runs: _Runs, 
             yield TakeSnapshots(tuple(v.name for v in members), _free_name(members, now_ns), hooks, reason)
 
 
-def _works(pool: PoolRules, rules: Mapping[str, VolumeRules], runs: _Runs) -> Iterator[Work]:
-    for kind, schedule in (("scrub", pool.scrub), ("balance", pool.balance)):
-        if schedule is not None and (reason := runs.why_due(kind, schedule)):
-            yield Work(kind, (), pool.move_rate_bytes, reason)
-    groups: dict[Schedule, list[str]] = {}
-    for name, rule in rules.items():
-        if rule.migrate is not None:
-            groups.setdefault(rule.migrate, []).append(name)
-    for schedule, names in groups.items():
-        if reason := runs.why_due(f"migrate {schedule.text}", schedule):
-            yield Work("migrate", tuple(names), pool.move_rate_bytes, reason)
+@dataclass(frozen=True, slots=True)
+class FirstRun:
+    """A work that a policy wants and that has never been done."""
+
+    task: str
+    due_ns: int
+    """When it is for the first time."""
+
+
+def first_runs(policy: PolicyDocument, facts: PoolFacts, now_ns: int) -> list[FirstRun]:
+    """Tell when scrubs and moves that are new will begin: at their next due time, not when the policy is set."""
+    pool = rules_for_pool(policy)
+    rules = {volume.name: rules_for(policy, volume.name) for volume in facts.volumes}
+    return [
+        FirstRun(task, nanoseconds(schedule.following(moment(now_ns), pool.timezone)))
+        for task, schedule, _ in _moves(pool, rules)
+        if task not in facts.runs
+    ]
+
+
+def _works(pool: PoolRules, rules: Mapping[str, VolumeRules], runs: _Runs, set_ns: int) -> Iterator[Work]:
+    for task, schedule, work in _moves(pool, rules):
+        if reason := runs.why_due(task, schedule, since_ns=set_ns):
+            yield replace(work, reason=reason)
     targets: dict[tuple[Schedule, str], list[str]] = {}
     for name, rule in rules.items():
         for replica in rule.replicate:
@@ -105,6 +125,19 @@ def _works(pool: PoolRules, rules: Mapping[str, VolumeRules], runs: _Runs) -> It
     for (schedule, to), names in targets.items():
         if reason := runs.why_due(f"replicate to {to} {schedule.text}", schedule):
             yield Work("replicate", tuple(names), None, reason, to)
+
+
+def _moves(pool: PoolRules, rules: Mapping[str, VolumeRules]) -> Iterator[tuple[str, Schedule, Work]]:
+    """Give what reads or moves much of the pool: the task, when it is due, the work."""
+    for kind, schedule in (("scrub", pool.scrub), ("balance", pool.balance)):
+        if schedule is not None:
+            yield kind, schedule, Work(kind, (), pool.move_rate_bytes, "")
+    groups: dict[Schedule, list[str]] = {}
+    for name, rule in rules.items():
+        if rule.migrate is not None:
+            groups.setdefault(rule.migrate, []).append(name)
+    for schedule, names in groups.items():
+        yield f"migrate {schedule.text}", schedule, Work("migrate", tuple(names), pool.move_rate_bytes, "")
 
 
 def _task_of(schedule: Schedule, hooks: Hooks) -> str:

@@ -73,3 +73,23 @@ def test_what_failed_is_exit_3(cli: Cli, tmp_path: Path) -> None:
     (action,) = json.loads(done.stdout)["run"]["actions"]
     assert action["result"] == "failed"
     assert "/bin/false ended with 1" in action["error"]
+
+
+def test_a_scrub_that_is_new_begins_when_it_is_due_next_and_that_is_told(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text('[pool]\nscrub = "monthly"\nbalance = "yearly"\n[volume."*"]\nmigrate = "weekly"\n')
+    cli.ok("volume", "create", "db", "1M")
+    said = cli.ok("policy", "set", file).splitlines()
+    assert [line.split(": first at 2")[0] for line in said] == ["scrub", "balance", "migrate weekly"]
+    assert said[0].endswith("-01T00:00:00.000000Z")
+    assert cli.json("policy", "run")["run"]["actions"] == []
+    first = cli.json("policy", "set", file)["first_runs"]
+    assert [f"{row['task']}: first at {row['due']}" for row in first] == said
+
+
+def test_a_hook_that_is_not_there_is_found_when_the_policy_is_set(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text('[template.t]\nschedule = "hourly"\nafter = ["/usr/local/bin/no-such-hook", "x"]\n')
+    assert "line 3 of the policy: after names /usr/local/bin/no-such-hook" in cli.fails(2, "policy", "set", file)
+    assert cli.ok("policy", "show") == ""
+    cli.ok("policy", "check", file)

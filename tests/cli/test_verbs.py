@@ -109,3 +109,48 @@ def test_names_that_cannot_be(cli: Cli) -> None:
     cli.ok("volume", "create", "ünïcode 漢", "1G")
     assert cli.ok("volume", "list", "-H", "-o", "name") == "ünïcode 漢\n"
     cli.fails(1, "volume", "create", "ünïcode 漢", "1G")
+
+
+def test_columns_are_known_also_where_a_list_is_empty(cli: Cli, tmp_path: Path) -> None:
+    """What a list without rows says it has is what one with rows has."""
+    lists = {
+        ("volume", "list"): "volumes",
+        ("snapshot", "list"): "snapshots",
+        ("bookmark", "list"): "bookmarks",
+        ("replica", "list"): "replicas",
+        ("volume", "map", "db"): "extents",
+        ("snapshot", "holds"): "holds",
+        ("snapshot", "diff", "db@a"): "ranges",
+    }
+    empty = {}
+    for verb in lists:
+        if verb[-1] == "db":
+            cli.ok("volume", "create", "db", "0")
+        if verb[-1] == "db@a":
+            cli.ok("snapshot", "create", "db@a")
+        error = cli.fails(2, *verb, "-o", "none")
+        assert "no column 'none'; there are: " in error, verb
+        empty[verb] = set(error.rpartition(": ")[2].strip().split(", "))
+    cli.ok("volume", "remove", "db", "--snapshots")
+    (tmp_path / "image").write_bytes(b"x" * 4096)
+    cli.ok("import", "db", tmp_path / "image", "--snapshot", "a")
+    cli.ok("snapshot", "hold", "t", "db@a")
+    cli.ok("bookmark", "create", "db@a", "mark")
+    cli.ok("replica", "add", "db", "--to", tmp_path)
+    for verb, key in lists.items():
+        (row,) = cli.json(*verb)[key]
+        assert empty[verb] == set(row), verb
+    assert "there are: number, job" in cli.fails(2, "pool", "jobs", "-o", "none")
+
+
+def test_a_replica_is_in_a_pool_that_is_there(cli: Cli, tmp_path: Path) -> None:
+    cli.ok("volume", "create", "db", "1M")
+    assert "there is no pool" in cli.fails(2, "replica", "add", "db", "--to", tmp_path / "foo")
+    cli.ok("replica", "add", "db", "--to", "ssh://host/foo")
+
+
+def test_images_are_made_on_disks_that_are_mounted(tmp_path: Path, offline: Cli) -> None:
+    """A directory whose parent is missing is on a disk that is not there."""
+    error = offline.fails(2, "pool", "create", tmp_path / "new", "--dir", tmp_path / "disk/images")
+    assert f"there is no {tmp_path}/disk for images: mount its disk" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pool"]

@@ -6,6 +6,14 @@ from tests.teeth.breakage import Breakage
 
 SHELL: Final = (
     Breakage(
+        "image-on-a-disk-that-is-not-mounted",
+        "I9",
+        "incfs/recovery.py",
+        "        if not place.parent.is_dir() and place.parent != directory:\n",
+        "        if not place.parent and place.parent != directory:\n",
+        "tests/cli/test_verbs.py::test_images_are_made_on_disks_that_are_mounted",
+    ),
+    Breakage(
         "open-volume-made-smaller",
         "I9",
         "incfs/admin/volume.py",

@@ -11,7 +11,7 @@ from incfs.policy.document import parse_policy
 from incfs.policy.facts import PoolFacts, ReplicaFacts, SnapshotFacts, VolumeFacts
 from incfs.policy.periods import moment, nanoseconds
 from incfs.policy.plan import Plan, Prune, TakeSnapshots, Work
-from incfs.policy.planner import plan
+from incfs.policy.planner import first_runs, plan
 from incfs.policy.rules import Keep
 
 START = datetime(2026, 1, 1, 0, 0, 20, tzinfo=UTC)
@@ -237,6 +237,20 @@ def test_scrub_is_due_by_its_schedule() -> None:
     pool = Simulated('[pool]\nscrub = "monthly"\n', "db")
     scrubs = [n for n in range(90) if any(isinstance(a, Work) for a in pool.run(START + n * DAY).actions)]
     assert scrubs == [0, 31, 59]
+
+
+def test_a_scrub_that_is_new_waits_for_its_next_due_time_and_is_caught_up_then() -> None:
+    pool = Simulated('[pool]\nscrub = "monthly"\n', "db")
+    pool.facts = replace(pool.facts, set_ns=nanoseconds(START + 3 * HOUR))
+    (first,) = first_runs(pool.policy, pool.facts, pool.facts.set_ns)
+    assert (first.task, first.due_ns) == ("scrub", nanoseconds(datetime(2026, 2, 1, tzinfo=UTC)))
+    # The pool was away when it was due.
+    days = [4, 30, 35, 36, 59]
+    assert [n for n in days if pool.run(START + n * DAY).actions] == [35, 59]
+    assert first_runs(pool.policy, pool.facts, nanoseconds(START)) == []
+    # A clock that was set back to before the policy does not make it due at once.
+    pool.facts = replace(pool.facts, runs={}, set_ns=nanoseconds(START + 300 * DAY))
+    assert pool.run(START + 4 * DAY).actions == ()
 
 
 def test_volumes_with_the_same_target_and_pace_are_replicated_together() -> None:
