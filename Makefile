@@ -119,7 +119,7 @@ kill-long: setup system-bench sweep ## end the daemon, or cut the power under it
 # An hour: tmpfs, ext4, XFS and btrfs of 300 MiB, images with the pool and apart, writes that fail and that wait.
 FULL_ROUNDS ?= 500
 full-long: setup system-test sweep ## fill a pool FULL_ROUNDS=500 times while another program takes and returns the rest of its disk
-	INCFS_FULL_ROUNDS=$(FULL_ROUNDS) $(BIN)/python -m pytest -rP -o timeout=20000 tests/system/test_full_pool.py $(PYTEST_ARGS)
+	INCFS_FULL_ROUNDS=$(FULL_ROUNDS) $(BIN)/python -m pytest -rP -o timeout=20000 tests/system/test_full_pool.py tests/system/test_full_loop.py $(PYTEST_ARGS)
 
 demo: setup system-demo ## the main job on this machine's own files: examples/quickstart.sh
 	examples/quickstart.sh

@@ -58,6 +58,8 @@ class Keeper:
         """Directories in which no image could be made; told once."""
         self._slice_bytes = 16 << 20
         """What took no longer than a slice may, the last times."""
+        self._empty: set[StorageId] = set()
+        """Storage volumes that held nothing at the last turn of giving back."""
         self._healed: dict[StorageId, int] = {}
         """Healed blocks that were told of."""
         self.monitor = Monitor()
@@ -125,6 +127,7 @@ class Keeper:
                     await self._give_back()
             await self._give_back()
             self._store.pool.reuse.settle()
+            self._settle_empty()
 
     async def give_back_rest(self) -> None:
         """Give back what waits, before the pool is closed; what takes too long, ``survey`` finds at the next open."""
@@ -133,7 +136,17 @@ class Keeper:
             reuse.hurry(self._store.pool.volumes)
             await self._give_back(rest=0.0)
             reuse.settle()
+            self._settle_empty()
+            self._settle_empty()  # it will not be used again
             await self._give_back(rest=0.0)
+
+    def _settle_empty(self) -> None:
+        """Let storage volumes that hold nothing, and held nothing a turn ago, keep nothing of their hosts."""
+        volumes = self._store.pool.volumes.items()
+        empty = {i for i, volume in volumes if volume.state == "online" and not volume.live_blocks}
+        for storage_id in empty & self._empty:
+            self._store.pool.reuse.note_unused(storage_id)
+        self._empty = empty
 
     async def survey(self) -> None:
         """Look through the images once for free blocks that the host still keeps, and give them back.

@@ -109,6 +109,13 @@ class Reuse:
             _add(self._settled, (storage_id, group_index), free)
         return bool(free)
 
+    def note_unused(self, storage_id: StorageId) -> None:
+        """Let all that an image has and nobody uses be given back, also what it grew by in advance: it is empty."""
+        volume = self._volumes[storage_id]
+        for group_index in range(volume.group_count):
+            if free := volume.may_occupy(group_index):
+                _add(self._settled, (storage_id, group_index), free)
+
     def settle(self) -> None:
         """Let what became free until now be given back, unless it is in use again by then; now and then."""
         for key, bits in self._fresh.items():

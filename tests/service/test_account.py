@@ -12,6 +12,7 @@ from typing import Any, get_args
 import pytest
 import trio
 
+from incfs import keeper
 from incfs.backing import File
 from incfs.errors import NoSpace
 from incfs.model import StorageId, Volume
@@ -21,7 +22,7 @@ from incfs.recovery import create_pool
 from incfs.service import Service, open_service
 from incfs.settings import Amount, PoolSettings, VolumeSettings
 from tests.support import pools
-from tests.support.loop import filesystem, loop_device, run
+from tests.support.loop import allocated_bytes, filesystem, loop_device, run
 
 PLANES: list[PlaneKind] = [kind for kind in get_args(PlaneKind) if kind != "auto" and (HAS_NATIVE or kind != "native")]
 pytestmark = [pytest.mark.loop, pytest.mark.slow]
@@ -31,6 +32,8 @@ STEP = MIB
 OPTIONS = Options(
     extend_bytes=STEP, host_reserve_bytes=MIB, commit_interval_s=1e6, checkpoint_interval_s=1e6, dump_interval_s=None
 )
+LEAST_BYTES = (3 * 1 + 6) * MIB
+"""What an emptied pool keeps: three times its journal's size, 6 MiB, and what is noted of earlier times."""
 NEVER_LOW = PoolSettings(low_water=Amount(fixed_bytes=0))
 DATA = bytes(range(1, 252)) * (MIB // 251 + 1)
 
@@ -194,6 +197,34 @@ async def test_what_went_back_to_the_host_is_known_when_the_pool_is_opened_again
             written = await require_truth(service, volume, 512 * MIB)
             assert 6 * MIB <= written <= 10 * MIB
             assert (await service.inspection.check(data=True)).is_clean
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+async def test_an_emptied_pool_keeps_its_journals_and_little_else(
+    disks: Disks, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It kept what its images had grown by in advance: 100 MiB stayed of an empty pool."""
+    monkeypatch.setattr(keeper, "_GIVE_BACK_EVERY_S", 0.2)
+    place = disks.memory("disk", 128) if kind == "tmpfs" else disks.disk("disk", 160)
+    create_pool(place / "pool", journal_bytes=MIB)
+    async with opened(place / "pool", extend_bytes=64 * MIB) as service:
+        volume = await volume_of(service)
+        await service.write(volume.map_id, 0, DATA[:MIB] * 5)
+        await service.commit()
+        assert allocated_bytes(place) >= 64 * MIB
+        await service.remove_volume(volume.id)
+        await service.wait_reclaimed()
+        await service.checkpoint()
+        with trio.fail_after(20):
+            while allocated_bytes(place) > LEAST_BYTES:  # also while it is mounted
+                await trio.sleep(0.2)
+        other = await volume_of(service, "other")
+        await service.write(other.map_id, 0, DATA[:MIB])
+        await service.commit()
+        await service.remove_volume(other.id)
+    assert allocated_bytes(place) <= LEAST_BYTES
+    async with opened(place / "pool") as service:
+        await require_truth(service, await volume_of(service), most_wrong=2 * STEP)
 
 
 def eat(place: Path, other: Any, left_bytes: int) -> None:

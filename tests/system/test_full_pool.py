@@ -41,8 +41,6 @@ FILLER = "filler"
 """Empty when a fill begins, so that it takes what it writes."""
 LONGEST_S = 30
 """Of an operation that takes milliseconds, or as long as the policy lets it wait."""
-LOOK_S = 5.5
-"""So often at least the hosts are looked at."""
 _HEAD = struct.Struct("<QQ")
 ZEROS = bytes(BLOCK)
 
@@ -244,9 +242,9 @@ class Full:
                 return first * BLOCK
         raise AssertionError("the pool is never full")
 
-    def free_bytes(self, wait_s: float) -> int:
-        """Tell what is said to be free, some time from now."""
-        time.sleep(wait_s)
+    def free_bytes(self) -> int:
+        """Tell what is said to be free."""
+        self.target.call("storage.list")  # looks at the hosts
         found = os.statvfs(self.target.mountpoint)
         said = self.target.call("pool.show")["pool"]["free_bytes"]
         assert abs(found.f_bfree * found.f_frsize - said) <= MIB
@@ -258,7 +256,7 @@ class Full:
         self.ballast.leave(self.rng.randrange(RESERVE, 96 * MIB))
         metadata = self.metadata_bytes()
         self.say("before the fill")
-        said = self.free_bytes(wait_s=LOOK_S)
+        said = self.free_bytes()
         written = self.fill()
         lacking = self.metadata_bytes() - metadata
         left = self.ballast.free_bytes
@@ -268,7 +266,7 @@ class Full:
         self.counts["MiB wrong"] = max(self.counts["MiB wrong"], abs(said - written) // MIB)
         assert abs(said - written) <= 2 * STEP + MIB, (said, written)
         assert left >= RESERVE - lacking - 2 * MIB, left
-        assert self.free_bytes(wait_s=1) <= STEP + MIB
+        assert self.free_bytes() <= STEP + MIB
 
     def say(self, what: str) -> None:
         print(f"{self.way} {what}: host free {self.ballast.free_bytes / MIB:.1f} {dict(self.counts)}", flush=True)

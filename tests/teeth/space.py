@@ -115,6 +115,14 @@ SPACE: Sequence[Breakage] = [
         "tests/mount/test_data.py::test_a_writer_that_the_kernel_caches_for_hears_that_the_pool_is_full[native]",
     ),
     Breakage(
+        "an-empty-pool-keeps-what-it-grew-by",
+        "I15",
+        "incfs/keeper.py",
+        "            self._store.pool.reuse.note_unused(storage_id)\n",
+        "            pass\n",
+        f"{_ACCOUNT}test_an_emptied_pool_keeps_its_journals_and_little_else[tmpfs]",
+    ),
+    Breakage(
         "a-late-count-is-believed",
         "I15",
         "incfs/backing.py",
