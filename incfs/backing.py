@@ -398,3 +398,56 @@ class Backing:
                 os.close(fd)
         except OSError as error:
             raise translate(error, path, "sync directory") from error
+
+
+class _ReadOnlyFile(File):
+    """A file of the damaged pool: what is written to it is remembered and not done."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        super().__init__(path, fd)
+        self._written: list[tuple[int, bytes]] = []
+
+    def pread(self, offset_bytes: int, length_bytes: int) -> bytes:
+        """Read, with what was written on top."""
+        data = bytearray(super().pread(offset_bytes, length_bytes))
+        for start, written in self._written:
+            first, last = max(start, offset_bytes), min(start + len(written), offset_bytes + length_bytes)
+            if first < last:
+                data[first - offset_bytes : last - offset_bytes] = written[first - start : last - start]
+        return bytes(data)
+
+    def pread_cached(self, offset_bytes: int, length_bytes: int) -> bytes | None:
+        """Always wait."""
+        del offset_bytes, length_bytes
+        return None
+
+    def pwrite(self, offset_bytes: int, data: bytes | memoryview) -> None:
+        """Remember."""
+        self._written.append((offset_bytes, bytes(data)))
+
+    def sync(self) -> None:
+        """Nothing reaches the disk."""
+
+    def punch(self, offset_bytes: int, length_bytes: int) -> bool:
+        """Nothing is given back."""
+        del offset_bytes, length_bytes
+        return False
+
+    def lock(self) -> None:
+        """Reading needs no lock; the pool's own was asked for."""
+
+
+class ReadingBacking(Backing):
+    """Writes in one directory only, or nowhere; all other files are read."""
+
+    def __init__(self, writable: Path | None = None) -> None:
+        self._writable = writable
+
+    def open(self, path: Path) -> File:
+        """Open for reading only outside of the directory."""
+        if path.parent == self._writable:
+            return super().open(path)
+        try:
+            return _ReadOnlyFile(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            raise translate(error, path, "open") from error

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import trio
 
-from incfs.backing import Backing
+from incfs.backing import ReadingBacking
 from incfs.channel import NO_CHANNEL, Channel, Progress
 from incfs.documents import Document
 from incfs.errors import DaemonError, IncfsError, PermissionRefused
@@ -135,7 +135,7 @@ async def connect_control(directory: Path, progress: Progress) -> AsyncIterator[
 def _connect_any(directory: Path) -> socket.socket | None:
     """Connect where the pool was opened: in this directory, or in another that holds its metadata."""
     connected = _connect(directory)
-    others = other_directories(Backing(), directory) if connected is None else []
+    others = other_directories(ReadingBacking(), directory) if connected is None else []
     return connected or next(filter(None, map(_connect, others)), None)
 
 

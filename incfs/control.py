@@ -9,6 +9,7 @@ said on it.  Requests may follow each other on one connection, each after the re
 """
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -81,9 +82,10 @@ def _listening_socket(directory: Path) -> Iterator[socket.socket]:
                     listening.bind(short)
                 path.chmod(stat.S_IRUSR | stat.S_IWUSR)
             except OSError as error:
-                if error.errno not in NO_ROOM:
+                if error.errno not in (*NO_ROOM, errno.EROFS):
                     raise
-                logger.warning("no room for the name of the admin socket %s: it is without one", path)
+                level = logging.INFO if error.errno == errno.EROFS else logging.WARNING
+                logger.log(level, "%s: the admin socket %s is without a name", error.strerror, path)
                 listening.bind(spare_address(directory))
             listening.listen(64)
         except OSError as error:

@@ -30,7 +30,7 @@ import pyfuse3
 import trio
 
 from incfs import fusext, metrics
-from incfs.backing import Backing
+from incfs.backing import ReadingBacking
 from incfs.backing_device import widen_page_cache
 from incfs.control import serve_control
 from incfs.daemon import Parent, fork_daemon, log_to_stderr, notify_systemd, reopen_log
@@ -96,7 +96,7 @@ def mount_pool(pool: Path, mountpoint: Path, options: str, *, foreground: bool) 
         log_to_stderr()
         _run_trio(pool, mountpoint, parsed, Parent())
         return
-    read_superblock(Backing(), pool)
+    read_superblock(ReadingBacking(), pool)
     parent = fork_daemon(pool)
     if parent is not None:
         leave_session(mountpoint)

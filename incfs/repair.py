@@ -18,7 +18,7 @@ from typing import Any
 from uuid import UUID
 
 from incfs import bookmarks, copies, extents, ranges, snapshot, volume
-from incfs.backing import Backing, File, translate
+from incfs.backing import Backing, ReadingBacking, translate
 from incfs.blocks import address_runs, pack_address, split_address
 from incfs.builder import MetadataBuilder
 from incfs.catalog import record_from
@@ -75,59 +75,6 @@ class RepairReport:
     def to_dict(self) -> dict[str, Any]:
         """Give plain values."""
         return {**asdict(self), "is_complete": self.is_complete}
-
-
-class _ReadOnlyFile(File):
-    """A file of the damaged pool: what is written to it is remembered and not done."""
-
-    def __init__(self, path: Path, fd: int) -> None:
-        super().__init__(path, fd)
-        self._written: list[tuple[int, bytes]] = []
-
-    def pread(self, offset_bytes: int, length_bytes: int) -> bytes:
-        """Read, with what was written on top."""
-        data = bytearray(super().pread(offset_bytes, length_bytes))
-        for start, written in self._written:
-            first, last = max(start, offset_bytes), min(start + len(written), offset_bytes + length_bytes)
-            if first < last:
-                data[first - offset_bytes : last - offset_bytes] = written[first - start : last - start]
-        return bytes(data)
-
-    def pread_cached(self, offset_bytes: int, length_bytes: int) -> bytes | None:
-        """Always wait."""
-        del offset_bytes, length_bytes
-        return None
-
-    def pwrite(self, offset_bytes: int, data: bytes | memoryview) -> None:
-        """Remember."""
-        self._written.append((offset_bytes, bytes(data)))
-
-    def sync(self) -> None:
-        """Nothing reaches the disk."""
-
-    def punch(self, offset_bytes: int, length_bytes: int) -> bool:
-        """Nothing is given back."""
-        del offset_bytes, length_bytes
-        return False
-
-    def lock(self) -> None:
-        """Reading needs no lock; the pool's own was asked for."""
-
-
-class _SalvageBacking(Backing):
-    """Writes below one directory only; all other files are read."""
-
-    def __init__(self, writable: Path) -> None:
-        self._writable = writable
-
-    def open(self, path: Path) -> File:
-        """Open for reading only outside of the directory."""
-        if path.parent == self._writable:
-            return super().open(path)
-        try:
-            return _ReadOnlyFile(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        except OSError as error:
-            raise translate(error, path, "open") from error
 
 
 def repair(
@@ -217,7 +164,7 @@ def _salvaged(damaged: Path, scratch: Path, images: Mapping[int, Path], report: 
             failures.append(str(error))
             continue
         report.notes += [*failures[:1], *attempt.notes]
-        report.notes += _parts_apart(damaged, store)
+        report.notes += parts_apart(damaged, store)
         for storage in store.pool.volumes.values():
             if storage.state != "online" and storage.record.id != _LOST_ID:
                 report.notes.append(f"storage volume {storage.record.id} is {storage.state}: {storage.file.path}")
@@ -229,10 +176,10 @@ def _salvaged(damaged: Path, scratch: Path, images: Mapping[int, Path], report: 
     raise Damaged(f"nothing of {damaged} can be read: {failures[-1]}; if there is a dump, try `incfs pool restore`")
 
 
-def _parts_apart(damaged: Path, store: Store) -> list[str]:
+def parts_apart(damaged: Path, store: Store) -> list[str]:
     """Say which images are of another time than the directory: of what they do not share, ranges are lost."""
     try:
-        standing = read_standing(_SalvageBacking(damaged / "nothing"), damaged, UUID(store.superblock.uuid))
+        standing = read_standing(ReadingBacking(), damaged, UUID(store.superblock.uuid))
     except IncfsError as error:
         return [str(error)]
     if standing.is_adopting:
@@ -243,7 +190,7 @@ def _parts_apart(damaged: Path, store: Store) -> list[str]:
 
 def _find_superblock(damaged: Path, images: Mapping[int, Path], report: RepairReport) -> Superblock:
     """Read the superblock, or make one of what an image's header says."""
-    backing = _SalvageBacking(damaged / "nothing")
+    backing = ReadingBacking()
     try:
         return read_superblock(backing, damaged)
     except (FormatError, NotFound) as error:
@@ -285,7 +232,7 @@ class _Attempt:
         options = Options(
             degraded=True, dump_interval_s=None, salvage=Salvage(self.damaged, paths, cut_journal=cut_journal)
         )
-        return open_store(self.scratch, options, _SalvageBacking(self.scratch))
+        return open_store(self.scratch, options, ReadingBacking(self.scratch))
 
 
 _JOURNAL_NAMES = ("journal.0", "journal.1")
@@ -325,7 +272,7 @@ def _with_salvaged_tables_alone(attempt: _Attempt) -> Store:
 
 def _rebuild(attempt: _Attempt) -> tuple[MetadataBuilder, dict[str, int] | None]:
     """Put the sound values into new tables; where a map page is damaged, blocks that cannot be read."""
-    file = _SalvageBacking(attempt.scratch).open(attempt.damaged / TABLES_NAME)
+    file = ReadingBacking(attempt.scratch).open(attempt.damaged / TABLES_NAME)
     try:
         found = list(salvage(file, DATABASES))
     finally:

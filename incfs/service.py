@@ -4,6 +4,7 @@ Owns the trio side of an open pool.  The core below is synchronous and belongs t
 thread; only what may block on a disk runs in worker threads.
 """
 
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -35,6 +36,7 @@ from incfs.settings import PoolSettings
 from incfs.store import Store
 from incfs.transfers import require_ordinary
 from incfs.transport import Transfers
+from incfs.unwritable import is_unwritable, opened_unwritable
 from incfs.upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
@@ -550,7 +552,20 @@ async def open_service(
     chosen = options or Options()
     if degraded or force_older:
         chosen = replace(chosen, degraded=degraded or chosen.degraded, force_older=force_older)
+    if is_unwritable(directory):
+        with contextlib.ExitStack() as stack:
+            store = await offload(lambda: stack.enter_context(opened_unwritable(directory, chosen)))
+            async with _served(store) as service:
+                yield service
+        return
     store = await offload(lambda: recovery.open_store(directory, chosen))
+    async with _served(store) as service:
+        yield service
+
+
+@asynccontextmanager
+async def _served(store: Store) -> AsyncIterator[Service]:
+    """Run the background work of an open pool, and close it."""
     try:
         async with trio.open_nursery() as nursery:
             service = Service(store, nursery)

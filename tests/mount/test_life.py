@@ -188,6 +188,22 @@ def test_a_non_empty_mount_point_is_covered(places):
     assert os.listdir(mountpoint) == ["file"]
 
 
+def test_a_pool_on_read_only_media_is_mounted_read_only(places, tmp_path):
+    pool, mountpoint = places
+    incfs_here("-p", pool, "volume", "create", "db", "1M")
+    (tmp_path / "media").mkdir()
+    subprocess.run(["mount", "--bind", tmp_path, tmp_path / "media"], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", tmp_path / "media"], check=True)
+        incfs("mount", tmp_path / "media" / "pool", mountpoint)
+        assert (mountpoint / "db").read_bytes() == bytes(1 << 20)
+        assert errno_of((mountpoint / "db").write_bytes, b"x") == errno.EROFS
+        assert "db" in incfs("-p", tmp_path / "media" / "pool", "volume", "list").stdout
+        unmount(mountpoint)
+    finally:
+        subprocess.run(["umount", tmp_path / "media"], check=True)
+
+
 # umount
 
 

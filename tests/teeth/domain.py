@@ -539,4 +539,28 @@ DOMAIN: Final = (
         "if is_proved:",
         "tests/damage/test_repair.py::test_a_snapshot_that_is_not_whole_is_another_one",
     ),
+    Breakage(
+        "read-only-media-beside-a-writer",
+        "I14",
+        "incfs/unwritable.py",
+        "        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)\n",
+        "",
+        "tests/service/test_unwritable.py::test_several_look_at_once_and_nobody_beside_a_writer",
+    ),
+    Breakage(
+        "read-only-media-of-different-times",
+        "I14",
+        "incfs/unwritable.py",
+        "        if apart and not options.force_older:\n",
+        "        if apart and options.force_older:\n",
+        "tests/service/test_unwritable.py::test_parts_of_different_times_are_refused",
+    ),
+    Breakage(
+        "read-only-media-is-written",
+        "I14",
+        "incfs/backing.py",
+        "        if path.parent == self._writable:\n            return super().open(path)\n",
+        "        if path:\n            return super().open(path)\n",
+        "tests/service/test_unwritable.py::test_everything_is_read_and_nothing_written[as a crash leaves it]",
+    ),
 )
