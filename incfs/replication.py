@@ -14,10 +14,18 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from incfs.errors import BaseMismatch, FormatError, UsageError
+from incfs.errors import BaseMismatch, FormatError, ReplicaFailed, UsageError
 
 DEFAULT_PROGRAM: Final = "incfs"
 _SOCKET_SUFFIX: Final = ".sock"
+_SSH_OPTIONS: Final = (
+    "-oBatchMode=yes",
+    # A host that is away, or goes away meanwhile, is given up after a minute.  Behind the admin's own, which win.
+    "-oConnectTimeout=60",
+    "-oServerAliveInterval=15",
+    "-oServerAliveCountMax=4",
+)
+_QUOTED: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +98,26 @@ def target_command(config: ReplicaConfig, arguments: Sequence[str], ssh: Sequenc
     host = f"{parts.username}@{parts.hostname}" if parts.username else parts.hostname
     options = ["-p", str(port)] if port else []
     remote = shlex.join([*shlex.split(config.program), "-p", parts.path, *arguments])
-    return [*ssh, "-oBatchMode=yes", *options, host, remote]
+    return [*ssh, *_SSH_OPTIONS, *options, host, remote]
+
+
+def decode_answer(name: str, answer: bytes) -> dict[str, Any]:
+    """Decode the document that the command at a target printed; nothing is an empty one.
+
+    Raises:
+        ReplicaFailed: It is none.  What came is quoted: often a greeting of the shell there.
+    """
+    try:
+        document = json.loads(answer or b"{}")
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        came = " ".join(answer[: 4 * _QUOTED].decode(errors="replace").split())[:_QUOTED]
+        raise ReplicaFailed(
+            f"replica {name} answered with what is no document of incfs: {came!r}; "
+            f"a shell that greets must do so only where it is interactive"
+        )
+    return document
 
 
 def local_pool(target: str) -> Path:

@@ -6,7 +6,6 @@ the target keeps what came before its last checkpoint, and the next run goes on 
 """
 
 import contextlib
-import json
 import os
 import shlex
 import subprocess
@@ -37,6 +36,7 @@ from incfs.replication import (
     ReplicaConfig,
     ReplicaPlan,
     TargetFacts,
+    decode_answer,
     local_pool,
     plan_replica,
     target_command,
@@ -231,13 +231,7 @@ class _Run:
     async def _ask(self, *arguments: str) -> dict[str, Any]:
         async with _target(self._command(*arguments)) as process:
             answer = await process.finish(self._config.name)
-        try:
-            document = json.loads(answer or b"{}")
-        except ValueError as error:
-            raise ReplicaFailed(f"replica {self._config.name} gave an answer that is not JSON") from error
-        if not isinstance(document, dict):
-            raise ReplicaFailed(f"replica {self._config.name} gave an answer that is no document")
-        return document
+        return decode_answer(self._config.name, answer)
 
     def _command(self, *arguments: str) -> list[str]:
         return target_command(self._config, arguments, self._ssh)

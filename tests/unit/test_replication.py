@@ -1,13 +1,16 @@
 """What is decided about a replica: a plan, or a conflict that says why."""
 
+import re
+
 import pytest
 
-from incfs.errors import BaseMismatch, FormatError, UsageError
+from incfs.errors import BaseMismatch, FormatError, ReplicaFailed, UsageError
 from incfs.replication import (
     OurSnapshot,
     ReplicaConfig,
     ReplicaPlan,
     TargetFacts,
+    decode_answer,
     plan_replica,
     target_command,
 )
@@ -64,6 +67,14 @@ def test_a_group_goes_to_the_newest_snapshots_that_were_taken_together():
         plan_replica(["v"], [[]], [None])
 
 
+def test_an_answer_that_is_none_is_quoted():
+    assert decode_answer("r", b"") == {}
+    assert decode_answer("r", b'{"a": 1}\n') == {"a": 1}
+    for answer in (b'Greetings from\n\nexample\n{"a": 1}', b"[1]", b"Greetings \xff", b"[" * 100_000):
+        with pytest.raises(ReplicaFailed, match=re.escape(answer.split()[0].decode()[:10])):
+            decode_answer("r", answer)
+
+
 def config(target):
     return ReplicaConfig("r", target, ["u"], ["v"], "sudo incfs")
 
@@ -75,6 +86,9 @@ def test_the_command_at_the_target():
         "-F",
         "x",
         "-oBatchMode=yes",
+        "-oConnectTimeout=60",
+        "-oServerAliveInterval=15",
+        "-oServerAliveCountMax=4",
         "-p",
         "22",
         "me@host",
