@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from incfs.model import Bookmark, Snapshot, Volume, split_map_id
+from incfs.model import IMPORTING_SUFFIX, Bookmark, Snapshot, Volume, split_map_id
 from incfs.units import format_time
 
 if TYPE_CHECKING:
@@ -32,6 +32,15 @@ def holds_document(snapshot: Snapshot) -> list[Document]:
     return [{"tag": tag, "expires": expires and format_time(expires)} for tag, expires in sorted(in_force.items())]
 
 
+def volume_state(volume: Volume) -> str | None:
+    """Say what a volume is beside an ordinary one."""
+    if volume.receive_lead:
+        return "receiving"
+    if volume.name.endswith(IMPORTING_SUFFIX):
+        return "importing"
+    return "replica" if volume.is_replica else None
+
+
 def volume_document(service: "Service", volume: Volume) -> Document:
     """Describe a volume."""
     block_bytes = service.block_bytes
@@ -46,6 +55,7 @@ def volume_document(service: "Service", volume: Volume) -> Document:
         "snapshot_count": len(snapshots),
         "is_replica": volume.is_replica,
         "is_receiving": bool(volume.receive_lead),
+        "state": volume_state(volume),
         "origin": origin_name(service, volume),
         "origin_digest": volume.baseline.get("digest"),
         "flattened": not volume.origin or volume.flat_generation is not None,

@@ -8,6 +8,7 @@ incfs, or one that is damaged, is told of and kept under another name.
 
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import trio
 from incfs.committer import offload
 from incfs.errors import IncfsError, JobStopped, NotFound
 from incfs.store import Store
+from incfs.units import format_time
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,8 @@ JOBS_NAME: Final = "jobs.json"
 LEFT_NAME: Final = "jobs.json.left"
 """What could not be read, once the file is written anew."""
 _VERSION: Final = 1
+_RATE_AFTER_S: Final = 0.5
+"""A rate over less is none."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -49,8 +53,14 @@ class Job:
 
     number: int
     request: Request
+    since_ns: int
+    """When it was begun, or went on."""
+    unit_bytes: int
+    """What one of what it counts is."""
     done: int = 0
     total: int = 0
+    first: tuple[int, float] | None = None
+    """What was done, and when, as it told so first: one that goes on does not begin with nothing."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope, repr=False)
 
     @property
@@ -58,13 +68,32 @@ class Job:
         """How far it is; None before it knows."""
         return min(100, 100 * self.done // self.total) if self.total else None
 
-    def to_dict(self) -> dict[str, Any]:
+    def note(self, done: int, total: int, now_s: float) -> None:
+        """Take note of how far it is."""
+        self.done, self.total = done, total
+        if self.first is None:
+            self.first = done, now_s
+
+    def rate_bytes(self, now_s: float) -> int | None:
+        """How much it does in a second; None before that can be told."""
+        if self.first is None or now_s - self.first[1] < _RATE_AFTER_S:
+            return None
+        return int((self.done - self.first[0]) * self.unit_bytes / (now_s - self.first[1]))
+
+    def to_dict(self, now_ns: int, now_s: float) -> dict[str, Any]:
         """Give plain values."""
+        rate = self.rate_bytes(now_s)
+        left_bytes = max(0, self.total - self.done) * self.unit_bytes
         return {
             "number": self.number,
             "job": self.request.verb,
             "subject": self.request.subject,
             "percent": self.percent,
+            "since": format_time(self.since_ns),
+            "done_bytes": self.done * self.unit_bytes,
+            "total_bytes": self.total * self.unit_bytes,
+            "rate_bytes": rate,
+            "ends": format_time(now_ns + left_bytes * 10**9 // rate) if rate else None,
         }
 
 
@@ -106,6 +135,10 @@ class Jobs:
         """List what is under way, oldest first."""
         return list(self._running.values())
 
+    def documents(self) -> list[dict[str, Any]]:
+        """Describe what is under way, oldest first."""
+        return [job.to_dict(self._store.clock(), time.monotonic()) for job in self._running.values()]
+
     def about(self, subject: str) -> list[Job]:
         """List the jobs about something, oldest first."""
         return [job for job in self._running.values() if job.request.subject == subject]
@@ -138,11 +171,13 @@ class Jobs:
             JobStopped: Somebody stopped it.
         """
         self._last_number += 1
-        job = self._running[self._last_number] = Job(self._last_number, request)
+        unit_bytes = 1 if unit == "bytes" else self._store.block_bytes
+        job = Job(self._last_number, request, self._store.clock(), unit_bytes)
+        self._running[self._last_number] = job
         self._left = [left for left in self._left if not request.replaces(left)]
 
         def tell(done: int, total: int) -> None:
-            job.done, job.total = done, total
+            job.note(done, total, time.monotonic())
             if progress is not None:
                 progress(done, total, unit)
 

@@ -36,6 +36,8 @@ MAX_BLOCK_BYTES: Final = 65536
 DEFAULT_BLOCK_BYTES: Final = 4096
 MAX_VOLUME_BYTES: Final = (1 << 63) - MAX_BLOCK_BYTES
 """8 EiB less one block: offsets stay within a signed 64-bit integer."""
+IMPORTING_SUFFIX: Final = ".importing"
+"""Of the name of a volume that an import has not finished."""
 MAX_NAME_BYTES: Final = 200
 MAX_GENERATION: Final = 0xFFFFFFFE
 """The one above it stands for a volume's snapshot directory among the inodes."""

@@ -9,7 +9,7 @@ import trio
 from incfs.committer import offload
 from incfs.errors import AlreadyExists, BaseMismatch, Busy, VolumeNotFound
 from incfs.foreign import AUTO, IMAGES, RAW, recognise, require_raw
-from incfs.model import MAX_NAME_BYTES, MapId, Snapshot, Volume, validate_name
+from incfs.model import IMPORTING_SUFFIX, MAX_NAME_BYTES, MapId, Snapshot, Volume, validate_name
 from incfs.qemu import QemuSource
 from incfs.rawsource import RawSource, Source, read_ranges
 from incfs.rawtarget import require_foreign
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 from incfs.rawcopy import CHUNK_BYTES, Progress, images_of
 
-_SCRATCH_SUFFIX: Final = ".importing"
-_SCRATCH_BYTES: Final = MAX_NAME_BYTES - len(_SCRATCH_SUFFIX)
+_SCRATCH_BYTES: Final = MAX_NAME_BYTES - len(IMPORTING_SUFFIX)
 
 
 async def import_new(
@@ -42,7 +41,7 @@ async def import_new(
     validate_name(snapshot, what="snapshot")
     if any(volume.name == name for volume in service.volumes()):
         raise AlreadyExists(f"there is a volume {name!r} already; --incremental brings it up to date", volume=name)
-    scratch = name.encode()[:_SCRATCH_BYTES].decode(errors="ignore") + _SCRATCH_SUFFIX
+    scratch = name.encode()[:_SCRATCH_BYTES].decode(errors="ignore") + IMPORTING_SUFFIX
     await _remove_left(service, scratch)
     source = await offload(lambda: _open_source(path, image_format, name))
     try:
@@ -90,7 +89,7 @@ async def create_on_baseline(
     await offload(lambda: require_foreign(path, images_of(service)))
     if image_format is None:
         await offload(lambda: _require_raw(path, name))
-    scratch = name.encode()[:_SCRATCH_BYTES].decode(errors="ignore") + _SCRATCH_SUFFIX
+    scratch = name.encode()[:_SCRATCH_BYTES].decode(errors="ignore") + IMPORTING_SUFFIX
     await _remove_left(service, scratch)
     volume = await service.branches.create_on_baseline(scratch, path)
     try:

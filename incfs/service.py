@@ -105,6 +105,7 @@ class Service:
         self.durations: Mapping[str, Histogram] = {}
         """How long requests of the kernel took, by operation; the mount fills it."""
         self.jobs = Jobs(store)
+        self.opened_s = trio.current_time()
         """Long work that is under way."""
         self.policies = Policies(store, self._committer, self.apply_settings)
         """The policy and what it has done."""
@@ -159,6 +160,11 @@ class Service:
         """List the volumes by name."""
         named = (v for v in self._store.catalog.volumes.values() if v.name and not v.is_hidden)
         return sorted(named, key=lambda v: v.name)
+
+    def incoming(self) -> list[Volume]:
+        """List the volumes that a stream begins to make, and that are none before it is complete, by name."""
+        hidden = (v for v in self._store.catalog.volumes.values() if v.name and v.is_hidden)
+        return sorted(hidden, key=lambda v: v.name)
 
     @property
     def volume_count(self) -> int:

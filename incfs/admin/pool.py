@@ -10,6 +10,7 @@ from incfs.admin.verb import Verb
 from incfs.channel import Progress
 from incfs.documents import Document
 from incfs.errors import UsageError
+from incfs.health import Health, judge
 from incfs.histogram import merge
 from incfs.jobs import Request
 
@@ -22,12 +23,23 @@ async def pool_show(service: "Service") -> Document:
     await service.look_at_hosts()
     volumes = service.volumes()
     facts = {
+        "health": _health(service).to_dict(),
         "directory": str(service.directory),
         "mounted": service.mounted is not None,
         "volume_count": len(volumes),
         "snapshot_count": sum(len(service.snapshots(volume.id)) for volume in volumes),
     }
     return {"pool": {**facts, **service.facts()}}
+
+
+async def pool_status(service: "Service") -> Document:
+    """Judge the pool."""
+    await service.look_at_hosts()
+    return {"health": _health(service).to_dict()}
+
+
+def _health(service: "Service") -> Health:
+    return judge(service.facts(), service.storages(), service.metadata_copies(), service.events())
 
 
 async def pool_activity(service: "Service") -> Document:
@@ -39,7 +51,11 @@ async def pool_activity(service: "Service") -> Document:
     volumes = [
         {"name": v.name, "uuid": v.uuid, "mapped_bytes": service.mapped_bytes(v.map_id)} for v in service.volumes()
     ]
-    facts = {"uptime_s": trio.current_time(), "operations": operations, "data_plane": fusext.hot_counts()}
+    facts = {
+        "uptime_s": trio.current_time() - service.opened_s,
+        "operations": operations,
+        "data_plane": fusext.hot_counts(),
+    }
     return {"activity": {**facts, "pool": service.facts(), "volumes": volumes}}
 
 
@@ -99,7 +115,7 @@ def _absolute(path: str) -> Path:
 
 async def pool_jobs(service: "Service") -> Document:
     """List the long jobs that are under way."""
-    return {"jobs": [job.to_dict() for job in service.jobs.running()]}
+    return {"jobs": service.jobs.documents()}
 
 
 async def pool_stop(service: "Service", *, job: int) -> Document:
@@ -113,6 +129,7 @@ VERBS: Final = {
     "pool.balance": Verb(pool_balance, is_read_only=False, can_stop=True),
     "pool.jobs": Verb(pool_jobs, is_read_only=True),
     "pool.stop": Verb(pool_stop, is_read_only=False),
+    "pool.status": Verb(pool_status, is_read_only=True),
     "pool.show": Verb(pool_show, is_read_only=True),
     "pool.activity": Verb(pool_activity, is_read_only=True),
     "pool.metadata.list": Verb(metadata_list, is_read_only=True),

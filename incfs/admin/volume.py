@@ -71,8 +71,11 @@ async def volume_verify(service: "Service", *, volume: str, record: bool = False
 
 
 async def volume_list(service: "Service") -> Document:
-    """Report every volume, by name."""
-    return {"volumes": [volume_document(service, volume) for volume in service.volumes()]}
+    """Report every volume, by name, and beside them what is no volume yet but has a name and takes space."""
+    return {
+        "volumes": [volume_document(service, volume) for volume in service.volumes()],
+        "incoming": [volume_document(service, volume) for volume in service.incoming()],
+    }
 
 
 async def volume_show(service: "Service", *, volume: str) -> Document:

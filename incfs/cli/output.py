@@ -14,7 +14,7 @@ from incfs.units import format_size
 OUTPUT_VERSION: Final = 1
 _SIZE_SUFFIX: Final = "_bytes"
 _COUNT_SUFFIX: Final = "_count"
-_TIMES: Final = frozenset({"created", "modified", "changed", "accessed", "expires"})
+_TIMES: Final = frozenset({"created", "modified", "changed", "accessed", "expires", "since", "ends"})
 _NUMBERS: Final = ("_bytes", "_count", "id", "generation", "offset", "length", "block")
 
 
@@ -99,8 +99,14 @@ def _cell(key: str, value: object, *, exact: bool) -> str:
         return format_size(value)
     if isinstance(value, str) and key in _TIMES and not exact:
         return value.partition(".")[0] + "Z"
+    return _nested(key, value, exact=exact)
+
+
+def _nested(key: str, value: object, *, exact: bool) -> str:
     if isinstance(value, list):
-        return ",".join(str(item) for item in value) or "-"
+        return ",".join(_cell(key, item, exact=exact) for item in value) or "-"
+    if isinstance(value, dict):
+        return " ".join(f"{name}={_cell(name, item, exact=exact)}" for name, item in value.items()) or "-"
     return str(value)
 
 

@@ -23,7 +23,8 @@ EXIT_SKIPPED: Final = 3
 EXIT_DAMAGE: Final = 4
 EXIT_LEAKS: Final = 5
 _COPY_COLUMNS: Final = ("copy", "path", "state", "reason")
-_JOB_COLUMNS: Final = ("number", "job", "subject", "percent")
+_JOB_COLUMNS: Final = ("number", "job", "subject", "percent", "since", "rate_bytes", "ends")
+_JOB_FURTHER: Final = ("done_bytes", "total_bytes")
 
 app = new_noun("pool", "Pools.")
 
@@ -124,8 +125,25 @@ def metadata_remove(
 
 @verb(app, "show")
 def show(context: typer.Context, as_json: Json = False) -> None:
-    """Show the pool's facts: sizes, usage, format, state."""
-    output.print_facts(call(context, "pool.show"), "pool", as_json=as_json)
+    """Show how the pool is, and its facts: sizes, usage, format, state."""
+    document = call(context, "pool.show")
+    if not as_json:
+        output.write_lines([f"health: {output.shown(document['pool'].pop('health')['line'])}"])
+    output.print_facts(document, "pool", as_json=as_json)
+
+
+@verb(app, "status")
+def status(context: typer.Context, as_json: Json = False) -> None:
+    """Say in one line how the pool is, for monitoring.
+
+    Exit code 0: sound. 4: degraded. 13: full. 1: read-only.
+    """
+    document = call(context, "pool.status")
+    if as_json:
+        output.print_json(document)
+    else:
+        output.write_lines([f"health: {output.shown(document['health']['line'])}"])
+    raise typer.Exit(document["health"]["exit_code"])
 
 
 @verb(app, "check")
@@ -340,11 +358,11 @@ def jobs(
     stop: Annotated[int | None, typer.Option("--stop", metavar="N", help="Stop this one.")] = None,
     style: output.TableStyle,
 ) -> None:
-    """List the long jobs that are under way: moves, resilvers, scrubs, flattening."""
+    """List the long jobs that are under way: moves, resilvers, scrubs, flattening; how fast, and when they will end."""
     if stop is not None:
         call(context, "pool.stop", job=stop)
         return
-    output.print_list(call(context, "pool.jobs"), "jobs", _JOB_COLUMNS, style)
+    output.print_list(call(context, "pool.jobs"), "jobs", _JOB_COLUMNS, style, further=_JOB_FURTHER)
 
 
 @verb(app, "scrub")

@@ -8,6 +8,8 @@ import time
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
+from incfs.units import format_size
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -54,6 +56,9 @@ class ProgressDisplay:
         if self._newest is not None:
             done, total, unit = self._newest
             text = f"{done} of {total} {unit} done"
+            seconds = time.monotonic() - self._started_s
+            if unit == "bytes" and seconds > 0:
+                text += f", {format_size(int(done / seconds))} a second"
         # Past sys.stderr: another signal may come while this one is answered, and its buffer cannot be entered twice.
         with contextlib.suppress(OSError):
             os.write(2, f"incfs: {text}\n".encode())
@@ -61,8 +66,9 @@ class ProgressDisplay:
 
 def _start_bar(unit: str) -> "tuple[Progress, TaskID]":
     from rich.console import Console  # late: most commands need neither
-    from rich.progress import Progress
+    from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-    bar = Progress(console=Console(stderr=True), transient=True)
+    speed = [DownloadColumn(binary_units=True), TransferSpeedColumn()] if unit == "bytes" else []
+    bar = Progress(*Progress.get_default_columns(), *speed, console=Console(stderr=True), transient=True)
     bar.start()
     return bar, bar.add_task(unit)

@@ -9,6 +9,7 @@ from incfs.cli import output
 from incfs.cli.options import Json, Rate, new_noun, table, verb
 from incfs.cli.session import call
 from incfs.errors import UsageError
+from incfs.health import protection
 from incfs.units import parse_size
 
 EXIT_SKIPPED: Final = 3
@@ -77,7 +78,12 @@ def list_(
     style: output.TableStyle,
 ) -> None:
     """List the storage volumes."""
-    output.print_list(call(context, "storage.list"), "storages", _COLUMNS, style)
+    document = call(context, "storage.list")
+    if not style.json:
+        for row in document["storages"]:
+            row["redundancy"] = protection(row)
+            row["legs"] = [f"{leg['path']} ({leg['state']})" for leg in row["legs"]]
+    output.print_list(document, "storages", _COLUMNS, style)
 
 
 @verb(app, "evacuate")

@@ -10,13 +10,24 @@ from incfs.cli.options import DryRun, Json, Rate, new_noun, table, verb
 from incfs.cli.session import Admin, call, run
 from incfs.documents import Document
 from incfs.errors import UsageError
+from incfs.model import IMPORTING_SUFFIX
 from incfs.units import SizeChange, parse_size, parse_size_change
 
-_COLUMNS: Final = ("name", "size_bytes", "mapped_bytes", "held_bytes", "snapshot_count", "created")
+_COLUMNS: Final = ("name", "size_bytes", "mapped_bytes", "held_bytes", "snapshot_count", "created", "state")
 _FURTHER: Final = (
     "uuid", "id", "is_replica", "is_receiving", "origin", "origin_digest", "flattened", "stripe_columns",
     "stripe_unit_bytes", "mode", "uid", "gid", "modified", "changed", "accessed",
 )  # fmt: skip
+_ADVICE: Final = {
+    "receiving": (
+        "{name} receives a stream: `incfs receive --token {name}` says with what `incfs send --token` goes on, "
+        "`incfs receive --abort {name}` gives it up"
+    ),
+    "importing": (
+        "{name} is being imported, or was: `incfs import {name} SOURCE` begins anew, "
+        "`incfs volume remove {name}.importing` gives it up"
+    ),
+}
 _MAP_COLUMNS: Final = ("offset", "length", "kind", "storage", "block")
 
 Volume = Annotated[str, typer.Argument(metavar="VOL", help="A volume: its name, or uuid:UUID.")]
@@ -104,8 +115,17 @@ def list_(
     *,
     style: output.TableStyle,
 ) -> None:
-    """List the volumes."""
-    output.print_list(call(context, "volume.list"), "volumes", _COLUMNS, style, further=_FURTHER)
+    """List the volumes, and what is being received or imported, with how to go on or to give up."""
+    document = call(context, "volume.list")
+    if style.json or style.no_header:
+        output.print_list(document, "volumes", _COLUMNS, style, further=_FURTHER)
+        return
+    rows = sorted(document["volumes"] + document["incoming"], key=lambda row: str(row["name"]))
+    output.print_list({"volumes": rows}, "volumes", _COLUMNS, style, further=_FURTHER)
+    for row in rows:
+        if row["state"] in _ADVICE:
+            name = row["name"].removesuffix(IMPORTING_SUFFIX)
+            typer.echo(f"incfs: {output.shown(_ADVICE[row['state']].format(name=name))}", err=True)
 
 
 @verb(app, "show")

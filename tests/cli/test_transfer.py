@@ -166,6 +166,10 @@ def test_abort_and_the_hidden_volume(pair: tuple[Cli, Cli]) -> None:
     full = send(source, "db@s0", "--level", "0")
     assert receive(target, full[:-100], "copy").returncode == 14
     assert target.json("volume", "list")["volumes"] == []
+    listed = target.run("volume", "list")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["NAME", "copy"]
+    assert "receiving" in listed.stdout
+    assert "`incfs receive --abort copy` gives it up" in listed.stderr
     target.fails(10, "volume", "show", "copy")
     target.fails(1, "volume", "create", "copy", "1M")
     target.ok("receive", "--abort", "copy")

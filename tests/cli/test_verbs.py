@@ -154,3 +154,25 @@ def test_images_are_made_on_disks_that_are_mounted(tmp_path: Path, offline: Cli)
     error = offline.fails(2, "pool", "create", tmp_path / "new", "--dir", tmp_path / "disk/images")
     assert f"there is no {tmp_path}/disk for images: mount its disk" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pool"]
+
+
+def test_health_is_a_line_and_an_exit_code(cli: Cli) -> None:
+    assert cli.ok("pool", "show").splitlines()[0] == "health: sound"
+    assert cli.ok("pool", "status") == "health: sound\n"
+    assert cli.json("pool", "status")["health"] == {"state": "sound", "reasons": [], "line": "sound", "exit_code": 0}
+
+
+def test_legs_of_a_mirror_read_well(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    cli.json("storage", "add", tmp_path / "a", "--mirror", tmp_path / "b.img", "--force")
+    row = cli.ok("storage", "list", "-H", "-o", "redundancy,legs").splitlines()[1]
+    assert row == f"mirror 2/2\t{cli.json('storage', 'list')['storages'][1]['path']} (online),{tmp_path}/b.img (online)"
+    assert "{" not in cli.ok("storage", "list", "-o", "legs")
+
+
+def test_an_import_that_was_cut_off_is_seen(cli: Cli) -> None:
+    cli.ok("volume", "create", "db.importing", "1M")
+    listed = cli.run("volume", "list")
+    assert "importing" in listed.stdout
+    assert "`incfs volume remove db.importing` gives it up" in listed.stderr
+    assert cli.ok("volume", "list", "-H", "-o", "name,state") == "db.importing\timporting\n"

@@ -11,7 +11,7 @@ import trio
 
 from incfs.admin import run_verb
 from incfs.errors import ImageMismatch, JobStopped, NotFound
-from incfs.jobs import JOBS_NAME, LEFT_NAME
+from incfs.jobs import JOBS_NAME, LEFT_NAME, Job, Request
 from incfs.resume import resume_jobs
 from incfs.service import Service, open_service
 from tests.support import pools
@@ -163,3 +163,14 @@ async def test_what_a_removal_left_is_deleted_if_it_is_its_image(pool_home: Path
         with pytest.raises(ImageMismatch):
             await verb(service, "storage.remove", storage=2, left=[two["uuid"], one])
         assert Path(one).exists()
+
+
+def test_a_job_tells_how_fast_it_is_and_when_it_ends() -> None:
+    job = Job(1, Request("pool.scrub", "pool", {}), 0, 4096)
+    assert job.to_dict(0, 5.0)["rate_bytes"] is None
+    job.note(100, 1000, 5.0)  # it goes on: these were done before
+    job.note(300, 1000, 7.0)
+    told = job.to_dict(0, 7.0)
+    assert (told["percent"], told["done_bytes"], told["total_bytes"]) == (30, 300 * 4096, 1000 * 4096)
+    assert (told["rate_bytes"], told["ends"]) == (100 * 4096, "1970-01-01T00:00:07.000000Z")
+    assert told["since"] == "1970-01-01T00:00:00.000000Z"

@@ -58,6 +58,9 @@ class FakeAdminService:
     def volumes(self) -> list[Volume]:
         return sorted(self._volumes.values(), key=lambda volume: volume.name)
 
+    def incoming(self) -> list[Volume]:
+        return []
+
     def volume(self, name: str) -> Volume:
         for volume in self._volumes.values():
             if name in (volume.name, f"uuid:{volume.uuid}"):
