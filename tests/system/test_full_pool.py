@@ -253,7 +253,7 @@ class Full:
     def fill_and_compare(self) -> None:
         """What is said to be free can be written, no more, and the host keeps its reserve."""
         self.target.call("debug.dump")
-        self.ballast.leave(self.rng.randrange(RESERVE, 96 * MIB))
+        self.ballast.leave(self.rng.randrange(RESERVE + 8 * MIB, 96 * MIB))
         metadata = self.metadata_bytes()
         self.say("before the fill")
         said = self.free_bytes()
