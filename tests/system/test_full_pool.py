@@ -252,7 +252,7 @@ class Full:
 
     def fill_and_compare(self) -> None:
         """What is said to be free can be written, no more, and the host keeps its reserve."""
-        self.target.call("debug.dump")
+        self.settle()
         self.ballast.leave(self.rng.randrange(RESERVE + 8 * MIB, 96 * MIB))
         metadata = self.metadata_bytes()
         self.say("before the fill")
@@ -267,6 +267,14 @@ class Full:
         assert abs(said - written) <= 2 * STEP + MIB, (said, written)
         assert left >= RESERVE - lacking - 2 * MIB, left
         assert self.free_bytes() <= STEP + MIB
+
+    def settle(self) -> None:
+        """Wait until what was removed is taken apart, and free: what waits for that is not said to be."""
+        before = -1
+        while before != (used := self.target.call("pool.show")["pool"]["used_bytes"]):
+            before = used
+            time.sleep(0.3)
+            self.target.call("debug.dump")
 
     def say(self, what: str) -> None:
         print(f"{self.way} {what}: host free {self.ballast.free_bytes / MIB:.1f} {dict(self.counts)}", flush=True)
