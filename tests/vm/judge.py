@@ -34,7 +34,10 @@ def judge(disk: Path, stamps: str, pool: str) -> int:
     try:
         with loop_device(raw) as device, filesystem(device, disk.with_suffix(".mnt")) as root:
             assert_kept(root / pool.lstrip("/"), acknowledged(stamps))
-            assert "clean" in Cli(root / pool.lstrip("/")).ok("pool", "check", "--data")
+            checked = Cli(root / pool.lstrip("/")).run("pool", "check", "--data")
+            assert checked.returncode == 0, checked
+            assert "clean" in checked.stdout, checked
+            assert "ended without closing it" in checked.stderr, checked
     finally:
         raw.unlink()
     return len(acknowledged(stamps))

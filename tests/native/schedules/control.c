@@ -50,6 +50,7 @@ static struct {
     struct checkpoint checkpoint;
     bool is_committing, is_turning, is_checkpointing, has_failed, wants_commit, wants_checkpoint;
     bool is_lent, is_closed, has_both_legs;
+    int sync_errno[DISK_FILES]; /* of the first that failed */
     uint64_t freed_by[IMAGE_BLOCKS]; /* the checkpoint that made a block free last */
     uint64_t end_bytes, used_bytes, nonce, segment;
     struct {
@@ -433,11 +434,18 @@ static unsigned stored_blocks(const struct commit *commit)
     return blocks;
 }
 
+/* backing.File.sync: the kernel tells of what it could not write once, so whoever asks later is told the same. */
+static int sync_image(enum disk_file file)
+{
+    if (!state.sync_errno[file] && hooks_fdatasync(disk_fd(file)))
+        state.sync_errno[file] = errno;
+    return state.sync_errno[file];
+}
+
 static int flush_images(void)
 {
-    if (hooks_fdatasync(disk_fd(IMAGE)))
-        return errno;
-    return options.has_other_leg && hooks_fdatasync(disk_fd(OTHER_LEG)) ? errno : 0;
+    int error = sync_image(IMAGE);
+    return error || !options.has_other_leg ? error : sync_image(OTHER_LEG);
 }
 
 static int run_commit(const struct commit *commit)
