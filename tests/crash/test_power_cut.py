@@ -28,7 +28,7 @@ from tests.support.simulator import Simulator
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LONG = os.environ.get("INCFS_TEST_PROFILE") == "long"
-LIMIT = 10240 if LONG else 5120
+LIMIT = 10240 if LONG else 2560
 """States of one cut; where there are not more, all of them are tried."""
 SECOND = 40 if LONG else 300
 """After so many states one has its recovery cut off, too."""
