@@ -16,9 +16,9 @@ from incfs.baseline import BaselineFacts
 from incfs.blocks import bit_mask, split_address
 from incfs.catalog import Catalog, Record, RecordId, record_id, record_puts
 from incfs.codec import Entries, entry_runs
-from incfs.epoch import NEVER, Standing
-from incfs.errors import AlreadyExists, FormatError
-from incfs.journal import Journal
+from incfs.epoch import EPOCH_NAME, NEVER, Standing
+from incfs.errors import AlreadyExists, FormatError, IncfsError
+from incfs.journal import Journal, journal_paths
 from incfs.metadata import TABLES_NAME
 from incfs.model import (
     HOLE,
@@ -37,7 +37,7 @@ from incfs.overlay import Layer, Patch, TableKey
 from incfs.parts import create_standing
 from incfs.pool import Pool
 from incfs.store import new_nonce
-from incfs.superblock import Superblock, write_superblock
+from incfs.superblock import SUPERBLOCK_NAME, Superblock, write_superblock
 from incfs.tables import Puts, Tables, space_key
 from incfs.transfers import decode_receiving
 from incfs.validation import validate
@@ -188,9 +188,11 @@ class MetadataBuilder:
         """Write everything else, the superblock last.
 
         Durability: durable on return.
+        Atomicity: what fails leaves the directory empty; a crash leaves no superblock.
 
         Raises:
             ImageMismatch: An image is missing, too short or another one.
+            NoSpace, BackingError: The host failed.
         """
         try:
             self._require_references()
@@ -199,6 +201,13 @@ class MetadataBuilder:
         except BaseException:
             self.abandon()
             raise
+        try:
+            self._finish_files(last_volume)
+        except IncfsError:
+            self.abandon()
+            raise
+
+    def _finish_files(self, last_volume: int) -> None:
         self.finish_tables(last_volume=last_volume)
         uuid, size = UUID(self._superblock.uuid), self._superblock.journal_bytes
         # Whatever the images were stamped with: the next opening takes them over, and other directories fit no more.
@@ -209,8 +218,8 @@ class MetadataBuilder:
     def abandon(self) -> None:
         """Undo what was begun: the directory is empty again, and may be chosen once more."""
         self._tables.close()
-        tables = self._directory / TABLES_NAME
-        for path in (tables, tables.with_name(f"{TABLES_NAME}-lock")):
+        names = (SUPERBLOCK_NAME, f"{SUPERBLOCK_NAME}.new", EPOCH_NAME, TABLES_NAME, f"{TABLES_NAME}-lock")
+        for path in (*(self._directory / name for name in names), *journal_paths(self._directory)):
             if path.exists():
                 self._backing.remove(path)
 

@@ -24,6 +24,7 @@ from incfs.errors import (
     BackingError,
     FormatError,
     ImageMismatch,
+    IncfsError,
     JournalDamaged,
     LimitExceeded,
     NotAPool,
@@ -98,7 +99,7 @@ def create_pool(
         backing: The host's files, unless a test brings its own.
 
     Durability: durable on return.
-    Atomicity: until the superblock is written, last, the directory is not a pool.
+    Atomicity: until the superblock is written, last, the directory is not a pool; what fails leaves no file but a lock.
 
     Raises:
         UsageError: A size makes no sense.
@@ -126,6 +127,10 @@ def create_pool(
         announce_superblock(backing, directory, superblock)
         _create_files(backing, directory, superblock, places, capacity_bytes, mirrors)
         publish_superblock(backing, directory)
+    except IncfsError:
+        with contextlib.suppress(IncfsError):  # what is left is removed by the next creation here
+            _clear_half_made(backing, directory, [*places, *mirrors])
+        raise
     finally:
         lock.release()
     return superblock

@@ -3,7 +3,10 @@
 import re
 from pathlib import Path
 
-from tests.support.cli import Cli
+import pytest
+
+from incfs.errors import NoSpace
+from tests.support.cli import Cli, InProcessCli
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 
@@ -176,3 +179,36 @@ def test_an_import_that_was_cut_off_is_seen(cli: Cli) -> None:
     assert "importing" in listed.stdout
     assert "`incfs volume remove db.importing` gives it up" in listed.stderr
     assert cli.ok("volume", "list", "-H", "-o", "name,state") == "db.importing\timporting\n"
+
+
+def test_a_restore_that_fails_leaves_nothing(
+    offline: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = InProcessCli(offline.pool, capsys)
+    here.ok("volume", "create", "db", "1M")
+    here.ok("pool", "dump", tmp_path / "dump")
+    again = tmp_path / "again"
+    for part in ("incfs.builder.Journal.create", "incfs.builder.write_superblock"):
+        with monkeypatch.context() as patched:
+            patched.setattr(part, raise_no_space)
+            assert "no room" in here.fails(13, "pool", "restore", again, "--from", tmp_path / "dump")
+        assert list(again.iterdir()) == []
+    here.ok("pool", "restore", again, "--from", tmp_path / "dump")
+    restored = InProcessCli(again, capsys)
+    assert [volume["name"] for volume in restored.json("volume", "list")["volumes"]] == ["db"]
+
+
+def test_a_creation_that_fails_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = InProcessCli(None, capsys)
+    create = ("pool", "create", tmp_path / "pool", "--dir", tmp_path / "images")
+    with monkeypatch.context() as patched:
+        patched.setattr("incfs.recovery.Journal.create", raise_no_space)
+        assert "no room" in here.fails(13, *create)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]
+    here.ok(*create)
+
+
+def raise_no_space(*arguments: object, **options: object) -> None:
+    raise NoSpace(f"no room for {len(arguments) + len(options)} things")

@@ -6,6 +6,14 @@ from tests.teeth.breakage import Breakage
 
 SHELL: Final = (
     Breakage(
+        "failed-restore-leaves-files",
+        "I9",
+        "incfs/builder.py",
+        "        except IncfsError:\n            self.abandon()\n",
+        "        except IncfsError:\n            pass\n",
+        "tests/cli/test_verbs.py::test_a_restore_that_fails_leaves_nothing",
+    ),
+    Breakage(
         "image-on-a-disk-that-is-not-mounted",
         "I9",
         "incfs/recovery.py",
