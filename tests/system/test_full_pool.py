@@ -245,6 +245,7 @@ class Full:
     def free_bytes(self) -> int:
         """Tell what is said to be free."""
         self.target.call("storage.list")  # looks at the hosts
+        time.sleep(0.5)  # so that the kernel's writers are refused no more
         found = os.statvfs(self.target.mountpoint)
         said = self.target.call("pool.show")["pool"]["free_bytes"]
         assert abs(found.f_bfree * found.f_frsize - said) <= MIB
