@@ -372,7 +372,8 @@ class Backing:
 
         Durability: the names of all that were missing are durable on return.
         """
-        missing = [level for level in (path, *path.parents) if not level.is_dir()]
+        with translated(path, "examine"):
+            missing = [level for level in (path, *path.parents) if not level.is_dir()]
         for level in reversed(missing):
             try:
                 level.mkdir(mode=0o700, exist_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from incfs.backing import Backing
+from incfs.backing import Backing, translated
 from incfs.codec import checksum
 from incfs.errors import FormatError, NotAPool, UnsupportedFormat
 from incfs.model import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES
@@ -109,7 +109,9 @@ def read_superblock(backing: Backing, directory: Path, name: str = SUPERBLOCK_NA
         UnsupportedFormat, FormatError: As ``decode_superblock``.
     """
     path = directory / name
-    if not path.is_file():
+    with translated(path, "examine"):
+        is_there = path.is_file()
+    if not is_there:
         raise NotAPool(f"{directory} is not an incfs pool: it has no {SUPERBLOCK_NAME} file", path=str(directory))
     file = backing.open(path)
     try:

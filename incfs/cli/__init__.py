@@ -5,7 +5,10 @@ commands share.  This is the boundary where an error becomes one line on stderr 
 code; a traceback here is a bug of ours.
 """
 
+import contextlib
+import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,6 +61,11 @@ _COMMANDS: Final[dict[str, Callable[..., None]]] = {
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
 
+logger = logging.getLogger(__name__)
+
+NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LONG_PATH: Final = 200
+
 NOUNS: Final = frozenset(
     {"pool", "storage", "volume", "snapshot", "bookmark", "policy", "replica", "stream", "debug", *_COMMANDS}
 )
@@ -72,8 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=as_mount_helper(given), prog_name="incfs")
     except IncfsError as error:
-        print_error(error)
+        print_error(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:
+        logger.debug("unforeseen", exc_info=True)
+        print_error(describe(error))
+        output.discard_stdout()
+        sys.exit(IncfsError.exit_code)
 
 
 def as_mount_helper(arguments: list[str]) -> list[str]:
@@ -86,10 +99,30 @@ def as_mount_helper(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def print_error(error: IncfsError) -> None:
+def describe(error: OSError) -> str:
+    """Say what the host refused that nobody foresaw: a path that may not be looked at, or is too long."""
+    reason = error.strerror or str(error)
+    if error.filename is not None:
+        path = os.fsdecode(error.filename)
+        return f"{path if len(path) <= _LONG_PATH else path[:_LONG_PATH] + '...'}: {reason}"
+    if isinstance(error, FileNotFoundError) and not _has_working_directory():
+        return "the working directory has been removed; change to another one, or name files from the root"
+    return f"cannot write the output: {reason}" if error.errno in NO_ROOM else reason
+
+
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
+
+
+def print_error(text: str) -> None:
     """Write an error as one line, whatever a path in it contains."""
-    line = " ".join(str(error).split())
-    print(f"incfs: {output.shown(line)}", file=sys.stderr)  # noqa: T201
+    line = " ".join(text.split())
+    with contextlib.suppress(OSError):  # the exit code says it, too
+        print(f"incfs: {output.shown(line)}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _print_version(wanted: bool) -> None:

@@ -205,14 +205,14 @@ def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        _discard_stdout()
+        discard_stdout()
         sys.exit(141)
     except OSError as error:
-        _discard_stdout()
+        discard_stdout()
         raise BackingError(f"cannot write the output: {error.strerror}") from error
 
 
-def _discard_stdout() -> None:
+def discard_stdout() -> None:
     """Keep the interpreter from failing again when it flushes at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())

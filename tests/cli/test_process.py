@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import signal
 import socket
 import stat
@@ -226,6 +227,61 @@ def test_full_stdout_is_an_error(offline: Cli) -> None:
         )
     assert done.returncode == 1
     assert done.stderr == b"incfs: cannot write the output: No space left on device\n"
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-p", "POOL", "volume", "create", "v", "--origin", f"/{LONG}"],
+        ["-p", f"/{LONG}", "volume", "list"],
+        ["pool", "create", f"/{LONG}/x"],
+        ["mount", "POOL", f"/{LONG}"],
+    ],
+    ids=["origin", "pool", "create", "mount"],
+)
+def test_a_path_that_the_host_refuses_is_a_sentence(offline: Cli, arguments: list[str]) -> None:
+    said = Cli().run(*(str(offline.pool) if part == "POOL" else part for part in arguments))
+    assert said.returncode in (1, 2, 10)
+    assert re.fullmatch(r"incfs: .*too long.*\n", said.stderr), said.stderr[-300:]
+
+
+def test_a_directory_that_this_user_may_not_enter_is_a_sentence(tmp_path: Path) -> None:
+    """As a plain user everything in ``/root`` was a traceback."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to make a directory of another user's")
+    (tmp_path / "closed").mkdir(mode=0o700)
+    os.chown(tmp_path / "closed", 65534, 65534)
+    plain = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    for arguments in (["pool", "create", "DIR"], ["-p", "DIR", "volume", "list"]):
+        command = [part.replace("DIR", str(tmp_path / "closed" / "x")) for part in arguments]
+        done = subprocess.run(
+            [*plain, *Cli().command(*command)], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+        assert done.returncode == 1
+        assert re.fullmatch(r"incfs: .*(Permission denied|may not).*\n", done.stderr), done.stderr[-300:]
+
+
+def test_a_working_directory_that_is_gone_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = Cli().command("mount", "pool", "mnt")
+    done = subprocess.run(
+        ["sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', tmp_path / "gone", *command],
+        capture_output=True, text=True, env=environment(), timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "working directory has been removed" in done.stderr) == (1, True)
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
+def test_a_full_disk_for_help_is_a_sentence(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            Cli().command(*arguments), env=environment(), stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, b"incfs: cannot write the output: No space left on device\n")
 
 
 def test_table_on_a_terminal(offline: Cli) -> None:
