@@ -52,9 +52,7 @@ class Branches:
         """Add a volume that reads as a raw image or block device, whole blocks of it, until it is written."""
         facts = await offload(lambda: baseline.describe(path, self._store.baselines.new_id()))
         origin = map_id(VolumeId(0), Generation(facts.id))
-        made = volume.create(
-            self._store, name, facts.size_bytes, mode=0o600, uid=0, gid=0, origin=origin, baseline=facts.encode()
-        )
+        made = volume.create(self._store, name, facts.size_bytes, mode=0o600, origin=origin, baseline=facts.encode())
         await self._committer.commit()
         return made
 

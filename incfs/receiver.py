@@ -297,7 +297,7 @@ def _newest(store: Store, target: Volume) -> Snapshot | None:
 
 
 def _create(store: Store, name: str) -> Volume:
-    return volume.create(store, name, 0, mode=0o600, uid=0, gid=0)
+    return volume.create(store, name, 0, mode=0o600)
 
 
 def require_base(store: Store, target: Volume, base: str | None) -> None:

@@ -325,7 +325,7 @@ class Service:
     # Volumes
 
     async def create_volume(
-        self, name: str, size_bytes: int = 0, *, mode: int = 0o600, uid: int = 0, gid: int = 0
+        self, name: str, size_bytes: int = 0, *, mode: int = 0o600, uid: int | None = None, gid: int | None = None
     ) -> Volume:
         """Add a volume that reads as zeros."""
         created = volume.create(self._store, name, size_bytes, mode=mode, uid=uid, gid=gid)

@@ -3,6 +3,7 @@
 Each function is one step of the owner thread.
 """
 
+import os
 import uuid as uuids
 from collections.abc import Mapping
 from dataclasses import replace
@@ -37,12 +38,14 @@ def create(
     size_bytes: int,
     *,
     mode: int,
-    uid: int,
-    gid: int,
+    uid: int | None = None,
+    gid: int | None = None,
     origin: MapId = NO_ORIGIN,
     baseline: Mapping[str, Any] | None = None,
 ) -> Volume:
     """Add a volume that reads as zeros, or as its origin.
+
+    Without ``uid`` and ``gid`` it belongs to the user of this process, who may use it in a pool of his own.
 
     Raises:
         InvalidName, AlreadyExists, LimitExceeded: Of the name, and of the size.
@@ -55,6 +58,7 @@ def create(
     volume_id = VolumeId(store.catalog.last_volume_id + 1)
     if volume_id >= 1 << 32:
         raise LimitExceeded("the pool has given out all 2^32 volume ids")
+    uid, gid = os.geteuid() if uid is None else uid, os.getegid() if gid is None else gid
     now = store.clock()
     volume = Volume(volume_id, str(uuids.uuid4()), name, size_bytes, 0, mode & 0o777, uid, gid, now, now, now, now)
     volume = replace(volume, origin=origin, baseline=baseline or {})

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from incfs.recovery import create_pool
+from incfs.service import open_service
 from tests.cli.conftest import serving
 from tests.support.cli import TIMEOUT_S, Cli, environment
 
@@ -246,6 +248,17 @@ def test_a_path_that_the_host_refuses_is_a_sentence(offline: Cli, arguments: lis
     said = Cli().run(*(str(offline.pool) if part == "POOL" else part for part in arguments))
     assert said.returncode in (1, 2, 10)
     assert re.fullmatch(r"incfs: .*too long.*\n", said.stderr), said.stderr[-300:]
+
+
+async def test_a_volume_belongs_to_who_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were root's: a plain user could not use the volumes that he had made in a pool of his own."""
+    create_pool(tmp_path / "pool")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "getegid", lambda: 1001)
+    async with open_service(tmp_path / "pool") as service:
+        made = await service.create_volume("db", 1 << 20)
+        given = await service.create_volume("other", 1 << 20, uid=7, gid=8)
+    assert [(found.uid, found.gid) for found in (made, given)] == [(1000, 1001), (7, 8)]
 
 
 def test_a_directory_that_this_user_may_not_enter_is_a_sentence(tmp_path: Path) -> None:
