@@ -298,12 +298,23 @@ def _fuse_session(operations: Operations, pool: Path, mountpoint: Path, options:
     try:
         pyfuse3.init(operations, str(mountpoint), told)
     except RuntimeError as error:
-        raise IncfsError(f"cannot mount at {mountpoint}: libfuse refused ({error}); is /dev/fuse there?") from error
+        raise IncfsError(f"cannot mount at {mountpoint}: libfuse refused ({error}); {why_refused(options)}") from error
     try:
         yield session
     finally:
         fusext.stop()
         pyfuse3.close(unmount=not session.has_answered)
+
+
+def why_refused(options: MountOptions, device: Path = Path("/dev/fuse")) -> str:
+    """Say what may be the reason; libfuse and fusermount3 say theirs on stderr only."""
+    if not os.path.exists(device):
+        return f"there is no {device}: `modprobe fuse`, or give it to the container"
+    if not os.access(device, os.R_OK | os.W_OK):
+        return f"this user may not open {device}"
+    if options.allow_other and os.geteuid() != 0:
+        return "allow_other needs a line user_allow_other in /etc/fuse.conf"
+    return "fusermount3 says why on standard error; the mount point must be this user's"
 
 
 def fuse_options(pool: Path, options: MountOptions) -> set[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from incfs.errors import UsageError
-from incfs.mount import fuse_options
+from incfs.mount import fuse_options, why_refused
 from incfs.mount_options import MountOptions, parse_options
 from incfs.mount_table import parse_mount, parse_mounts, resolve_mountpoint
 from incfs.namespaces import Namespace, staying
@@ -65,6 +65,15 @@ def test_what_libfuse_is_told():
         "ro",
         "noatime",
     }
+
+
+def test_why_libfuse_may_have_refused(tmp_path, monkeypatch):
+    assert "modprobe" in why_refused(MountOptions(), tmp_path / "fuse")
+    (tmp_path / "fuse").touch()
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert "user_allow_other" in why_refused(MountOptions(allow_other=True), tmp_path / "fuse")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "may not open" in why_refused(MountOptions(allow_other=True), tmp_path / "fuse")
 
 
 def test_a_line_of_the_mount_table():
