@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Final
 
 from incfs.admin.verb import Verb
+from incfs.committer import offload
 from incfs.documents import Document
 from incfs.enforcer import (
     Executor,
@@ -43,7 +44,8 @@ async def policy_show(service: "Service", *, effective: str | None = None) -> Do
 
 async def policy_set(service: "Service", *, text: str) -> Document:
     """Let another policy rule from now on; tell when what takes long will be done for the first time."""
-    require_hooks(parse_policy(text))
+    document = parse_policy(text)
+    await offload(lambda: require_hooks(document))
     stored = await service.policies.set(text)
     first = [{"task": run.task, "due": format_time(run.due_ns)} for run in await tell_first_runs(service)]
     return {"policy": {"text": stored.text, "set": format_time(stored.set_ns)}, "first_runs": first}
