@@ -34,7 +34,7 @@ from incfs.cli import (
     transfer,
     volume,
 )
-from incfs.cli.options import FORCE_OLDER, POOL_VARIABLE
+from incfs.cli.options import FORCE_OLDER, LOCK_WAIT_S, POOL_VARIABLE, WAIT_S
 from incfs.errors import IncfsError
 from incfs.surroundings import settle
 
@@ -145,6 +145,10 @@ def _common(
             help="Open the pool although its parts are of different times; what is newer is lost.",
         ),
     ] = False,
+    wait_s: Annotated[
+        float,
+        typer.Option("--wait", metavar="SECONDS", min=0, help="How long to wait for a pool that another process has."),
+    ] = LOCK_WAIT_S,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
@@ -153,3 +157,4 @@ def _common(
     del version
     context.obj = pool_directory
     context.meta[FORCE_OLDER] = force_older
+    context.meta[WAIT_S] = wait_s

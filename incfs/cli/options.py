@@ -14,6 +14,9 @@ from incfs.errors import UsageError
 from incfs.units import parse_size
 
 POOL_VARIABLE: Final = "INCFS_POOL"
+WAIT_S: Final = "incfs.wait_s"
+LOCK_WAIT_S: Final = 2.0
+"""How long a command waits for another one, or for a daemon that is just starting or ending."""
 FORCE_OLDER: Final = "incfs.force-older"
 """Where a command's context has the option of that name."""
 

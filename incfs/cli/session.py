@@ -17,11 +17,12 @@ import trio
 import typer
 
 from incfs.channel import NO_CHANNEL, Channel
-from incfs.cli.options import FORCE_OLDER, pool_directory
+from incfs.cli.options import FORCE_OLDER, LOCK_WAIT_S, WAIT_S, pool_directory
 from incfs.cli.progress import ProgressDisplay
 from incfs.client import connect_control
 from incfs.documents import Document
 from incfs.errors import PoolLocked
+from incfs.patience import PATIENCE_S
 from incfs.remains import find_remains
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOCK_WAIT_S: Final = 2.0
-"""How long a command waits for another one, or for a daemon that is just starting or ending."""
 _LOCK_RETRY_S: Final = 0.05
 
 T = TypeVar("T")
@@ -96,6 +95,7 @@ def run(context: typer.Context, verb: str, work: Callable[[Admin], Awaitable[T]]
                     work,
                     progress,
                     force_older=bool(context.meta.get(FORCE_OLDER)),
+                    wait_s=context.meta.get(WAIT_S, LOCK_WAIT_S),
                 ),
                 restrict_keyboard_interrupt_to_checkpoints=True,
             )
@@ -109,16 +109,25 @@ def run(context: typer.Context, verb: str, work: Callable[[Admin], Awaitable[T]]
 
 
 async def _work(
-    directory: Path, verb: str, work: Callable[[Admin], Awaitable[T]], progress: ProgressDisplay, *, force_older: bool
+    directory: Path,
+    verb: str,
+    work: Callable[[Admin], Awaitable[T]],
+    progress: ProgressDisplay,
+    *,
+    force_older: bool,
+    wait_s: float,
 ) -> T:
-    deadline = trio.current_time() + LOCK_WAIT_S
+    deadline, told_at = trio.current_time() + wait_s, trio.current_time() + PATIENCE_S
     while True:
         try:
             async with open_admin(directory, verb, progress, force_older=force_older) as admin:
                 return await work(admin)
-        except PoolLocked:
+        except PoolLocked as locked:
             if trio.current_time() > deadline:
                 raise
+            if trio.current_time() > told_at:
+                logger.warning("waiting: %s", locked)
+                told_at = deadline
         await trio.sleep(_LOCK_RETRY_S)
 
 

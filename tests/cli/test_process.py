@@ -118,7 +118,7 @@ def test_locked_pool_without_a_daemon_names_the_pid(offline: Cli) -> None:
     assert offline.pool is not None
     with serving(offline.pool) as daemon:
         (offline.pool / "control.sock").unlink()
-        assert str(daemon.pid) in offline.fails(11, "volume", "list")
+        assert str(daemon.pid) in offline.fails(11, "--wait", "0", "volume", "list")
 
 
 def test_killed_daemon_leaves_nothing_in_the_way(offline: Cli) -> None:
@@ -151,7 +151,7 @@ def test_a_command_that_finds_the_daemon_dead_says_so(offline: Cli) -> None:
 
 def test_commands_wait_for_each_other(offline: Cli) -> None:
     running = [
-        subprocess.Popen(offline.command("volume", "create", f"v{number}", "1G"), env=environment())
+        subprocess.Popen(offline.command("--wait", "60", "volume", "create", f"v{number}", "1G"), env=environment())
         for number in range(4)
     ]
     assert [process.wait(60) for process in running] == [0, 0, 0, 0]
