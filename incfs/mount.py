@@ -167,7 +167,7 @@ async def _run(pool: Path, mountpoint: Path, options: MountOptions, parent: Pare
                     with _hooked(service, operations, hook):
                         stopping = _Stopping(service, hook, mountpoint, outside)
                         await _start_tasks(nursery, service, options)
-                        await minding.start(stopping.watch_signals, _ends(in_background=parent.is_waiting))
+                        await minding.start(stopping.watch_signals, parent.is_waiting)
                         nursery.start_soon(_refuse_writers_of_a_full_pool, service, operations, hook)
                         nursery.start_soon(_tell_ready, mountpoint, session, parent, outside)
                         aborted = await _serve_requests(mountpoint, outside, stopping)
@@ -355,14 +355,18 @@ async def _tell_ready(mountpoint: Path, session: _Session, parent: Parent, outsi
 def _ends(*, in_background: bool) -> frozenset[signal.Signals]:
     """Return the signals that ask for the end; SIGHUP is one for a daemon that has a terminal to lose."""
     ends = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
-    return frozenset(ends if in_background else ends | ({signal.SIGHUP} & _heard()))
+    return frozenset(ends if in_background or _is_hangup_ignored() else ends | {signal.SIGHUP})
 
 
-def _heard() -> frozenset[signal.Signals]:
-    """Return the signals that say something else, less what the one who started us wants ignored (``nohup``)."""
-    return frozenset(
-        number for number in (signal.SIGUSR1, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN
-    )
+def _heard(*, in_background: bool) -> frozenset[signal.Signals]:
+    """Return all signals that say something: a hangup does, where no terminal can hang up, whoever started it."""
+    hangup = {signal.SIGHUP} if in_background or not _is_hangup_ignored() else set()
+    return _ends(in_background=in_background) | {signal.SIGUSR1} | hangup
+
+
+def _is_hangup_ignored() -> bool:
+    """Tell whether the one who started us wants it (``nohup``)."""
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 class _Stopping:
@@ -387,13 +391,14 @@ class _Stopping:
         """Why the mount was left in place, dead."""
 
     async def watch_signals(
-        self, ends: frozenset[signal.Signals], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self, in_background: bool, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Unmount at the first signal of ``ends``; the end is under way when others come.
+        """Unmount at the first signal that asks for the end; it is under way when others come.
 
         SIGUSR1 has the log say what is under way; SIGHUP, where it is no end, opens the log anew.
         """
-        with trio.open_signal_receiver(*ends, *_heard()) as received:
+        ends = _ends(in_background=in_background)
+        with trio.open_signal_receiver(*_heard(in_background=in_background)) as received:
             async with trio.open_nursery() as nursery:
                 task_status.started()
                 async for number in received:

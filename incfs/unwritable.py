@@ -88,11 +88,12 @@ def _shared_lock(source: Path) -> Iterator[None]:
     except OSError as error:
         raise translate(error, source / LOCK_NAME, "open") from error
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = read_holder(source)
+            raise PoolLocked(f"pool {source} is in use by process {holder}", pid=holder) from error
         yield
-    except BlockingIOError as error:
-        holder = read_holder(source)
-        raise PoolLocked(f"pool {source} is in use by process {holder}", pid=holder) from error
     finally:
         os.close(fd)
 

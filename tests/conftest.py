@@ -17,6 +17,9 @@ from tests.support.figures import FIGURES
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background by a shell: tests of Ctrl-C need a child that minds it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # Started by nohup: the same.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 settings.register_profile(
     "normal", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)

@@ -302,9 +302,14 @@ def test_a_signal_that_means_no_end_ends_nothing(mounted):
     assert (mounted / "db").read_bytes() == str(signal.SIGRTMAX).encode()
 
 
-def test_a_hangup_has_a_daemon_in_the_background_open_its_log_anew(places):
+@pytest.mark.parametrize("start", [signal.SIG_DFL, signal.SIG_IGN], ids=["plain", "nohup"])
+def test_a_hangup_has_a_daemon_in_the_background_open_its_log_anew(places, start):
     pool, mountpoint = places
-    incfs("mount", pool, mountpoint)
+    before = signal.signal(signal.SIGHUP, start)
+    try:
+        incfs("mount", pool, mountpoint)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     (pool / "daemon.log").rename(pool / "daemon.log.moved")
     os.kill(int(os.getxattr(mountpoint, "user.incfs.pid")), signal.SIGHUP)
     unmount(mountpoint)
