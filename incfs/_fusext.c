@@ -81,26 +81,13 @@ static PyObject *module_leave_syncs(PyObject *module, PyObject *are_left)
     Py_RETURN_NONE;
 }
 
-static PyObject *module_refuse_writers(PyObject *module, PyObject *inodes)
+static PyObject *module_refuse_writers(PyObject *module, PyObject *are_refused)
 {
     (void)module;
-    if (inodes == Py_None) {
-        hot_refuse_writers(false, NULL, 0);
-        Py_RETURN_NONE;
-    }
-    PyObject *given = PySequence_Tuple(inodes);
-    if (!given)
+    int is_true = PyObject_IsTrue(are_refused);
+    if (is_true < 0)
         return NULL;
-    size_t count = (size_t)PyTuple_GET_SIZE(given);
-    uint64_t *taken = malloc((count + 1) * sizeof *taken);
-    for (size_t i = 0; taken && i < count; i++)
-        taken[i] = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(given, (Py_ssize_t)i));
-    Py_DECREF(given);
-    if (!taken || PyErr_Occurred()) {
-        free(taken);
-        return PyErr_Occurred() ? NULL : PyErr_NoMemory();
-    }
-    hot_refuse_writers(true, taken, count);
+    hot_refuse_writers(is_true);
     Py_RETURN_NONE;
 }
 
@@ -121,7 +108,7 @@ static PyMethodDef module_methods[] = {
     {"start_hot", module_start_hot, METH_O, "Start the hot threads on a data plane, given by its capsule."},
     {"stop_hot", module_stop_hot, METH_NOARGS, "End the hot threads; what they had begun is answered."},
     {"leave_syncs", module_leave_syncs, METH_O, "Have hot threads leave every fsync to Python, or not any more."},
-    {"refuse_writers", module_refuse_writers, METH_O, "Refuse writers that the kernel caches for, of these inodes (ascending) also those who read; None: nobody."},
+    {"refuse_writers", module_refuse_writers, METH_O, "Refuse writers that the kernel caches for, or not any more."},
     {"hot_counts", module_hot_counts, METH_NOARGS, "Requests that hot threads answered, and left to Python."},
     {"hot_durations", module_hot_durations, METH_NOARGS, "How long what hot threads answered took: (buckets, sum in ns)."},
     {"is_interposed", module_is_interposed, METH_NOARGS, "Whether pyfuse3 calls us and not libfuse."},

@@ -40,7 +40,7 @@ static void op_init(void *userdata, struct fuse_conn_info *connection)
 
 static void op_getattr(fuse_req_t req, fuse_ino_t inode, struct fuse_file_info *file)
 {
-    if (file && hot_is_refused(inode, file->fh))
+    if (file && hot_is_refused(file->fh))
         libfuse.reply_err(req, ENOSPC);
     else
         inner_getattr(req, inode, file);

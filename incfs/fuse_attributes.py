@@ -18,8 +18,6 @@ ATTRIBUTES_TIMEOUT_S: Final = 1.0
 write-back.  Zero would cost a request for every cached read."""
 
 
-FULL_TIMEOUT_S: Final = 60.0
-"""Of volumes, while the pool is full: what the kernel has forgotten then, it forgot because it was told to."""
 FIXED_TIMEOUT_S: Final = 3600.0
 _STARTED_NS: Final = time.time_ns()
 """The times of what exists only while mounted."""

@@ -83,8 +83,6 @@ class FileHandlers(pyfuse3.Operations):
         self.service = service
         self.cache = cache
         self.enable_writeback_cache = cache == "writeback"
-        self.refuses_writers = False
-        """Whether the pool is full, and the kernel is told so before each write that it would cache."""
         self.kernel: Kernel | None = None
         """Set while mounted."""
         self.durations: dict[str, Histogram]

@@ -61,11 +61,10 @@ void hot_close(void);
 /* From now on every fsync is left to Python, or not any more: one that is received after the return. */
 void hot_leave_syncs(bool are_left);
 /* Whether the pool is full.  Then the kernel, which caches writes and would go on to take them, is told so before each:
- * it asks through the handle for attributes, and gives the error to the writer.  A read at the end asks in the same way,
- * once what the kernel knows is old, so handles that can be read, too, are refused only for `inodes` (malloc'ed,
- * ascending, taken over): of these the kernel knows everything but the mode, which only a write wants to know. */
-void hot_refuse_writers(bool are_refused, uint64_t *inodes, size_t count);
-bool hot_is_refused(uint64_t inode, uint64_t handle);
+ * it asks through the handle for attributes, and gives the error to the writer.  Handles that can be read, too, are
+ * left alone: a read at the end asks in the same way. */
+void hot_refuse_writers(bool are_refused);
+bool hot_is_refused(uint64_t handle);
 
 struct hot_counts hot_get_counts(void);
 struct hot_durations hot_get_durations(void);

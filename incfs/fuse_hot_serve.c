@@ -5,8 +5,6 @@
 
 #include <errno.h>
 #include <linux/fuse.h>
-#include <pthread.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -27,37 +25,15 @@ void hot_leave_syncs(bool are_left)
 /* Of the numbers that fuse_files.py gives to handles: open for writing, and not for reading. */
 enum { ONLY_WRITES = 1 };
 static atomic_bool are_writers_refused;
-static pthread_mutex_t refused_lock = PTHREAD_MUTEX_INITIALIZER;
-static uint64_t *refused; /* inodes that only writes ask for, ascending; refused_lock */
-static size_t refused_count;
 
-void hot_refuse_writers(bool are_refused, uint64_t *inodes, size_t count)
+void hot_refuse_writers(bool are_refused)
 {
-    pthread_mutex_lock(&refused_lock);
-    uint64_t *before = refused;
-    refused = inodes;
-    refused_count = count;
-    pthread_mutex_unlock(&refused_lock);
-    free(before);
     atomic_store(&are_writers_refused, are_refused);
 }
 
-static int compare_inodes(const void *one, const void *other)
+bool hot_is_refused(uint64_t handle)
 {
-    uint64_t left = *(const uint64_t *)one, right = *(const uint64_t *)other;
-    return (left > right) - (left < right);
-}
-
-bool hot_is_refused(uint64_t inode, uint64_t handle)
-{
-    if (!atomic_load_explicit(&are_writers_refused, memory_order_relaxed))
-        return false;
-    if (handle & ONLY_WRITES)
-        return true;
-    pthread_mutex_lock(&refused_lock);
-    bool is_found = refused_count && bsearch(&inode, refused, refused_count, sizeof inode, compare_inodes);
-    pthread_mutex_unlock(&refused_lock);
-    return is_found;
+    return handle & ONLY_WRITES && atomic_load_explicit(&are_writers_refused, memory_order_relaxed);
 }
 
 void serve_from(const struct hot_server *given, int fd, unsigned threads)
@@ -79,13 +55,13 @@ static void reply(uint64_t unique, int error, const void *data, size_t length)
 }
 
 /* As the control plane says it, too: fuse_attributes.py. */
-enum { ATTRIBUTES_TIMEOUT_S = 1, FULL_TIMEOUT_S = 60, SECTOR = 512, LEAST_BLOCK = 4096 };
+enum { ATTRIBUTES_TIMEOUT_S = 1, SECTOR = 512, LEAST_BLOCK = 4096 };
 #define NS_PER_S 1000000000ull
 
 static void reply_attributes(const struct fuse_in_header *header, const struct hot_stat *found)
 {
     struct fuse_attr_out out = {
-        .attr_valid = atomic_load(&are_writers_refused) ? FULL_TIMEOUT_S : ATTRIBUTES_TIMEOUT_S,
+        .attr_valid = ATTRIBUTES_TIMEOUT_S,
         .attr =
             {
                 .ino = header->nodeid,
@@ -196,7 +172,7 @@ static bool serve_getattr(struct worker *worker, const struct fuse_in_header *he
 {
     const struct fuse_getattr_in *in = (const void *)(header + 1);
     struct hot_stat found;
-    if (length >= sizeof *header + sizeof *in && in->getattr_flags & FUSE_GETATTR_FH && hot_is_refused(header->nodeid, in->fh)) {
+    if (length >= sizeof *header + sizeof *in && in->getattr_flags & FUSE_GETATTR_FH && hot_is_refused(in->fh)) {
         reply(header->unique, ENOSPC, NULL, 0);
         return true;
     }

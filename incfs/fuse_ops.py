@@ -58,10 +58,7 @@ class Operations(FileHandlers):
 
     def _table_attributes(self, table: MapId) -> pyfuse3.EntryAttributes:
         size_bytes, facts = self.service.stat(table)
-        found = attributes.table_entry(table, size_bytes, facts, self._block_bytes)
-        if self.refuses_writers:
-            found.attr_timeout = attributes.FULL_TIMEOUT_S
-        return found
+        return attributes.table_entry(table, size_bytes, facts, self._block_bytes)
 
     @look
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:

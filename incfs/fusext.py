@@ -12,7 +12,7 @@ copy_file_range.  Knows nothing of volumes: what the operations mean is the hand
 
 import errno
 import logging
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -153,17 +153,13 @@ def leave_syncs(is_left: bool) -> None:
     _fusext.leave_syncs(is_left)
 
 
-def refuse_writers(inodes: Iterable[int] | None) -> None:
-    """Let writers whose writes the kernel caches hear ENOSPC before each; None: no more.
-
-    Args:
-        inodes: Of these also writers who can read: only a write makes the kernel ask for their attributes.
-    """
+def refuse_writers(are_refused: bool) -> None:
+    """Let writers whose writes the kernel caches hear ENOSPC before each, as long as they cannot read; or no more."""
     try:
         from incfs import _fusext
     except ImportError:
         return  # they hear it from fsync and close
-    _fusext.refuse_writers(None if inodes is None else sorted(inodes))
+    _fusext.refuse_writers(are_refused)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

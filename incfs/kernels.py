@@ -11,9 +11,6 @@ from typing import Final
 WRITES_IN_PLACE: Final = (6, 16)
 """Since then FUSE sends the pages themselves.  Before, it copied each one and said at once that it was written."""
 
-ASKS_BY_MASK: Final = (5, 16)
-"""Since then FUSE asks for attributes by what it lacks: a cached write for the mode, a read at the end for the size."""
-
 
 def waits_for_pages(release: str | None = None) -> bool:
     """Tell whether ``sync_file_range`` on a FUSE file returns only when the daemon has answered the writes.
@@ -25,15 +22,6 @@ def waits_for_pages(release: str | None = None) -> bool:
         release: As ``uname -r`` has it; the running kernel's by default.
     """
     return _version(os.uname().release if release is None else release) >= WRITES_IN_PLACE
-
-
-def asks_by_mask(release: str | None = None) -> bool:
-    """Tell whether the kernel asks for attributes only if it lacks one that it needs; before 5.16, for any reason.
-
-    Args:
-        release: As ``waits_for_pages``.
-    """
-    return _version(os.uname().release if release is None else release) >= ASKS_BY_MASK
 
 
 def _version(release: str) -> tuple[int, int]:

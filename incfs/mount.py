@@ -19,7 +19,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,13 +35,12 @@ from incfs.backing_device import widen_page_cache
 from incfs.control import serve_control
 from incfs.daemon import Parent, fork_daemon, log_to_stderr, notify_systemd, reopen_log
 from incfs.enforcer import enforce
-from incfs.errors import Busy, IncfsError, NotFound, UsageError
+from incfs.errors import Busy, IncfsError, UsageError
 from incfs.exporter import serve_metrics
 from incfs.fuse_ops import Operations
 from incfs.kernel_hook import KernelHook
-from incfs.kernels import asks_by_mask
 from incfs.lastcall import is_last_call, release_devices
-from incfs.model import MapId, Volume
+from incfs.model import Volume
 from incfs.mount_options import MountOptions, parse_options
 from incfs.mount_table import (
     FILESYSTEM_TYPE,
@@ -72,8 +71,6 @@ MAX_TASKS: Final = 4096
 its task, so tasks must not run out: twice the volumes of one standstill."""
 _LOOK_FOR_SPACE_EVERY_S: Final = 0.1
 """While writers are refused because the pool is full."""
-_RENEW_EVERY_S: Final = 1.0
-"""Then what the kernel knows of their volumes is renewed so often; it is valid for 60 s."""
 RETRY_S: Final = 1.0
 """Between attempts to unmount what is in use; what the kernel holds is written as often."""
 REMIND_S: Final = 60.0
@@ -196,44 +193,14 @@ async def _refuse_writers_of_a_full_pool(service: "Service", operations: Operati
     """While the pool is full, let writers hear so: the kernel takes their writes and drops what we refuse."""
     while operations.enable_writeback_cache:
         await service.wait_full()
-        operations.refuses_writers = True
-        fusext.refuse_writers(())
+        fusext.refuse_writers(True)
         try:
-            await _refuse_writers(service, operations, hook)
-        finally:
-            operations.refuses_writers = False
-            fusext.refuse_writers(None)
             for table in operations.writers():
                 hook.forget_attributes(table)
-
-
-async def _refuse_writers(service: "Service", operations: Operations, hook: KernelHook) -> None:
-    """Have the kernel ask before each write, and before nothing else, of every volume that is open for writing.
-
-    A write asks for the mode, a read at the end for the size, which the kernel has under write-back as long as its
-    attributes are valid; so they are made valid, and then forgotten.
-    """
-    known, looked_at, look_at = set[MapId](), set[MapId](), 0.0
-    while service.is_full:
-        writers = operations.writers()
-        if trio.current_time() >= look_at or not writers <= looked_at:
-            looked_at = writers
-            known = await _known_to_kernel(service, hook, writers) if asks_by_mask() else set()
-            look_at = trio.current_time() + _RENEW_EVERY_S
-        fusext.refuse_writers(known)
-        for table in writers:
-            hook.forget_attributes(table)
-        await trio.sleep(_LOOK_FOR_SPACE_EVERY_S)
-
-
-async def _known_to_kernel(service: "Service", hook: KernelHook, tables: Collection[MapId]) -> set[MapId]:
-    """Have the kernel ask for attributes of volumes now; give those of which it surely has them: they have a name."""
-    known = set()
-    for table in tables:
-        with contextlib.suppress(NotFound):
-            if (name := service.name_of(table)) and await hook.size_of(name, table) is not None:
-                known.add(table)
-    return known
+            while service.is_full:  # noqa: ASYNC110 - nobody tells when space comes back
+                await trio.sleep(_LOOK_FOR_SPACE_EVERY_S)
+        finally:
+            fusext.refuse_writers(False)
 
 
 async def _serve_requests(mountpoint: Path, outside: Outside, stopping: "_Stopping") -> IncfsError | None:

@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from incfs.kernels import asks_by_mask
 from tests.mount.conftest import END_TIMEOUT_S, incfs, mounted_pool
 from tests.mount.test_fusext import KEEP_SIZE, PUNCH_HOLE, fallocate
 from tests.mount.test_names import errno_of
@@ -234,41 +233,6 @@ def test_a_writer_that_the_kernel_caches_for_hears_that_the_pool_is_full(tmp_pat
             time.sleep(0.1)
         for opened in (fd, other):
             _refusal(os.close, opened)
-        assert (pool / "db").read_bytes()[:MIB] == data
-
-
-@pytest.mark.skipif(not asks_by_mask(), reason="a kernel before 5.16 asks in the same way for reads")
-def test_a_writer_that_can_read_hears_it_too_and_its_reads_do_not(tmp_path):
-    """Only their fsync told databases, and loop devices, that what they wrote was dropped."""
-    with mounted_pool(tmp_path, "", "--capacity", "16M") as pool:
-        data, deadline, written = os.urandom(MIB), time.monotonic() + 60, 0
-        fd = os.open(pool / "db", os.O_RDWR | os.O_CREAT)
-        while not (error := _refusal(os.pwrite, fd, data, written)):
-            written += MIB
-            assert time.monotonic() < deadline
-            if written % (8 * MIB) == 0:
-                _refusal(os.fsync, fd)  # else the kernel keeps what it likes
-        assert error == errno.ENOSPC
-        assert written <= 256 * MIB
-        time.sleep(1.5)  # whatever the kernel knows is older than the second that it is else valid for
-        assert os.lseek(fd, 0, os.SEEK_END) >= written
-        refused, until = 0, time.monotonic() + 1.5
-        while time.monotonic() < until:
-            refused += _refusal(os.pwrite, fd, data, written) == errno.ENOSPC
-            assert os.lseek(fd, 0, os.SEEK_END) >= written
-            assert os.pread(fd, 2 * MIB, os.fstat(fd).st_size - 10)[10:] == b""
-            assert os.pread(fd, 10, 1 << 40) == b""
-            assert os.stat(pool / "db").st_size == os.fstat(fd).st_size
-            time.sleep(0.05)
-        assert refused >= 3
-        while _refusal(fallocate, fd, PUNCH_HOLE | KEEP_SIZE, 0, 8 * MIB) == errno.ENOSPC:
-            assert time.monotonic() < deadline, "what became of pages is told once"
-        os.ftruncate(fd, 64 * MIB)
-        pool.command("pool", "check")  # begins with a checkpoint: what was punched is free
-        while _refusal(os.pwrite, fd, data, 0) or _refusal(os.fsync, fd):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        _refusal(os.close, fd)
         assert (pool / "db").read_bytes()[:MIB] == data
 
 

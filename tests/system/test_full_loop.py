@@ -102,6 +102,7 @@ def fill(target: Target, files: Path, extend: Callable[[], None]) -> int:
     return number
 
 
+@pytest.mark.skipif("INCFS_FULL_ROUNDS" not in os.environ, reason="make full-long")
 def test_ext4_of_a_pool_that_is_full_loses_nothing_that_was_synced(
     spawner: Spawner, pool_home: Path, tmp_path: Path
 ) -> None:

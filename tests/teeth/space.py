@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from tests.teeth.breakage import Breakage
 
 _ACCOUNT = "tests/service/test_account.py::"
-_READER = "tests/mount/test_data.py::test_a_writer_that_can_read_hears_it_too_and_its_reads_do_not"
 _SOCKET = "tests/service/test_control.py::"
 _ONCE = f"{_ACCOUNT}test_blocks_that_went_back_to_the_host_count_once"
 _AGAIN = f"{_ACCOUNT}test_what_went_back_to_the_host_is_known_when_the_pool_is_opened_again"
@@ -103,25 +102,17 @@ SPACE: Sequence[Breakage] = [
         "cached-writers-are-not-told-of-a-full-pool",
         "policy",
         "incfs/mount.py",
-        "        await service.wait_full()\n",
-        "        await trio.sleep_forever()\n",
+        "        fusext.refuse_writers(True)\n",
+        "",
         "tests/mount/test_data.py::test_a_writer_that_the_kernel_caches_for_hears_that_the_pool_is_full[python]",
     ),
     Breakage(
         "a-full-pool-refuses-those-who-read",
         "policy",
-        "incfs/mount.py",
-        "known = await _known_to_kernel(service, hook, writers) if asks_by_mask() else set()",
-        "known = writers",
-        _READER,
-    ),
-    Breakage(
-        "a-full-pool-refuses-only-those-who-cannot-read",
-        "policy",
-        "incfs/mount.py",
-        "        fusext.refuse_writers(known)\n",
-        "",
-        _READER,
+        "incfs/fuse_hot_serve.c",
+        "    return handle & ONLY_WRITES && atomic_load",
+        "    return handle && atomic_load",
+        "tests/mount/test_data.py::test_a_writer_that_the_kernel_caches_for_hears_that_the_pool_is_full[native]",
     ),
     Breakage(
         "an-empty-pool-keeps-what-it-grew-by",
