@@ -134,12 +134,18 @@ async def connect_control(directory: Path, progress: Progress) -> AsyncIterator[
 
 def _connect_any(directory: Path) -> socket.socket | None:
     """Connect where the pool was opened: in this directory, or in another that holds its metadata."""
-    connected = _connect(directory)
+    connected = connect(directory)
     others = other_directories(ReadingBacking(), directory) if connected is None else []
-    return connected or next(filter(None, map(_connect, others)), None)
+    return connected or next(filter(None, map(connect, others)), None)
 
 
-def _connect(directory: Path) -> socket.socket | None:
+def connect(directory: Path) -> socket.socket | None:
+    """Connect to the daemon that has this directory open; None when nobody does.  Blocks for some seconds at most.
+
+    Raises:
+        PermissionRefused: It belongs to another user.
+        DaemonError: It does not accept connections.
+    """
     try:
         with short_path(directory) as path:
             return _connect_to(path)

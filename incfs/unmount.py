@@ -4,16 +4,15 @@ import errno
 import logging
 import os
 import select
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from incfs.errors import Busy, IncfsError, NotFound
+from incfs.client import connect
+from incfs.errors import Busy, DaemonError, IncfsError, NotFound, PermissionRefused
 from incfs.lock import read_holder
 from incfs.mount_table import FILESYSTEM_TYPE, Mounted, busy_error, detach, find_mount, is_dead, sync_filesystem
 from incfs.namespaces import find_elsewhere
 from incfs.patience import PATIENCE_S, process_words, telling
-from incfs.protocol import short_path
 
 logger = logging.getLogger(__name__)
 
@@ -147,12 +146,13 @@ class _Daemon:
 
     def _serves(self) -> bool:
         """Tell whether it takes commands: it does until it has answered the last request of the mount."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as connection:
-            try:
-                with short_path(self.pool) as path:
-                    connection.connect(path)
-            except BlockingIOError:
-                return True
-            except OSError:
-                return False
+        try:
+            connected = connect(self.pool)
+        except DaemonError:
+            return True  # it listens, and is slow
+        except PermissionRefused:
+            return False
+        if connected is None:
+            return False
+        connected.close()
         return True
