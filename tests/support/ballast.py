@@ -3,10 +3,10 @@
 import os
 import random
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from tests.support.beside import beside
 from tests.support.loop import run
 
 MIB = 1 << 20
@@ -57,19 +57,11 @@ class Ballast:
                 except OSError:
                     step = step // 16 // 4096 * 4096
 
-    @contextmanager
-    def restless(self, most_bytes: int) -> Iterator[None]:
+    def restless(self, most_bytes: int) -> AbstractContextManager[None]:
         """Take and give back all the time, while the body runs."""
-        is_over = threading.Event()
 
-        def work() -> None:
+        def work(is_over: threading.Event) -> None:
             while not is_over.wait(self._rng.uniform(0, 5 * _PAUSE_S)):
                 self._take_but(self._rng.choice([0, 0, self._rng.randrange(most_bytes)]))
 
-        thread = threading.Thread(target=work)
-        thread.start()
-        try:
-            yield
-        finally:
-            is_over.set()
-            thread.join()
+        return beside(work)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import trio
 from incfs.client import connect_control
 from incfs.mount_table import detach, find_mount
 from incfs.recovery import create_pool
+from tests.support.beside import beside
 from tests.support.spawner import Preparation, Spawner
 from tests.support.stamps import SECTOR, Cell, Model, read_sequences
 
@@ -210,16 +211,13 @@ def killing(target: Target, delay_s: float) -> Iterator[None]:
         timer.join()
 
 
-@contextmanager
-def committing(target: Target) -> Iterator[None]:
+def committing(target: Target) -> AbstractContextManager[None]:
     """Commit all the time, while the body runs, at moments that the writer knows nothing of.
 
     Through the root directory: an fsync of a volume would wait for the write that is under way.
     """
 
-    is_over = threading.Event()
-
-    def commit() -> None:
+    def commit(is_over: threading.Event) -> None:
         fd = -1
         with suppress(OSError):  # the daemon was killed
             fd = os.open(target.mountpoint, os.O_RDONLY | os.O_DIRECTORY)
@@ -229,10 +227,4 @@ def committing(target: Target) -> Iterator[None]:
         if fd >= 0:
             os.close(fd)
 
-    thread = threading.Thread(target=commit)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
+    return beside(commit)

@@ -32,6 +32,7 @@ from incfs.options import Options
 from incfs.recovery import create_pool, open_store
 from incfs.service import open_service
 from tests.mount.test_fusext import KEEP_SIZE, PUNCH_HOLE, libc
+from tests.support.beside import beside
 from tests.support.faulty_fs import KINDS, LEG_NAME, Fault, Switch, faulty
 from tests.support.fire import START_TIMEOUT_S, Setting, Target
 from tests.support.spawner import Spawner
@@ -348,14 +349,14 @@ def going_on(target: Target, switch: Switch, fault: Fault | None) -> Iterator[No
     if fault is None or fault.way != "hangs":
         yield
         return
-    is_over, stuck = threading.Event(), []
+    stuck: list[bool] = []
 
     def ask() -> None:
         with suppress(OSError, IncfsError, ExceptionGroup):  # it may be ending
             (target.mountpoint / ".incfs" / "stats.json").read_bytes()
             target.call("pool.show")
 
-    def watch() -> None:
+    def watch(is_over: threading.Event) -> None:
         while not switch.met and not is_over.wait(0.002):
             pass
         asker = threading.Thread(target=ask, daemon=True)
@@ -364,13 +365,8 @@ def going_on(target: Target, switch: Switch, fault: Fault | None) -> Iterator[No
         stuck.append(asker.is_alive())
         switch.heal()
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with beside(watch):
         yield
-    finally:
-        is_over.set()
-        watcher.join()
     assert not any(stuck), "others wait for an operation of the disk that hangs"
 
 
