@@ -18,12 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from incfs.errors import AlreadyExists, BackingError, IncfsError, NoSpace, PoolLocked
+from incfs.errors import NO_ROOM, AlreadyExists, BackingError, IncfsError, NoSpace, PoolLocked
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""A full filesystem, a quota, the largest file of a filesystem or a process: the host has no room here."""
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_IOC_SETFLAGS = 0x40086602
 _FS_NOCOW_FL = 0x00800000
@@ -402,7 +400,7 @@ class Backing:
 
 
 class _ReadOnlyFile(File):
-    """A file of the damaged pool: what is written to it is remembered and not done."""
+    """A file that stays as it is: what is written to it is remembered, and read again, and not done."""
 
     def __init__(self, path: Path, fd: int) -> None:
         super().__init__(path, fd)
@@ -435,7 +433,7 @@ class _ReadOnlyFile(File):
         return False
 
     def lock(self) -> None:
-        """Reading needs no lock; the pool's own was asked for."""
+        """Reading needs no lock of its own; who reads has the pool's."""
 
 
 class ReadingBacking(Backing):

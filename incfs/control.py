@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from incfs.admin import VERBS, run_verb
-from incfs.backing import NO_ROOM
 from incfs.channel import Channel, Progress
 from incfs.documents import Document
-from incfs.errors import DaemonError, IncfsError, PermissionRefused, UsageError
+from incfs.errors import NO_ROOM, DaemonError, IncfsError, PermissionRefused, UsageError
 from incfs.protocol import (
     MAX_REPLY_BYTES,
     MAX_REQUEST_BYTES,

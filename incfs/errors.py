@@ -51,7 +51,10 @@ Bugs are assertions, not members of this tree.
 """
 
 import errno as _errno
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
+
+NO_ROOM: Final = (_errno.ENOSPC, _errno.EDQUOT, _errno.EFBIG)
+"""A full filesystem, a quota, the largest file of a filesystem or a process: the host has no room there."""
 
 
 class IncfsError(Exception):

@@ -14,8 +14,8 @@ PATIENCE_S: Final = 10.0
 
 
 @contextlib.contextmanager
-def telling(whom: Callable[[], str], after_s: float = PATIENCE_S) -> Iterator[Callable[[], None]]:
-    """Warn ``waiting for WHOM`` if what is done inside takes longer; what is yielded calls that off.
+def telling(whom: Callable[[], str], after_s: float = PATIENCE_S) -> Iterator[None]:
+    """Warn ``waiting for WHOM`` if what is done inside takes longer.
 
     Concurrency: ``whom`` is asked by a thread of its own, so the caller may be inside a system call.
     """
@@ -23,7 +23,7 @@ def telling(whom: Callable[[], str], after_s: float = PATIENCE_S) -> Iterator[Ca
     timer.daemon = True
     timer.start()
     try:
-        yield timer.cancel
+        yield
     finally:
         timer.cancel()
 

@@ -24,6 +24,7 @@ from incfs.backing import Backing, translate
 from incfs.errors import AlreadyExists, BackingError, NotSupported
 from incfs.foreign import IMAGES
 from incfs.model import MAX_VOLUME_BYTES
+from incfs.rawsource import join_ranges
 from incfs.stream.records import Member, SnapBegin
 
 START_S: Final = 30.0
@@ -307,16 +308,8 @@ def _extent_names(path: Path) -> list[str]:
 
 def _data_ranges(path: Path, image_format: str) -> list[tuple[int, int]]:
     """List (start, end) of what does not read as zeros for sure, ascending and joined."""
-    found: list[tuple[int, int]] = []
-    for part in json.loads(_run("qemu-img", "map", "--output=json", "-f", image_format, str(path))):
-        start, end = part["start"], part["start"] + part["length"]
-        if part["zero"]:
-            continue
-        if found and found[-1][1] == start:
-            found[-1] = found[-1][0], end
-        else:
-            found.append((start, end))
-    return found
+    parts = json.loads(_run("qemu-img", "map", "--output=json", "-f", image_format, str(path)))
+    return join_ranges((part["start"], part["start"] + part["length"]) for part in parts if not part["zero"])
 
 
 def _program(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from incfs.service import Service
 
 from incfs.rawcopy import CHUNK_BYTES, Progress, images_of
-
-_SCRATCH_BYTES: Final = MAX_NAME_BYTES - len(IMPORTING_SUFFIX)
 
 
 async def import_new(
@@ -41,7 +39,7 @@ async def import_new(
     validate_name(snapshot, what="snapshot")
     if any(volume.name == name for volume in service.volumes()):
         raise AlreadyExists(f"there is a volume {name!r} already; --incremental brings it up to date", volume=name)
-    scratch = name.encode()[:_SCRATCH_BYTES].decode(errors="ignore") + IMPORTING_SUFFIX
+    scratch = _scratch_name(name)
     await _remove_left(service, scratch)
     source = await offload(lambda: _open_source(path, image_format, name))
     try:
@@ -89,7 +87,7 @@ async def create_on_baseline(
     await offload(lambda: require_foreign(path, images_of(service)))
     if image_format is None:
         await offload(lambda: _require_raw(path, name))
-    scratch = name.encode()[:_SCRATCH_BYTES].decode(errors="ignore") + IMPORTING_SUFFIX
+    scratch = _scratch_name(name)
     await _remove_left(service, scratch)
     volume = await service.branches.create_on_baseline(scratch, path)
     try:
@@ -105,6 +103,11 @@ async def create_on_baseline(
         with trio.CancelScope(shield=True):
             await service.remove_volume(volume.id)
         raise
+
+
+def _scratch_name(name: str) -> str:
+    """Return what a volume is called until it is whole."""
+    return name.encode()[: MAX_NAME_BYTES - len(IMPORTING_SUFFIX)].decode(errors="ignore") + IMPORTING_SUFFIX
 
 
 def _open_source(path: Path, image_format: str | None, name: str) -> Source:

@@ -145,7 +145,7 @@ def read_ranges(path: Path, size_bytes: int) -> list[tuple[int, int]]:
         document = document.get("block_metadata", document.get("ranges"))
     if not isinstance(document, list):
         raise FormatError(f'{path} is no list of ranges: expected "block_metadata" or "ranges"')
-    return _join(sorted(_range(path, item, size_bytes) for item in document))
+    return join_ranges(sorted(_range(path, item, size_bytes) for item in document))
 
 
 def _range(path: Path, item: Any, size_bytes: int) -> tuple[int, int]:
@@ -156,7 +156,8 @@ def _range(path: Path, item: Any, size_bytes: int) -> tuple[int, int]:
     raise FormatError(f"{path}: no range within the source's {size_bytes} bytes: {str(item)[:80]}")
 
 
-def _join(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def join_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join ascending ranges (start, end) that touch or overlap; empty ones go."""
     joined: list[tuple[int, int]] = []
     for start, end in ranges:
         if joined and start <= joined[-1][1]:

@@ -105,8 +105,8 @@ class Service:
         self.durations: Mapping[str, Histogram] = {}
         """How long requests of the kernel took, by operation; the mount fills it."""
         self.jobs = Jobs(store)
-        self.opened_s = trio.current_time()
         """Long work that is under way."""
+        self.opened_s = trio.current_time()
         self.policies = Policies(store, self._committer, self.apply_settings)
         """The policy and what it has done."""
         self._keeper.low = self.policies.look_soon
@@ -558,7 +558,7 @@ async def open_service(
     chosen = options or Options()
     if degraded or force_older:
         chosen = replace(chosen, degraded=degraded or chosen.degraded, force_older=force_older)
-    if is_unwritable(directory):
+    if await offload(lambda: is_unwritable(directory)):
         with contextlib.ExitStack() as stack:
             store = await offload(lambda: stack.enter_context(opened_unwritable(directory, chosen)))
             async with _served(store) as service:

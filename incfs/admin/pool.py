@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 async def pool_show(service: "Service") -> Document:
     """Report the pool's facts and how much it holds."""
     await service.look_at_hosts()
-    volumes = service.volumes()
-    facts = {
-        "health": _health(service).to_dict(),
+    volumes, facts = service.volumes(), service.facts()
+    counts = {
+        "health": _health(service, facts).to_dict(),
         "directory": str(service.directory),
         "mounted": service.mounted is not None,
         "volume_count": len(volumes),
         "snapshot_count": sum(len(service.snapshots(volume.id)) for volume in volumes),
     }
-    return {"pool": {**facts, **service.facts()}}
+    return {"pool": {**counts, **facts}}
 
 
 async def pool_status(service: "Service") -> Document:
     """Judge the pool."""
     await service.look_at_hosts()
-    return {"health": _health(service).to_dict()}
+    return {"health": _health(service, service.facts()).to_dict()}
 
 
-def _health(service: "Service") -> Health:
-    return judge(service.facts(), service.storages(), service.metadata_copies(), service.events())
+def _health(service: "Service", facts: Document) -> Health:
+    return judge(facts, service.storages(), service.metadata_copies(), service.events())
 
 
 async def pool_activity(service: "Service") -> Document:

@@ -6,7 +6,6 @@ code; a traceback here is a bug of ours.
 """
 
 import contextlib
-import errno
 import logging
 import os
 import sys
@@ -35,7 +34,7 @@ from incfs.cli import (
     volume,
 )
 from incfs.cli.options import FORCE_OLDER, LOCK_WAIT_S, POOL_VARIABLE, WAIT_S
-from incfs.errors import IncfsError
+from incfs.errors import NO_ROOM, IncfsError
 from incfs.surroundings import settle
 
 app = typer.Typer(
@@ -63,7 +62,6 @@ for _name, _command in _COMMANDS.items():
 
 logger = logging.getLogger(__name__)
 
-NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LONG_PATH: Final = 200
 
 NOUNS: Final = frozenset(

@@ -157,9 +157,9 @@ SPACE: Sequence[Breakage] = [
     Breakage(
         "a-file-limit-is-a-failed-disk",
         "I15",
-        "incfs/backing.py",
-        "NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)",
-        "NO_ROOM = (errno.ENOSPC, errno.EDQUOT)",
+        "incfs/errors.py",
+        "NO_ROOM: Final = (_errno.ENOSPC, _errno.EDQUOT, _errno.EFBIG)",
+        "NO_ROOM: Final = (_errno.ENOSPC, _errno.EDQUOT)",
         f"{_ACCOUNT}test_an_image_that_may_be_no_longer_is_full_and_no_failure[python]",
     ),
     Breakage(
