@@ -1,4 +1,5 @@
-/* incfs._guard: a mapped file that is cut off, or whose disk fails to read, does not end the process.
+/* incfs._guard: a mapped file that is cut off, or whose disk fails to read, does not end the process; a thread that has
+ * no memory to begin does.
  *
  * The kernel answers an access to such a page with SIGBUS.  Within a guarded range another page takes its place, the
  * same for all, and the fault is counted: who reads looks at the count before believing anything.  Elsewhere the signal
@@ -137,10 +138,31 @@ static PyObject *faults(PyObject *module, PyObject *number)
     return PyLong_FromUnsignedLong(i < 0 ? 0 : atomic_load(&ranges[i].faults));
 }
 
+/* sys.unraisablehook of a daemon.  Python tells of a thread whose first function found no memory in this way alone, in
+ * that thread, and whoever started it waits for ever (threading.Thread.start).  What could not be begun is not known,
+ * so the process ends, as if the kernel had killed it for its memory.  No Python code: that needs memory, too. */
+static PyObject *end_without_thread(PyObject *module, PyObject *told)
+{
+    static const char start[] = "Exception ignored in thread started by";
+    (void)module;
+    PyObject *type = PyStructSequence_GetItem(told, 0), *message = PyStructSequence_GetItem(told, 3);
+    const char *text = type == PyExc_MemoryError && PyUnicode_Check(message) ? PyUnicode_AsUTF8(message) : NULL;
+    if (text && !strncmp(text, start, sizeof start - 1)) {
+        static const char line[] = "incfs: no memory to begin a thread: the process ends\n";
+        ssize_t told_bytes = write(STDERR_FILENO, line, sizeof line - 1);
+        (void)told_bytes; /* nobody may listen */
+        kill(getpid(), SIGKILL);
+    }
+    PyErr_Clear();
+    PyObject *otherwise = PySys_GetObject("__unraisablehook__");
+    return PyObject_CallOneArg(otherwise, told);
+}
+
 static PyMethodDef methods[] = {
     {"guard", guard, METH_VARARGS, "guard(start, length, head) -> number: guard a range of addresses; head: what pages there begin with then."},
     {"release", release, METH_O, "release(number): guard it no more."},
     {"faults", faults, METH_O, "faults(number) -> how many of its pages could not be read."},
+    {"end_without_thread", end_without_thread, METH_O, "The sys.unraisablehook that ends the process when a thread has no memory to begin."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from incfs._guard import end_without_thread
+
 STANDARD: Final = ("stdin", "stdout", "stderr")
 _closed: Final[set[str]] = set()
 
@@ -51,13 +53,15 @@ def settle() -> None:
 def settle_daemon() -> None:
     """Make what a daemon may count on: stray signals pass by, and the kernel spares it when memory is short.
 
-    Whoever writes the kernel's pages back must not wait for pages to be written back (``PR_SET_IO_FLUSHER``).
+    Whoever writes the kernel's pages back must not wait for pages to be written back (``PR_SET_IO_FLUSHER``).  A thread
+    that has no memory to begin ends the daemon: whoever started it, often the owner's thread, would wait for ever.
 
     Concurrency: before the process forks or starts threads, which inherit both.
     """
     for number in signal.valid_signals() - _MEANT | {signal.SIGUSR1}:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _pass_by)
+    sys.unraisablehook = end_without_thread
     ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
     score = Path(_OOM_SCORE.format("self"))
     with contextlib.suppress(OSError):

@@ -59,9 +59,18 @@ MOUNTED: Final = (
         "stray-signal-ends-the-daemon",
         "I1",
         "incfs/surroundings.py",
-        "            signal.signal(number, _pass_by)\n    ctypes",
-        "            pass\n    ctypes",
+        "            signal.signal(number, _pass_by)\n    sys",
+        "            pass\n    sys",
         "tests/mount/test_life.py::test_a_signal_that_means_no_end_ends_nothing",
+    ),
+    Breakage(
+        "a-thread-without-memory-is-waited-for",
+        "waiting",
+        "incfs/surroundings.py",
+        "    sys.unraisablehook = end_without_thread\n",
+        "",
+        "tests/unit/test_surroundings.py::"
+        "test_a_thread_without_memory_to_begin_ends_the_daemon_instead_of_a_wait_for_ever[no-memory]",
     ),
     Breakage(
         "closed-descriptors-are-given-away",
