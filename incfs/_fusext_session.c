@@ -2,10 +2,12 @@
 #include "_fusext.h"
 
 #include <errno.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 static struct {
     unsigned int max_background; /* 0 leaves libfuse's and the kernel's choice, as for the next three */
@@ -151,6 +153,16 @@ int fuse_session_mount(struct fuse_session *mounted, const char *mountpoint)
     return result;
 }
 
+enum { REQUEST_ROOM = (1 << 20) + 8192 };
+
+/* Whether libfuse can make a buffer for a request; it fills the log with each time that it cannot. */
+static bool has_memory(void)
+{
+    void *volatile room = malloc(REQUEST_ROOM); /* or the compiler knows that it does without */
+    free(room);
+    return room != NULL;
+}
+
 /* pyfuse3 waits for this descriptor to be readable, and then receives one request. */
 int fuse_session_fd(struct fuse_session *asked)
 {
@@ -163,10 +175,14 @@ int fuse_session_receive_buf(struct fuse_session *asked, struct fuse_buf *buffer
 {
     if (hot_is_open() && asked == session)
         return hot_receive(buffer);
+    if (!buffer->mem && !has_memory()) {
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+        return -EINTR; /* on which pyfuse3 tries again; any other error ends it */
+    }
     int result = find_libfuse() ? libfuse.hot.session_receive_buf(asked, buffer) : -ENOSYS;
     if (result > 0 && asked == session && !(buffer->flags & FUSE_BUF_IS_FD))
         init_note(buffer->mem, (size_t)result);
-    return result;
+    return result == -ENOMEM ? -EINTR : result;
 }
 
 /* ---- For Python --------------------------------------------------------------------------------- */

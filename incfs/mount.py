@@ -71,6 +71,7 @@ MAX_TASKS: Final = 4096
 its task, so tasks must not run out: twice the volumes of one standstill."""
 _LOOK_FOR_SPACE_EVERY_S: Final = 0.1
 """While writers are refused because the pool is full."""
+_LOOK_AT_SERVING_EVERY_S: Final = 1.0
 RETRY_S: Final = 1.0
 """Between attempts to unmount what is in use; what the kernel holds is written as often."""
 REMIND_S: Final = 60.0
@@ -161,6 +162,7 @@ async def _run(pool: Path, mountpoint: Path, options: MountOptions, parent: Pare
                 async with trio.open_nursery() as nursery:
                     fusext.start(nursery, operations, service.server)
                     hook = KernelHook(mountpoint, outside, operations.writers, service.name_of)
+                    nursery.start_soon(_give_up_when_unserved, trio.lowlevel.current_task(), outside)
                     with _hooked(service, operations, hook):
                         stopping = _Stopping(service, hook, mountpoint, outside)
                         await _start_tasks(nursery, service, options)
@@ -187,6 +189,20 @@ async def _start_tasks(nursery: trio.Nursery, service: "Service", options: Mount
         service.policies.may_hook = options.hooks
         nursery.start_soon(enforce, service)
         nursery.start_soon(resume_jobs, service)
+
+
+async def _give_up_when_unserved(serving: trio.lowlevel.Task, outside: Outside) -> None:
+    """Wait for no answer of the mount when an error has ended those who give them: a standstill is shielded.
+
+    Args:
+        serving: The task that runs ``pyfuse3.main``, whose nursery waits for its handlers and so does not end first.
+        outside: Waits for answers.
+    """
+    try:
+        while not any(nursery.cancel_scope.cancel_called for nursery in serving.child_nurseries):  # noqa: ASYNC110 - nobody tells
+            await trio.sleep(_LOOK_AT_SERVING_EVERY_S)
+    finally:
+        outside.give_up()
 
 
 async def _refuse_writers_of_a_full_pool(service: "Service", operations: Operations, hook: KernelHook) -> None:

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+from tests.support import hung_workers
 from tests.support.figures import FIGURES
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -50,9 +52,15 @@ def pool_home() -> Iterator[Path]:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Take away what a run that was killed left behind; workers of a run leave each other's mounts alone."""
-    if not hasattr(session.config, "workerinput"):
+    """Take away what a killed run left behind, and see to the workers, which leave each other's mounts alone."""
+    directory = session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+    if hasattr(session.config, "workerinput"):
+        hung_workers.announce(directory)
+    else:
         subprocess.run([Path(__file__).parents[1] / "tools" / "sweep-mounts.sh"], check=True, timeout=60)
+        stop = threading.Event()
+        threading.Thread(target=hung_workers.watch, args=(directory, stop), daemon=True).start()
+        session.config.add_cleanup(stop.set)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,5 +1,6 @@
 """Bugs and broken disks behind the mount: an errno for the caller, one line in the log, and the mount lives on."""
 
+import contextlib
 import errno
 import os
 import sys
@@ -10,6 +11,7 @@ import pytest
 from tests.mount.conftest import END_TIMEOUT_S, incfs
 from tests.mount.test_names import errno_of
 
+UNSERVED_DAEMON = Path(__file__).parents[1] / "support" / "unserved_daemon.py"
 BROKEN_DAEMON = Path(__file__).parents[1] / "support" / "broken_daemon.py"
 
 
@@ -92,3 +94,20 @@ def test_a_damaged_block_gives_eio_for_its_range_only(mounted):
         stream.seek(place)
         stream.write(block)
     (mounted / "other").write_bytes(b"a checksum error is no failure of the pool")
+
+
+@pytest.mark.parametrize("plane", ["python", "native"])
+@pytest.mark.parametrize("who", ["reader", "work"])
+def test_a_daemon_that_an_error_ends_waits_for_no_answer_of_its_own_mount(mounted, who, plane):
+    """It waited for ever when a snapshot was being taken: that wait is shielded, and nobody answered any more."""
+    (mounted / "db").write_bytes(b"x" * 4096)
+    mounted.stop()
+    mounted.start(f"data_plane={plane}", command=[sys.executable, UNSERVED_DAEMON, who])
+    mounted.expected_log = [""]
+    fd = os.open(mounted / "db", os.O_RDWR)
+    with pytest.raises(OSError, match="Errno"):
+        (mounted / ".snapshots" / "db" / "s").touch()
+    with contextlib.suppress(OSError):
+        os.close(fd)
+    mounted.process.wait(END_TIMEOUT_S)
+    mounted.process = None

@@ -3,13 +3,20 @@
 Whichever of cgroup 1 and 2 the machine has is used.
 """
 
+import ctypes
 import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import trio
+
+from incfs.fuse_ops import Operations
 
 _ROOT = Path("/sys/fs/cgroup")
+_M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3
 
 
 class Group:
@@ -68,3 +75,18 @@ def take_address_space(pid: int, left_bytes: int) -> None:
 def give_address_space(pid: int) -> None:
     """Undo ``take_address_space``."""
     resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def sync_late(delay_s: float) -> None:
+    """Have this daemon answer each fsync after a delay, and do no more for it, so that many are at hand at once."""
+
+    async def late(self: Operations, *args: Any) -> None:
+        await trio.sleep(delay_s)
+
+    setattr(Operations, "fsync", late)  # noqa: B010 - mypy refuses the plain assignment
+
+
+def keep_no_address_space() -> None:
+    """Have malloc set none aside, for threads or of what was freed: a large piece needs new."""
+    assert ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    assert ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 << 10)

@@ -8,10 +8,12 @@ INCFS_KILL_ROUNDS sets the number of rounds.
 import errno
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ import pytest
 from incfs.errors import IncfsError
 from incfs.mount_table import is_dead
 from tests.support.fire import SECTOR_COUNTS, START_TIMEOUT_S, VOLUMES, Setting, Target, committing
-from tests.support.memory import Group, control_group, give_address_space, join, take_address_space
+from tests.support.memory import Group, control_group, give_address_space, join, sync_late, take_address_space
 from tests.support.spawner import Spawner
 from tests.support.stamps import SECTOR, Model, read_sequences
 from tests.support.writer import Writer
@@ -31,6 +33,8 @@ REFUSED = (errno.EIO, errno.EROFS, errno.ENOMEM, errno.ENOTCONN, errno.ECONNABOR
 """What a system call may say to a daemon that lacks memory, or has died of it."""
 LOAD_S = 1.5
 SQUEEZE_S = 60
+FILES = 60
+SYNC_S = 0.5
 
 
 def make_target(home: Path, mountpoint: Path, plane: str, spawner: Spawner) -> Target:
@@ -107,6 +111,31 @@ def test_refused_memory_never_gives_wrong_data(plane: str, spawner: Spawner, poo
     finally:
         target.take_down()
     print(f"\n{target.report()}")
+
+
+@pytest.mark.mount
+def test_requests_without_memory_to_receive_them_wait_for_some(
+    spawner: Spawner, pool_home: Path, tmp_path: Path
+) -> None:
+    target = make_target(pool_home, tmp_path / "mnt", "python", spawner)
+    try:
+        target.mount((f"{sync_late.__module__}:keep_no_address_space",), (f"{sync_late.__module__}:sync_late", SYNC_S))
+        for number in range(FILES):
+            target.call("volume.create", name=f"v{number}", size_bytes=SECTOR)
+        with ThreadPoolExecutor(FILES) as threads, ExitStack() as stack:
+            files = [stack.enter_context((target.mountpoint / f"v{n}").open("r+b", buffering=0)) for n in range(FILES)]
+            for file in files:
+                file.write(b"x" * SECTOR)
+            take_address_space(target.pid, 0)
+            synced = [threads.submit(os.fsync, file.fileno()) for file in files]
+            time.sleep(SYNC_S)
+            assert not target.has_ended(0.5)
+            assert not all(future.done() for future in synced), "there was memory"
+            give_address_space(target.pid)
+            assert [future.exception(START_TIMEOUT_S) for future in synced] == [None] * FILES
+        assert not re.findall("allocate|ERROR", target.log.read_text())
+    finally:
+        target.take_down()
 
 
 def refuse(target: Target, model: Model, rng: random.Random) -> None:
