@@ -126,6 +126,17 @@ class Branches:
         await self._committer.commit()
         return self._store.catalog.volume(volume_id)
 
+    async def count_inherited(self, volume_id: VolumeId) -> int:
+        """Count the blocks that ``flatten`` would copy; change nothing."""
+        require_ordinary(self._store.catalog.volume(volume_id), "be flattened")
+        self._store.absorb()
+        found, page_index = 0, 0
+        while (page := clone.count_inherited(self._store, volume_id, page_index)) is not None:
+            found += page[1]
+            page_index = page[0] + 1
+            await trio.lowlevel.checkpoint()
+        return found
+
     async def _copy_inherited(self, volume_id: VolumeId, progress: Callable[[int, int], None]) -> None:
         block: int | None = 0
         while block is not None:
@@ -225,6 +236,19 @@ class Branches:
         """Forget bookmarks, all or none.
 
         Raises:
+            UsageError, BookmarkNotFound, Busy: As ``require_forgettable``.
+        """
+        self.require_forgettable(doomed)
+        for volume_id, name in doomed:
+            bookmarks.remove(self._store, volume_id, name)
+        self._reclaimer.reclaim_soon()
+        await self._committer.commit()
+
+    def require_forgettable(self, doomed: Sequence[tuple[VolumeId, str]]) -> None:
+        """Refuse to forget bookmarks.
+
+        Raises:
+            UsageError: One is named twice.
             BookmarkNotFound: There is none of that name.
             Busy: A stream starts from one whose snapshot is gone.
         """
@@ -232,10 +256,6 @@ class Branches:
             raise UsageError("name each bookmark once")
         for volume_id, name in doomed:
             self._require_unused(bookmarks.named(self._store, volume_id, name))
-        for volume_id, name in doomed:
-            bookmarks.remove(self._store, volume_id, name)
-        self._reclaimer.reclaim_soon()
-        await self._committer.commit()
 
     def _require_unused(self, bookmark: Bookmark) -> None:
         holders = self._handles.of_table(bookmark.map_id)

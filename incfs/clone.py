@@ -71,6 +71,13 @@ def flatten_step(store: Store, volume_id: VolumeId, start_block: int, *, wait: b
     return first + count
 
 
+def count_inherited(store: Store, volume_id: VolumeId, start_page: int) -> tuple[int, int] | None:
+    """Count what a clone inherits in its next page that has any; give the page and the blocks, None when none has."""
+    clone = store.catalog.volume(volume_id)
+    page_index = _next_inherited_page(store, clone, start_page)
+    return None if page_index is None else (page_index, len(_inherited_slots(store, clone, page_index, 0)))
+
+
 def _next_inherited_page(store: Store, clone: Volume, start: int) -> int | None:
     tables = [table for link in store.catalog.chain(clone.origin) for table in link] if clone.origin else []
     found = [page for table in tables for page in store.log.page_indexes(table, start, limit=1)]

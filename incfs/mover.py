@@ -44,6 +44,18 @@ class MoveReport:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class MovePlan:
+    """What a move would come to now."""
+
+    block_count: int
+    reason: str
+
+    def to_dict(self, block_bytes: int) -> dict[str, Any]:
+        """Give plain values."""
+        return {"moved_bytes": self.block_count * block_bytes, "reason": self.reason}
+
+
 class Mover:
     """Carries moves out on an open pool, one at a time.  The trio thread."""
 
@@ -76,6 +88,18 @@ class Mover:
                     await self._move_table(table, wish, report, rate_bytes, tell)
             await self._committer.checkpoint()
         return report
+
+    async def count(self, wish: Wish, volumes: Sequence[VolumeId]) -> int:
+        """Count the blocks that ``move`` would move now."""
+        store, found = self._store, 0
+        store.absorb()
+        for table in relocation.tables(store):
+            if table.volume_id in volumes:
+                for page_index in walk_pages(store, table):
+                    await trio.lowlevel.checkpoint()
+                    planned = relocation.plan(store, table, page_index, wish)
+                    found += planned.block_count if planned is not None else 0
+        return found
 
     async def _move_table(
         self, table: TableKey, wish: Wish, report: MoveReport, rate_bytes: int | None, tell: Callable[[], None]

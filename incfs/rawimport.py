@@ -35,10 +35,7 @@ async def import_new(
         NotSupported: The source is of another format than was said.
         BaseMismatch: The source was changed while it was read.
     """
-    validate_name(name)
-    validate_name(snapshot, what="snapshot")
-    if any(volume.name == name for volume in service.volumes()):
-        raise AlreadyExists(f"there is a volume {name!r} already; --incremental brings it up to date", volume=name)
+    _require_new(service, name, snapshot)
     scratch = _scratch_name(name)
     await _remove_left(service, scratch)
     source = await offload(lambda: _open_source(path, image_format, name))
@@ -57,6 +54,31 @@ async def import_new(
             service.handles.close(volume.map_id)
     finally:
         source.close()
+
+
+async def measure_new(
+    service: "Service", name: str, path: Path, snapshot: str, progress: Progress, *, image_format: str | None = None
+) -> int:
+    """Count the bytes that ``import_new`` would write; change nothing.
+
+    Raises:
+        AlreadyExists, NotSupported, BaseMismatch: As ``import_new``.
+    """
+    _require_new(service, name, snapshot)
+    source = await offload(lambda: _open_source(path, image_format, name))
+    try:
+        return await _Import(service, MapId(0), source, progress, is_new=True, is_dry=True).copy(
+            [(0, source.size_bytes)]
+        )
+    finally:
+        source.close()
+
+
+def _require_new(service: "Service", name: str, snapshot: str) -> None:
+    validate_name(name)
+    validate_name(snapshot, what="snapshot")
+    if any(volume.name == name for volume in service.volumes()):
+        raise AlreadyExists(f"there is a volume {name!r} already; --incremental brings it up to date", volume=name)
 
 
 async def create_on_baseline(
@@ -182,8 +204,7 @@ async def import_changes(
     validate_name(snapshot, what="snapshot")
     source = await offload(lambda: _open_source(path, image_format, volume.name))
     try:
-        whole = [(0, source.size_bytes)]
-        wanted = whole if changed is None else await offload(lambda: read_ranges(changed, source.size_bytes))
+        wanted = await _wanted(source, changed)
         service.branches.note_changed(volume.map_id)
         await service.resize_volume(volume.id, source.size_bytes, shrink=True)
         await _Import(service, volume.map_id, source, progress, is_new=False).copy(wanted)
@@ -195,18 +216,53 @@ async def import_changes(
     return service.volume_by_id(volume.id), taken
 
 
-class _Import:
-    """One copy from a source into a volume's table."""
+async def measure_changes(
+    service: "Service",
+    volume: Volume,
+    path: Path,
+    progress: Progress,
+    *,
+    changed: Path | None = None,
+    image_format: str | None = None,
+) -> int:
+    """Count the bytes that ``import_changes`` would write; change nothing."""
+    source = await offload(lambda: _open_source(path, image_format, volume.name))
+    try:
+        wanted = await _wanted(source, changed)
+        return await _Import(service, volume.map_id, source, progress, is_new=False, is_dry=True).copy(wanted)
+    finally:
+        source.close()
 
-    def __init__(self, service: "Service", table: MapId, source: Source, progress: Progress, *, is_new: bool) -> None:
+
+async def _wanted(source: Source, changed: Path | None) -> Iterable[tuple[int, int]]:
+    if changed is None:
+        return [(0, source.size_bytes)]
+    return await offload(lambda: read_ranges(changed, source.size_bytes))
+
+
+class _Import:
+    """One copy from a source into a volume's table, which with ``is_dry`` is only counted."""
+
+    def __init__(
+        self,
+        service: "Service",
+        table: MapId,
+        source: Source,
+        progress: Progress,
+        *,
+        is_new: bool,
+        is_dry: bool = False,
+    ) -> None:
         self._service = service
         self._table = table
         self._source = source
         self._progress = progress
         self._is_new = is_new
+        self._is_dry = is_dry
+        self._written_bytes = 0
 
-    async def copy(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Copy ranges, cut to whole blocks where they begin."""
+    async def copy(self, ranges: Iterable[tuple[int, int]]) -> int:
+        """Copy ranges, cut to whole blocks where they begin; give how many bytes were written."""
         block, total = self._service.block_bytes, self._source.size_bytes
         stamp = await offload(self._source.stamp)
         for start, end in ranges:
@@ -216,11 +272,12 @@ class _Import:
                 self._progress(min(position, total), total, "bytes")
         if await offload(self._source.stamp) != stamp:
             raise BaseMismatch(f"{self._source.path} was changed while it was read; stop who writes to it, and repeat")
+        return self._written_bytes
 
     async def _copy_stretch(self, position: int, end: int) -> int:
         is_data, stop = await offload(lambda: self._source.stretch(position, end))
         if not is_data:
-            if not self._is_new:
+            if not self._is_new and not self._is_dry:
                 await self._service.discard(self._table, position, stop - position)
             return stop
         length = min(stop, position - position % CHUNK_BYTES + CHUNK_BYTES) - position
@@ -228,7 +285,9 @@ class _Import:
             length -= length % self._service.block_bytes
         data = await offload(lambda: self._source.read(position, length))
         for start, piece in await self._different(position, data):
-            await self._service.write(self._table, start, piece)
+            self._written_bytes += len(piece)
+            if not self._is_dry:
+                await self._service.write(self._table, start, piece)
         return position + length
 
     async def _different(self, position: int, data: bytes) -> list[tuple[int, bytes]]:

@@ -15,7 +15,7 @@ from incfs.blocks import split_address
 from incfs.codec import checksum
 from incfs.errors import IncfsError
 from incfs.memory import one_step
-from incfs.model import HOLE, PAGE_BLOCKS, MapId, StorageId, Volume, VolumeId, map_id
+from incfs.model import HOLE, PAGE_BLOCKS, MapId, StorageId, StripeRow, Volume, VolumeId, map_id
 from incfs.overlay import TableKey
 from incfs.space import MOVER
 from incfs.store import Store
@@ -180,19 +180,19 @@ def leave(source: StorageId) -> Wish:
     """Everything on a storage volume moves off it."""
 
     def wish(volume: Volume, virtual_block: int, storage_id: StorageId) -> int | None:
-        return _column(volume, virtual_block) if storage_id == source else None
+        return _column(volume.stripe_row, virtual_block) if storage_id == source else None
 
     return wish
 
 
-def follow_stripes(volume_id: VolumeId) -> Wish:
-    """A volume's blocks go where its newest stripe row says."""
+def follow_stripes(volume_id: VolumeId, planned: StripeRow | None = None) -> Wish:
+    """A volume's blocks go where its newest stripe row says, or one that is only planned."""
 
     def wish(volume: Volume, virtual_block: int, storage_id: StorageId) -> int | None:
-        row = volume.stripe_row
+        row = planned or volume.stripe_row
         if volume.id != volume_id or row is None:
             return None
-        column = _column(volume, virtual_block)
+        column = _column(row, virtual_block)
         return column if row.columns[column] != storage_id else None
 
     return wish
@@ -203,11 +203,11 @@ def follow_rules(store: Store, volume_id: VolumeId) -> Wish:
     allowed = {room.storage.id for room in store.space.candidates(map_id(volume_id))}
 
     def wish(volume: Volume, virtual_block: int, storage_id: StorageId) -> int | None:
-        return _column(volume, virtual_block) if volume.id == volume_id and storage_id not in allowed else None
+        moves = volume.id == volume_id and storage_id not in allowed
+        return _column(volume.stripe_row, virtual_block) if moves else None
 
     return wish
 
 
-def _column(volume: Volume, virtual_block: int) -> int:
-    row = volume.stripe_row
+def _column(row: StripeRow | None, virtual_block: int) -> int:
     return virtual_block // row.unit_blocks % len(row.columns) if row is not None else 0

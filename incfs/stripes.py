@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from incfs.errors import StorageNotFound, UsageError
 from incfs.memory import one_step
-from incfs.model import MAX_STRIPE_COLUMNS, MAX_STRIPE_ROWS, StorageId, Volume, VolumeId
+from incfs.model import MAX_STRIPE_COLUMNS, MAX_STRIPE_ROWS, StorageId, StripeRow, Volume, VolumeId
 from incfs.placement import choose_columns, replace_low
 from incfs.settings import VolumeSettings
 from incfs.store import Store
@@ -23,14 +23,25 @@ def set_columns(store: Store, volume_id: VolumeId, columns: Sequence[StorageId],
         StorageNotFound: One does not exist.
     """
     volume = store.catalog.volume(volume_id)
+    row = new_row(store, columns, unit_bytes=unit_bytes)
+    return store.amend(
+        volume, stripes=(*volume.stripes, (row.since_ns, row.unit_blocks, *row.columns))[-MAX_STRIPE_ROWS:]
+    )
+
+
+def new_row(store: Store, columns: Sequence[StorageId], *, unit_bytes: int) -> StripeRow:
+    """Make the row of these columns that would hold from now on.
+
+    Raises:
+        UsageError, StorageNotFound: As ``set_columns``.
+    """
     if not 1 <= len(columns) <= MAX_STRIPE_COLUMNS or len(set(columns)) != len(columns):
         raise UsageError(f"a stripe map has 1 to {MAX_STRIPE_COLUMNS} different columns, not {list(columns)}")
     require_unit(store, unit_bytes)
     for column in columns:
         if column not in store.catalog.storages:
             raise StorageNotFound(f"there is no storage volume {column}", storage=column)
-    row = (store.clock(), unit_bytes // store.block_bytes, *columns)
-    return store.amend(volume, stripes=(*volume.stripes, row)[-MAX_STRIPE_ROWS:])
+    return StripeRow(store.clock(), unit_bytes // store.block_bytes, tuple(columns))
 
 
 def require_unit(store: Store, unit_bytes: int) -> None:
@@ -49,6 +60,15 @@ def set_count(store: Store, volume_id: VolumeId, count: int, *, unit_bytes: int)
     Raises:
         UsageError: There are not so many.
     """
+    return set_columns(store, volume_id, choose(store, volume_id, count), unit_bytes=unit_bytes)
+
+
+def choose(store: Store, volume_id: VolumeId, count: int) -> tuple[StorageId, ...]:
+    """Choose the columns of a volume's new stripes, of the storage volumes that its placement rules allow.
+
+    Raises:
+        UsageError: There are not so many.
+    """
     rooms = store.space.candidates(store.catalog.volume(volume_id).map_id)
     columns = choose_columns(rooms, count)
     if len(columns) < count:
@@ -56,7 +76,7 @@ def set_count(store: Store, volume_id: VolumeId, count: int, *, unit_bytes: int)
             f"{count} stripe columns need as many storage volumes; {len(columns)} can be used: add some",
             columns=count,
         )
-    return set_columns(store, volume_id, columns, unit_bytes=unit_bytes)
+    return columns
 
 
 def follow_settings(store: Store, volume_id: VolumeId, settings: VolumeSettings) -> Volume:

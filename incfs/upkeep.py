@@ -4,6 +4,7 @@ Owns nothing but references to the parts of an open pool; the trio thread.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from incfs.driver import Driver
 from incfs.errors import Busy, IncfsError, UsageError
 from incfs.mirrors import Mirrors, Progress
 from incfs.model import Storage, StorageId, Volume, VolumeId
-from incfs.mover import Mover, MoveReport
+from incfs.mover import MovePlan, Mover, MoveReport
 from incfs.placement import Room
 from incfs.settings import Directory
 from incfs.store import Store
+from incfs.units import format_size
 
 _EVEN_PERCENT = 5
 """Storage volumes whose shares in use differ by less are balanced."""
@@ -107,15 +109,37 @@ class Upkeep:
         """Move what a volume and its snapshots store to where the newest stripe row says."""
         volume = self._store.catalog.volume(volume_id)
         if volume.stripe_row is None:
-            raise UsageError(f"volume {volume.name} is not striped; give it columns first", volume=volume.name)
+            raise _not_striped(volume)
         return await self._mover.move(relocation.follow_stripes(volume_id), [volume_id], rate_bytes, progress)
 
     # Moves
+
+    async def plan_restripe(self, volume_id: VolumeId, *, columns: int | None, unit_bytes: int) -> MovePlan:
+        """Say what ``restripe`` would move, after a ``stripe`` with these columns if any are given; change nothing."""
+        volume = self._store.catalog.volume(volume_id)
+        row = volume.stripe_row
+        if columns is not None:
+            chosen = stripes.choose(self._store, volume_id, columns)
+            row = stripes.new_row(self._store, chosen, unit_bytes=unit_bytes)
+        if row is None:
+            raise _not_striped(volume)
+        wish = relocation.follow_stripes(volume_id, row)
+        return MovePlan(
+            await self._mover.count(wish, [volume_id]),
+            f"so much lies elsewhere than its stripes over storage volumes {_listed(row.columns)} have it",
+        )
 
     async def migrate(self, volume_id: VolumeId, *, rate_bytes: int | None, progress: Progress) -> MoveReport:
         """Move what a volume and its snapshots store off storage volumes that its placement rules do not allow."""
         wish = relocation.follow_rules(self._store, volume_id)
         return await self._mover.move(wish, [volume_id], rate_bytes, progress)
+
+    async def plan_migration(self, volume_id: VolumeId) -> MovePlan:
+        """Say what ``migrate`` would move; change nothing."""
+        wish = relocation.follow_rules(self._store, volume_id)
+        return MovePlan(
+            await self._mover.count(wish, [volume_id]), "so much lies on storage volumes that its rules do not allow"
+        )
 
     async def evacuate(self, storage_id: StorageId, *, rate_bytes: int | None, progress: Progress) -> MoveReport:
         """Move everything off a storage volume, which gets nothing new from the beginning of this on.
@@ -125,9 +149,7 @@ class Upkeep:
             StorageNotFound: No such storage volume.
         """
         store = self._store
-        record = store.catalog.storage(storage_id)
-        if len(store.catalog.storages) == 1:
-            raise UsageError(f"storage volume {storage_id} is the only one; add another first", storage=storage_id)
+        record = self._require_others(storage_id)
         with store.step():
             store.amend(record, is_evacuating=True)
             store.reclaim_leases()
@@ -148,6 +170,27 @@ class Upkeep:
         left = store.pool.volume(storage_id).live_blocks
         self._tell("evacuation-ended", storage_id, f"{left} blocks are left on it", unreadable=report.unreadable_blocks)
         return report
+
+    def plan_evacuation(self, storage_id: StorageId) -> MovePlan:
+        """Say what ``evacuate`` would move, and whether the others have room for it; change nothing.
+
+        Raises:
+            UsageError, StorageNotFound: As ``evacuate``.
+        """
+        self._require_others(storage_id)
+        self._store.absorb()
+        blocks = self._store.pool.volume(storage_id).live_blocks
+        others = [room for room in self._store.account.rooms() if room.is_usable and room.storage.id != storage_id]
+        free_bytes = sum(room.free_bytes for room in others)
+        lacking = blocks * self._store.block_bytes - free_bytes
+        verdict = f"; that is {format_size(lacking)} too little" if lacking > 0 else ""
+        return MovePlan(blocks, f"the others can take {format_size(free_bytes)}{verdict}")
+
+    def _require_others(self, storage_id: StorageId) -> Storage:
+        record = self._store.catalog.storage(storage_id)
+        if len(self._store.catalog.storages) == 1:
+            raise UsageError(f"storage volume {storage_id} is the only one; add another first", storage=storage_id)
+        return record
 
     async def cancel_evacuation(self, storage_id: StorageId) -> None:
         """Let a storage volume get new blocks again."""
@@ -170,6 +213,26 @@ class Upkeep:
             if not found.moved_blocks:
                 break
         return total
+
+    def plan_balance(self) -> MovePlan:
+        """Say what ``balance`` would move if no volume were striped; change nothing."""
+        self._store.absorb()
+        rooms = {room.storage.id: room for room in self._store.account.rooms() if room.is_usable}
+        block_bytes, moves, total = self._store.block_bytes, [], 0
+        for _ in range(2 * len(rooms)):
+            plan = _plan_balance(list(rooms.values()))
+            if plan is None or (blocks := plan[2] // block_bytes) == 0:
+                break
+            source, target, _ = plan
+            for storage_id, moved in ((source, -blocks * block_bytes), (target, blocks * block_bytes)):
+                room = rooms[storage_id]
+                rooms[storage_id] = replace(
+                    room, used_bytes=room.used_bytes + moved, free_bytes=room.free_bytes - moved
+                )
+            moves.append(f"{format_size(blocks * block_bytes)} from {source} to {target}")
+            total += blocks
+        even = f"the shares in use of the storage volumes differ by less than {_EVEN_PERCENT} %"
+        return MovePlan(total, ", ".join(moves) + "; striped volumes stay" if moves else even)
 
     async def _move_some(
         self, source: StorageId, target: StorageId, limit: int, rate_bytes: int | None, progress: Progress
@@ -202,9 +265,7 @@ class Upkeep:
             UsageError: It is the only one.
         """
         store = self._store
-        record = store.catalog.storage(storage_id)
-        if len(store.catalog.storages) == 1:
-            raise UsageError(f"storage volume {storage_id} is the only one; add another first", storage=storage_id)
+        record = self._require_others(storage_id)
         async with self._driver.space_lock:
             was_evacuating = record.is_evacuating
             with store.step():
@@ -216,11 +277,7 @@ class Upkeep:
                 with store.step():
                     store.amend(record, is_evacuating=was_evacuating)
                 await self._committer.commit()
-                raise Busy(
-                    f"storage volume {storage_id} holds {volume.live_blocks * store.block_bytes} bytes; "
-                    f"move them with `incfs storage evacuate {storage_id}` first",
-                    storage=storage_id,
-                )
+                raise self._not_empty(storage_id)
             with store.step():
                 store.drop(("storage", (storage_id,)))
                 store.pool.retire(storage_id)
@@ -230,6 +287,26 @@ class Upkeep:
             await offload(lambda: store.pool.delete_image(storage_id))
         except IncfsError as error:
             self._tell("image-left", storage_id, f"it belongs to the pool no more, but could not be deleted: {error}")
+
+    def plan_removal(self, storage_id: StorageId) -> list[str]:
+        """Name the image files that ``remove_storage`` would delete; change nothing.
+
+        Raises:
+            Busy, UsageError, StorageNotFound: As ``remove_storage``.
+        """
+        self._require_others(storage_id)
+        self._store.absorb()
+        if self._store.pool.volume(storage_id).live_blocks:
+            raise self._not_empty(storage_id)
+        return self.image_files(storage_id)[1:]
+
+    def _not_empty(self, storage_id: StorageId) -> Busy:
+        held_bytes = self._store.pool.volume(storage_id).live_blocks * self._store.block_bytes
+        return Busy(
+            f"storage volume {storage_id} holds {held_bytes} bytes; "
+            f"move them with `incfs storage evacuate {storage_id}` first",
+            storage=storage_id,
+        )
 
     def image_files(self, storage_id: StorageId) -> list[str]:
         """Give a storage volume's UUID, and where its image files are.
@@ -248,6 +325,14 @@ class Upkeep:
 
     def _tell(self, kind: str, storage_id: StorageId, reason: str, **facts: Any) -> None:
         self._store.events.record(kind, f"storage {storage_id}", reason, **facts)
+
+
+def _not_striped(volume: Volume) -> UsageError:
+    return UsageError(f"volume {volume.name} is not striped; give it columns first", volume=volume.name)
+
+
+def _listed(columns: Sequence[int]) -> str:
+    return ", ".join(map(str, columns))
 
 
 def _plan_balance(rooms: list[Room]) -> tuple[StorageId, StorageId, int] | None:

@@ -35,10 +35,14 @@ async def bookmark_list(service: "Service", *, volume: str | None = None) -> Doc
     }
 
 
-async def bookmark_remove(service: "Service", *, targets: list[str]) -> Document:
-    """Forget bookmarks, all or none."""
+async def bookmark_remove(service: "Service", *, targets: list[str], dry_run: bool = False) -> Document:
+    """Forget bookmarks, all or none; ``dry_run`` only says which."""
     named = [split_bookmark(target) for target in targets]
-    await service.branches.remove_bookmarks([(find_volume(service, volume).id, name) for volume, name in named])
+    doomed = [(find_volume(service, volume).id, name) for volume, name in named]
+    if dry_run:
+        service.branches.require_forgettable(doomed)
+        return {"removed": [], "would_remove": targets}
+    await service.branches.remove_bookmarks(doomed)
     return {"removed": targets}
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from incfs import fusext
-from incfs.admin.verb import Verb
+from incfs.admin.verb import Verb, plan_document
 from incfs.channel import Progress
 from incfs.documents import Document
 from incfs.errors import UsageError
@@ -83,8 +83,12 @@ async def pool_scrub(
     return {"scrub": report}
 
 
-async def pool_balance(service: "Service", *, rate_bytes: int | None = None, progress: Progress) -> Document:
-    """Move blocks from the fullest storage volumes to the emptiest."""
+async def pool_balance(
+    service: "Service", *, rate_bytes: int | None = None, dry_run: bool = False, progress: Progress
+) -> Document:
+    """Move blocks from the fullest storage volumes to the emptiest; ``dry_run`` only says how much."""
+    if dry_run:
+        return plan_document(service, service.upkeep.plan_balance())
     async with service.jobs.under_way(Request("pool.balance", "pool", {"rate_bytes": rate_bytes}), progress) as tell:
         report = await service.upkeep.balance(rate_bytes=rate_bytes, progress=tell)
     return {"move": report.to_dict(service.block_bytes)}

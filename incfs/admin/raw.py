@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from incfs.admin.verb import Verb, refuse_open
+from incfs.admin.verb import Verb, copy_plan, refuse_open
 from incfs.channel import Channel, Progress
 from incfs.documents import Document, snapshot_document, volume_document
 from incfs.errors import UsageError
@@ -23,9 +23,10 @@ async def import_raw(
     incremental: bool = False,
     changed: str | None = None,
     image_format: str | None = None,
+    dry_run: bool = False,
     progress: Progress,
 ) -> Document:
-    """Make a volume of an image or block device, or bring one up to date, and take a snapshot."""
+    """Make a volume of an image or block device, or bring one up to date, and take a snapshot; or say how much."""
     chosen = None if image_format is None else parse_format(image_format)
     from incfs import rawcopy, rawimport  # late: an online command does not need the core
 
@@ -34,10 +35,18 @@ async def import_raw(
     if not incremental:
         if ranges is not None:
             raise UsageError("a list of changed ranges goes with --incremental")
+        if dry_run:
+            copied_bytes = await rawimport.measure_new(service, volume, source, name, progress, image_format=chosen)
+            return copy_plan(copied_bytes, f"so much data is in {path}")
         made, taken = await rawimport.import_new(service, volume, source, name, progress, image_format=chosen)
     else:
         found = find_volume(service, volume)
         refuse_open(service, found, "brought up to date")
+        if dry_run:
+            copied_bytes = await rawimport.measure_changes(
+                service, found, source, progress, changed=ranges, image_format=chosen
+            )
+            return copy_plan(copied_bytes, f"in so much {path} differs from {found.name}, holes aside")
         made, taken = await rawimport.import_changes(
             service, found, source, name, progress, changed=ranges, image_format=chosen
         )

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Final
 
-from incfs.admin.verb import Verb
+from incfs.admin.verb import Verb, plan_document
 from incfs.channel import Progress
 from incfs.documents import Document
 from incfs.jobs import Request
@@ -41,9 +41,11 @@ async def storage_list(service: "Service") -> Document:
 
 
 async def storage_evacuate(
-    service: "Service", *, storage: int, rate_bytes: int | None = None, progress: Progress
+    service: "Service", *, storage: int, rate_bytes: int | None = None, dry_run: bool = False, progress: Progress
 ) -> Document:
-    """Move everything off a storage volume; it gets nothing new from now on."""
+    """Move everything off a storage volume, which gets nothing new from now on; ``dry_run`` only says how much."""
+    if dry_run:
+        return plan_document(service, service.upkeep.plan_evacuation(StorageId(storage)))
     request = _request("storage.evacuate", storage, rate_bytes=rate_bytes)
     async with service.jobs.under_way(request, progress) as tell:
         report = await service.upkeep.evacuate(StorageId(storage), rate_bytes=rate_bytes, progress=tell)
@@ -75,21 +77,26 @@ async def storage_keep(service: "Service", *, storage: int) -> Document:
     return {}
 
 
-async def storage_remove(service: "Service", *, storage: int, left: list[str] | None = None) -> Document:
+async def storage_remove(
+    service: "Service", *, storage: int, left: list[str] | None = None, dry_run: bool = False
+) -> Document:
     """Take an empty storage volume out of the pool and delete its image.
 
     Args:
         service: The pool.
         storage: Which one.
         left: Image files of one whose removal had been cut off, after its UUID.
+        dry_run: Only name its image files.
     """
+    if dry_run:
+        return {"images": service.upkeep.plan_removal(StorageId(storage))}
     if left and left[0] not in [known["uuid"] for known in service.storages()]:
         await service.upkeep.delete_left(left[0], left[1:])
-        return {}
+        return {"images": left[1:]}
     request = _request("storage.remove", storage, left=service.upkeep.image_files(StorageId(storage)))
     async with service.jobs.under_way(request):
         await service.upkeep.remove_storage(StorageId(storage))
-    return {}
+    return {"images": request.arguments["left"][1:]}
 
 
 def _request(verb: str, storage: int, **arguments: int | list[str] | None) -> Request:

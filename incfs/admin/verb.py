@@ -8,6 +8,7 @@ from incfs.channel import Progress
 from incfs.documents import Document
 from incfs.errors import AlreadyExists, Busy
 from incfs.model import Volume
+from incfs.mover import MovePlan
 
 if TYPE_CHECKING:
     from incfs.service import Service
@@ -27,6 +28,16 @@ class Verb:
     """Changes nothing: may be cancelled when the caller has gone."""
     can_stop: bool = False
     """Long work that may be cancelled at any time, and goes on where it ended when it is asked for again."""
+
+
+def plan_document(service: "Service", plan: MovePlan) -> Document:
+    """Describe a move that was not made."""
+    return {"plan": {"dry_run": True, **plan.to_dict(service.block_bytes)}}
+
+
+def copy_plan(copied_bytes: int, reason: str) -> Document:
+    """Describe a copy that was not made."""
+    return {"plan": {"dry_run": True, "copied_bytes": copied_bytes, "reason": reason}}
 
 
 def refuse_open(service: "Service", volume: Volume, action: str) -> None:

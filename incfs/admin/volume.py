@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Final
 
 from incfs.admin.raw import raw_path
-from incfs.admin.verb import Verb, in_bytes, refuse_in_use, refuse_open, refuse_taken
+from incfs.admin.verb import Verb, copy_plan, in_bytes, plan_document, refuse_in_use, refuse_open, refuse_taken
 from incfs.channel import Progress
 from incfs.documents import Document, volume_document, volume_removal
 from incfs.errors import Busy, UsageError
@@ -143,9 +143,12 @@ async def volume_clone(service: "Service", *, target: str, name: str) -> Documen
     return {"volume": volume_document(service, await service.branches.clone(origin, name))}
 
 
-async def volume_flatten(service: "Service", *, volume: str, progress: Progress) -> Document:
-    """Copy what a clone inherits into blocks of its own, so that it needs its origin no more."""
+async def volume_flatten(service: "Service", *, volume: str, dry_run: bool = False, progress: Progress) -> Document:
+    """Copy what a clone inherits, so that it needs its origin no more; ``dry_run`` only says how much."""
     found = find_volume(service, volume)
+    if dry_run:
+        copied_bytes = await service.branches.count_inherited(found.id) * service.block_bytes
+        return copy_plan(copied_bytes, "so much it has from its origin")
     async with service.jobs.under_way(_request("volume.flatten", found), progress, "bytes") as tell:
         flat = await service.branches.flatten(found.id, tell)
     return {"volume": volume_document(service, flat)}
@@ -218,15 +221,21 @@ async def volume_restripe(
     stripe_unit_bytes: int | None = None,
     new_only: bool = False,
     rate_bytes: int | None = None,
+    dry_run: bool = False,
     progress: Progress,
 ) -> Document:
-    """Give new stripes other columns, and unless ``new_only`` move what is stored to them."""
+    """Give new stripes other columns, and unless ``new_only`` move what is stored to them, or only say how much."""
     found, report = find_volume(service, volume), MoveReport()
-    row = found.stripe_row
+    row, columns, unit = found.stripe_row, None, DEFAULT_STRIPE_UNIT_BYTES
     if stripe_columns is not None or stripe_unit_bytes is not None:
-        unit = row.unit_blocks * service.block_bytes if row is not None else DEFAULT_STRIPE_UNIT_BYTES
+        unit = stripe_unit_bytes or (row.unit_blocks * service.block_bytes if row is not None else unit)
         columns = stripe_columns or (len(row.columns) if row is not None else 1)
-        await service.upkeep.stripe(found.id, columns=columns, unit_bytes=stripe_unit_bytes or unit)
+    if dry_run:
+        if new_only:
+            raise UsageError("--new-only moves nothing that is stored: there is nothing to say beforehand")
+        return plan_document(service, await service.upkeep.plan_restripe(found.id, columns=columns, unit_bytes=unit))
+    if columns is not None:
+        await service.upkeep.stripe(found.id, columns=columns, unit_bytes=unit)
     if not new_only:
         request = _request("volume.restripe", found, rate_bytes=rate_bytes)  # the columns are chosen now
         async with service.jobs.under_way(request, progress) as tell:
@@ -235,10 +244,12 @@ async def volume_restripe(
 
 
 async def volume_migrate(
-    service: "Service", *, volume: str, rate_bytes: int | None = None, progress: Progress
+    service: "Service", *, volume: str, rate_bytes: int | None = None, dry_run: bool = False, progress: Progress
 ) -> Document:
-    """Move what a volume stores off storage volumes that its placement rules do not allow."""
+    """Move what a volume stores off storage volumes that its rules do not allow; ``dry_run`` only says how much."""
     found = find_volume(service, volume)
+    if dry_run:
+        return plan_document(service, await service.upkeep.plan_migration(found.id))
     async with service.jobs.under_way(_request("volume.migrate", found, rate_bytes=rate_bytes), progress) as tell:
         report = await service.upkeep.migrate(found.id, rate_bytes=rate_bytes, progress=tell)
     return {"move": report.to_dict(service.block_bytes)}

@@ -5,7 +5,7 @@ from typing import Annotated, Final
 import typer
 
 from incfs.cli import output
-from incfs.cli.options import Json, new_noun, table, verb
+from incfs.cli.options import DryRun, Json, new_noun, table, verb
 from incfs.cli.session import call
 
 _COLUMNS: Final = ("name", "uuid", "size_bytes", "snapshot", "taken", "created")
@@ -43,9 +43,13 @@ def list_(
 def remove(
     context: typer.Context,
     targets: Annotated[list[str], typer.Argument(metavar="VOL#MARK...", help="Bookmarks.")],
+    *,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Forget bookmarks, all or none of them."""
-    document = call(context, "bookmark.remove", targets=targets)
+    document = call(context, "bookmark.remove", targets=targets, dry_run=dry_run)
     if as_json:
         output.print_json(document)
+    elif dry_run:
+        output.write_lines(f"would forget {name}: a bookmark holds no data" for name in document["would_remove"])

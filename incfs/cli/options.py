@@ -27,6 +27,7 @@ NoHeader = Annotated[bool, typer.Option("-H", "--no-header", help="No header, ta
 Exact = Annotated[bool, typer.Option("-p", "--exact", help="Exact numbers: bytes.")]
 Columns = Annotated[str | None, typer.Option("-o", "--columns", metavar="COLUMN,...", help="Print these columns.")]
 DryRun = Annotated[bool, typer.Option("-n", "--dry-run", help="Change nothing; say what would be freed and why.")]
+DryMove = Annotated[bool, typer.Option("-n", "--dry-run", help="Change nothing; say how much would move and why.")]
 Rate = Annotated[int | None, typer.Option(parser=parse_size, metavar="SIZE", help="At most so many bytes a second.")]
 Size = Annotated[int, typer.Argument(parser=parse_size, metavar="SIZE")]
 

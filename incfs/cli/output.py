@@ -166,6 +166,18 @@ def _fact(key: str, value: object) -> str:
     return text
 
 
+def print_move(document: Document, *, as_json: bool) -> None:
+    """Print what a move, or a copy, came to, or would come to."""
+    plan: Document | None = document.get("plan")
+    if as_json:
+        print_json(document)
+    elif plan is None:
+        print_facts(document, "move", as_json=False)
+    else:
+        word, size_bytes = ("move", plan["moved_bytes"]) if "moved_bytes" in plan else ("copy", plan["copied_bytes"])
+        write(f"would {word} {format_size(size_bytes)} ({size_bytes} bytes): {plan['reason']}\n")
+
+
 def print_removal(document: Document, *, as_json: bool) -> None:
     """Print what a removal would free; a real one is silent but in JSON."""
     removal: Document = document["removal"]

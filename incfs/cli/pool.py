@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from incfs.cli import output
-from incfs.cli.options import Json, Rate, new_noun, pool_directory, table, verb
+from incfs.cli.options import DryMove, Json, Rate, new_noun, pool_directory, table, verb
 from incfs.cli.progress import ProgressDisplay
 from incfs.cli.session import call
 from incfs.errors import UsageError
@@ -345,9 +345,9 @@ def _verdict(report: dict[str, Any]) -> str:
 
 
 @verb(app, "balance")
-def balance(context: typer.Context, *, rate: Rate = None, as_json: Json = False) -> None:
+def balance(context: typer.Context, *, rate: Rate = None, dry_run: DryMove = False, as_json: Json = False) -> None:
     """Even out how full the storage volumes are; it may be interrupted."""
-    output.print_facts(call(context, "pool.balance", rate_bytes=rate), "move", as_json=as_json)
+    output.print_move(call(context, "pool.balance", rate_bytes=rate, dry_run=dry_run), as_json=as_json)
 
 
 @verb(app, "jobs")

@@ -7,7 +7,7 @@ import typer
 
 from incfs.channel import Channel
 from incfs.cli import output
-from incfs.cli.options import Json
+from incfs.cli.options import DryMove, Json
 from incfs.cli.pipes import put_stdout, require_stream_output, take_nothing
 from incfs.cli.session import call, transfer
 from incfs.errors import UsageError
@@ -36,6 +36,7 @@ def import_command(
             help="raw, qcow2, vmdk, vhd, vhdx, vdi, or auto; without it SOURCE must be raw and look so.",
         ),
     ] = None,
+    dry_run: DryMove = False,
     as_json: Json = False,
 ) -> None:
     """Copy an image or block device into a volume, and take a snapshot of it.
@@ -51,9 +52,10 @@ def import_command(
         incremental=incremental,
         image_format=image_format,
         changed=None if changed is None else str(changed.absolute()),
+        dry_run=dry_run,
     )
-    if as_json:
-        output.print_json(document)
+    if dry_run or as_json:
+        output.print_move(document, as_json=as_json)
 
 
 def export_command(

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 import typer
 
 from incfs.cli import output
-from incfs.cli.options import Json, Rate, new_noun, table, verb
+from incfs.cli.options import DryMove, DryRun, Json, Rate, new_noun, table, verb
 from incfs.cli.session import call
 from incfs.errors import UsageError
 from incfs.health import protection
@@ -93,22 +93,29 @@ def evacuate(
     *,
     rate: Rate = None,
     cancel: Annotated[bool, typer.Option("--cancel", help="Let it get new data again.")] = False,
+    dry_run: DryMove = False,
     as_json: Json = False,
 ) -> None:
     """Move everything off a storage volume, online; interrupted, it goes on when it is asked for again."""
+    if cancel and dry_run:
+        raise UsageError("--cancel moves nothing; leave out -n")
     if cancel:
         call(context, "storage.keep", storage=storage)
         return
-    document = call(context, "storage.evacuate", storage=storage, rate_bytes=rate)
-    output.print_facts(document, "move", as_json=as_json)
-    if document["move"]["unreadable_blocks"]:
+    document = call(context, "storage.evacuate", storage=storage, rate_bytes=rate, dry_run=dry_run)
+    output.print_move(document, as_json=as_json)
+    if not dry_run and document["move"]["unreadable_blocks"]:
         raise typer.Exit(EXIT_SKIPPED)
 
 
 @verb(app, "remove", "rm")
-def remove(context: typer.Context, storage: StorageNumber) -> None:
+def remove(context: typer.Context, storage: StorageNumber, *, dry_run: DryRun = False, as_json: Json = False) -> None:
     """Take an empty storage volume out of the pool and delete its image."""
-    call(context, "storage.remove", storage=storage)
+    document = call(context, "storage.remove", storage=storage, dry_run=dry_run)
+    if as_json:
+        output.print_json(document)
+    elif dry_run:
+        output.write_lines(f"would delete {output.shown(path)}: it holds no data" for path in document["images"])
 
 
 @verb(app, "resilver")

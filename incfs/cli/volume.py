@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from incfs.cli import output
-from incfs.cli.options import DryRun, Json, Rate, new_noun, table, verb
+from incfs.cli.options import DryMove, DryRun, Json, Rate, new_noun, table, verb
 from incfs.cli.session import Admin, call, run
 from incfs.documents import Document
 from incfs.errors import UsageError
@@ -95,17 +95,20 @@ def restripe(
     stripe_unit: StripeUnit = None,
     new_only: Annotated[bool, typer.Option("--new-only", help="Leave what is stored where it is.")] = False,
     rate: Rate = None,
+    dry_run: DryMove = False,
     as_json: Json = False,
 ) -> None:
     """Give a volume's new stripes other columns, and move what is stored there; it may be interrupted."""
     arguments = {**_striping(stripe_columns, stripe_unit), "new_only": new_only, "rate_bytes": rate}
-    output.print_facts(call(context, "volume.restripe", volume=volume, **arguments), "move", as_json=as_json)
+    output.print_move(call(context, "volume.restripe", volume=volume, **arguments, dry_run=dry_run), as_json=as_json)
 
 
 @verb(app, "migrate")
-def migrate(context: typer.Context, volume: Volume, *, rate: Rate = None, as_json: Json = False) -> None:
+def migrate(
+    context: typer.Context, volume: Volume, *, rate: Rate = None, dry_run: DryMove = False, as_json: Json = False
+) -> None:
     """Move what a volume stores to where its placement rules want it; it may be interrupted."""
-    output.print_facts(call(context, "volume.migrate", volume=volume, rate_bytes=rate), "move", as_json=as_json)
+    output.print_move(call(context, "volume.migrate", volume=volume, rate_bytes=rate, dry_run=dry_run), as_json=as_json)
 
 
 @verb(app, "list", "ls")
@@ -174,12 +177,16 @@ def clone(
 
 
 @verb(app, "flatten")
-def flatten(context: typer.Context, volume: Volume, as_json: Json = False) -> None:
+def flatten(context: typer.Context, volume: Volume, *, dry_run: DryMove = False, as_json: Json = False) -> None:
     """Copy what a clone inherits, so that it needs its origin no more; interrupted, it goes on when called again.
 
     Snapshots of the clone may need the origin still: then it goes with the last of them.
     """
-    _report(call(context, "volume.flatten", volume=volume), as_json)
+    document = call(context, "volume.flatten", volume=volume, dry_run=dry_run)
+    if dry_run:
+        output.print_move(document, as_json=as_json)
+    else:
+        _report(document, as_json)
 
 
 @verb(app, "rollback")
