@@ -167,14 +167,21 @@ class ReplicaPlan:
     goals: tuple[str, ...]
     """UUIDs of the snapshots that it must have at the end, one of each volume."""
     bases: tuple[str | None, ...]
-    """UUIDs of those that it has, in the same order; None for a new volume."""
+    """UUIDs of those that it has, in the same order: the goal itself where it has that; None for a new volume."""
     token: str | None = None
     """Of an unfinished receive, which comes first."""
+    receiving: int = 0
+    """A volume that it is of."""
+
+    @property
+    def lacking(self) -> list[int]:
+        """The volumes whose goals it has not yet."""
+        return [number for number, goal in enumerate(self.goals) if self.bases[number] != goal]
 
     @property
     def is_done(self) -> bool:
         """Whether nothing is to be sent."""
-        return self.goals == self.bases and self.token is None
+        return not self.lacking and self.token is None
 
 
 def plan_replica(
@@ -191,9 +198,11 @@ def plan_replica(
         BaseMismatch: The two do not go together.
     """
     goals = _goals(names, ours)
-    bases = tuple(_base(name, chain, found) for name, chain, found in zip(names, ours, theirs, strict=True))
-    tokens = {found.token for found in theirs if found is not None and found.token is not None}
-    return ReplicaPlan(goals, bases, min(tokens, default=None))
+    bases = tuple(
+        _base(name, chain, found, goal) for name, chain, found, goal in zip(names, ours, theirs, goals, strict=True)
+    )
+    tokens = [(found.token, number) for number, found in enumerate(theirs) if found is not None and found.token]
+    return ReplicaPlan(goals, bases, *min(tokens, default=()))
 
 
 def _goals(names: Sequence[str], ours: Sequence[Sequence[OurSnapshot]]) -> tuple[str, ...]:
@@ -206,14 +215,21 @@ def _goals(names: Sequence[str], ours: Sequence[Sequence[OurSnapshot]]) -> tuple
     return tuple(found[max(shared)] for found in times)
 
 
-def _base(name: str, chain: Sequence[OurSnapshot], found: TargetFacts | None) -> str | None:
+def _base(name: str, chain: Sequence[OurSnapshot], found: TargetFacts | None, goal: str) -> str | None:
     if found is None or (not found.snapshots and found.token is not None):
         return None
     if not found.is_replica:
         raise BaseMismatch(f"volume {name} at the target is no replica (any more): it was promoted, or made there")
     newest = found.snapshots[-1] if found.snapshots else None
-    if newest not in {taken.uuid for taken in chain}:
+    ages = {taken.uuid: age for age, taken in enumerate(chain)}
+    if newest not in ages:
         common = [taken.uuid for taken in chain if taken.uuid in found.snapshots]
         last = f"the last one that both have is {common[-1]}" if common else "they have none in common"
         raise BaseMismatch(f"the newest snapshot of {name} at the target ({newest}) is not one of ours; {last}")
+    if goal in found.snapshots:
+        return goal
+    if ages[newest] > ages[goal]:
+        raise BaseMismatch(
+            f"{name} at the target is newer than the newest snapshots that were taken together; take such ones"
+        )
     return newest

@@ -176,12 +176,14 @@ class _Run:
         plan = await self._plan()
         sent_bytes = 0
         if plan.token is not None:
-            sent_bytes += await self._go_on(plan.token)
+            sent_bytes += await self._go_on(plan.token, self._config.names[plan.receiving])
             plan = await self._plan()
         await _hold(self._service, self._config, [*plan.goals, *(base for base in plan.bases if base)])
         if not plan.is_done:
             sent_bytes += await self._send(
-                self._service.transfers.plan(self._wanted(plan), base=_named(plan.bases), every=True)
+                self._service.transfers.plan(
+                    self._wanted(plan), base=_named([plan.bases[number] for number in plan.lacking]), every=True
+                )
             )
             if (await self._plan()).bases != plan.goals:
                 raise ReplicaFailed(f"replica {self._config.name} took the stream, but has not the snapshots in it")
@@ -197,22 +199,24 @@ class _Run:
         return plan_replica(self._config.names, ours, facts)
 
     def _wanted(self, plan: ReplicaPlan) -> list[tuple[Volume, Snapshot]]:
+        """Give what is to be sent: a volume of which the target has the goal already is no part of the stream."""
         return [
-            (volume, self._service.snapshot(volume.id, f"uuid:{uuid}"))
-            for volume, uuid in zip(self._volumes, plan.goals, strict=True)
+            (self._volumes[number], self._service.snapshot(self._volumes[number].id, f"uuid:{plan.goals[number]}"))
+            for number in plan.lacking
         ]
 
-    async def _go_on(self, token: str) -> int:
+    async def _go_on(self, token: str, name: str) -> int:
         """Send the rest of what the target has begun; what cannot be gone on with is ended there."""
         try:
             rest = self._service.transfers.plan_resume(token)
         except TokenStale:
-            await self._ask("receive", "--abort", self._config.names[0], "--json")
+            await self._ask("receive", "--abort", name, "--json")
             return 0
         return await self._send(rest)
 
     async def _send(self, plan: SendPlan) -> int:
-        names = self._config.names
+        by_uuid = dict(zip(self._config.volumes, self._config.names, strict=True))
+        names = [by_uuid[member.uuid] for member in plan.position.begin.members]
         async with _target(self._command("receive", "--replica", *names)) as process:
             sent = None
             with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # its own words follow

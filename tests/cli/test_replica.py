@@ -65,3 +65,21 @@ def test_a_group_is_followed_promoted_and_refused(pools: tuple[Cli, Cli]) -> Non
     assert here.json("bookmark", "list")["bookmarks"] == []
     here.ok("snapshot", "remove", "db@later")
     here.fails(10, "replica", "status", "off")
+
+
+def test_a_volume_of_a_group_that_the_target_has_already_is_no_error(pools: tuple[Cli, Cli]) -> None:
+    """It ended with "2 is not older than 2"."""
+    here, there = pools
+    assert there.pool is not None
+    here.ok("replica", "add", "db", "log", "--to", there.pool, "--name", "both")
+    here.ok("replica", "run", "both")
+    here.ok("snapshot", "create", "db@more", "log@more")
+    here.ok("replica", "add", "db", "--to", there.pool, "--name", "one")
+    here.ok("replica", "run", "one")
+    assert here.json("replica", "run", "both")["runs"][0]["stream_bytes"] > 0
+    assert here.json("replica", "run", "both")["runs"][0]["stream_bytes"] == 0
+    for name in ("db", "log"):
+        assert contents(there, name) == contents(here, name)
+    here.ok("snapshot", "create", "db@alone")
+    here.ok("replica", "run", "one")
+    assert here.json("replica", "run", "both")["runs"][0]["stream_bytes"] == 0

@@ -67,6 +67,23 @@ def test_a_group_goes_to_the_newest_snapshots_that_were_taken_together():
         plan_replica(["v"], [[]], [None])
 
 
+def test_a_volume_of_a_group_that_is_up_to_date_is_left_out():
+    other = [OurSnapshot("x", 1), OurSnapshot("y", 2)]
+    for of_first in (there("b"), there("a", "b", "c")):
+        plan = plan_replica(["v", "w"], [OURS, other], [of_first, there("x")])
+        assert plan == ReplicaPlan(("b", "y"), ("b", "x"))
+        assert (plan.lacking, plan.is_done) == ([1], False)
+    plan = plan_replica(["v", "w"], [OURS, other], [there("b"), there("x", token="t")])
+    assert (plan.token, plan.receiving) == ("t", 1)
+    assert plan_replica(["v", "w"], [OURS, other], [there("c", "b"), there("y")]).is_done
+
+
+def test_a_volume_that_is_newer_than_what_was_taken_together_is_a_conflict():
+    other = [OurSnapshot("x", 1), OurSnapshot("y", 2)]
+    with pytest.raises(BaseMismatch, match="newer than the newest snapshots that were taken together"):
+        plan_replica(["v", "w"], [OURS, other], [there("a", "c"), there("x")])
+
+
 def test_an_answer_that_is_none_is_quoted():
     assert decode_answer("r", b"") == {}
     assert decode_answer("r", b'{"a": 1}\n') == {"a": 1}
