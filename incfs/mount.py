@@ -162,8 +162,7 @@ async def _run(pool: Path, mountpoint: Path, options: MountOptions, parent: Pare
                 async with trio.open_nursery() as nursery:
                     fusext.start(nursery, operations, service.server)
                     hook = KernelHook(mountpoint, outside, operations.writers, service.name_of)
-                    nursery.start_soon(_give_up_when_unserved, trio.lowlevel.current_task(), outside)
-                    with _hooked(service, operations, hook):
+                    with _given_up_when_unserved(nursery, outside), _hooked(service, operations, hook):
                         stopping = _Stopping(service, hook, mountpoint, outside)
                         await _start_tasks(nursery, service, options)
                         await minding.start(stopping.watch_signals, parent.is_waiting)
@@ -191,18 +190,31 @@ async def _start_tasks(nursery: trio.Nursery, service: "Service", options: Mount
         nursery.start_soon(resume_jobs, service)
 
 
-async def _give_up_when_unserved(serving: trio.lowlevel.Task, outside: Outside) -> None:
-    """Wait for no answer of the mount when an error has ended those who give them: a standstill is shielded.
-
-    Args:
-        serving: The task that runs ``pyfuse3.main``, whose nursery waits for its handlers and so does not end first.
-        outside: Waits for answers.
-    """
+@contextlib.contextmanager
+def _given_up_when_unserved(nursery: trio.Nursery, outside: Outside) -> Iterator[None]:
+    """Wait for no answer of the mount when an error has ended those who give them: a standstill is shielded."""
+    served = trio.Event()
+    nursery.start_soon(_watch_serving, trio.lowlevel.current_task(), outside, served)
     try:
-        while not any(nursery.cancel_scope.cancel_called for nursery in serving.child_nurseries):  # noqa: ASYNC110 - nobody tells
-            await trio.sleep(_LOOK_AT_SERVING_EVERY_S)
-    finally:
+        yield
+    except BaseException:
         outside.give_up()
+        raise
+    finally:
+        served.set()
+
+
+async def _watch_serving(serving: trio.lowlevel.Task, outside: Outside, served: trio.Event) -> None:
+    """See to the nursery of ``pyfuse3.main``, which ``serving`` runs: it waits for its handlers before it ends."""
+    was_cancelled = False
+    with trio.CancelScope(shield=True):
+        while not served.is_set():
+            is_cancelled = any(nursery.cancel_scope.cancel_called for nursery in serving.child_nurseries)
+            if was_cancelled and is_cancelled:  # an ordinary end takes no second
+                outside.give_up()
+            was_cancelled = is_cancelled
+            with trio.move_on_after(_LOOK_AT_SERVING_EVERY_S):
+                await served.wait()
 
 
 async def _refuse_writers_of_a_full_pool(service: "Service", operations: Operations, hook: KernelHook) -> None:
