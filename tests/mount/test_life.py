@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -34,6 +35,7 @@ from tests.mount.test_names import errno_of
 from tests.support.loop import filesystem
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
+LATE_UNMOUNT_DAEMON = Path(__file__).parents[1] / "support" / "late_unmount_daemon.py"
 
 
 @pytest.fixture
@@ -281,7 +283,7 @@ def test_umount_of_nothing(tmp_path):
 # signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=["TERM", "INT", "HUP"])
 def test_a_signal_unmounts_cleanly(mounted, number):
     (mounted / "db").write_bytes(b"x" * 1_000_000)
     mounted.process.send_signal(number)
@@ -289,6 +291,16 @@ def test_a_signal_unmounts_cleanly(mounted, number):
     assert find_mount(mounted.path) is None
     mounted.start()
     assert (mounted / "db").read_bytes() == b"x" * 1_000_000
+
+
+def test_an_end_waits_for_who_unmounts(mounted):
+    """The daemon's call that unmounts waits for the mount, too, and is not given up when that ends."""
+    mounted.stop()
+    mounted.start(command=[sys.executable, LATE_UNMOUNT_DAEMON])
+    (mounted / "db").write_bytes(b"x")
+    mounted.process.send_signal(signal.SIGTERM)
+    assert mounted.process.wait(END_TIMEOUT_S) == 0
+    assert find_mount(mounted.path) is None
 
 
 def test_a_signal_that_means_no_end_ends_nothing(mounted):

@@ -86,7 +86,7 @@ MOUNTED: Final = (
         "incfs/mount.py",
         "    except BaseException:\n        outside.give_up()\n        raise\n    finally:\n",
         "    finally:\n        outside.give_up()\n",
-        "tests/mount/test_life.py::test_a_signal_unmounts_cleanly[TERM]",
+        "tests/mount/test_life.py::test_an_end_waits_for_who_unmounts",
     ),
     Breakage(
         "a-request-without-a-buffer-ends-the-daemon",
