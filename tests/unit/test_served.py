@@ -147,7 +147,7 @@ def test_a_read_that_does_not_verify_never_sees_who_got_the_block_next(native):
 
 def test_writers_of_parts_of_one_block_lose_nothing(native):
     """Each writes its own bytes of the same two blocks, and finds them as it left them, whatever the others write."""
-    writers, turns, part = 4, 300, 2 * BLOCK // 4
+    writers, turns, part = 4, 20_000, 2 * BLOCK // 4
     native.grant(TABLES[0], (1 << 48) + 100, 500)
     lost: list[tuple[int, int]] = []
     begin = threading.Barrier(writers)
