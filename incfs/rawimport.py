@@ -1,6 +1,7 @@
 """Volumes made from raw images and block devices: copied, brought up to date, or laid over them; mounted or not."""
 
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,7 @@ async def import_new(
     _require_new(service, name, snapshot)
     scratch = _scratch_name(name)
     await _remove_left(service, scratch)
-    source = await offload(lambda: _open_source(path, image_format, name))
-    try:
+    with closing(await offload(lambda: _open_source(path, image_format, name))) as source:
         volume = await service.create_volume(scratch, source.size_bytes)
         service.handles.open(volume.map_id, "import")
         try:
@@ -52,8 +52,6 @@ async def import_new(
             raise
         finally:
             service.handles.close(volume.map_id)
-    finally:
-        source.close()
 
 
 async def measure_new(
@@ -65,13 +63,9 @@ async def measure_new(
         AlreadyExists, NotSupported, BaseMismatch: As ``import_new``.
     """
     _require_new(service, name, snapshot)
-    source = await offload(lambda: _open_source(path, image_format, name))
-    try:
-        return await _Import(service, MapId(0), source, progress, is_new=True, is_dry=True).copy(
-            [(0, source.size_bytes)]
-        )
-    finally:
-        source.close()
+    with closing(await offload(lambda: _open_source(path, image_format, name))) as source:
+        counted = _Import(service, MapId(0), source, progress, is_new=True, is_dry=True)  # there is no table yet
+        return await counted.copy([(0, source.size_bytes)])
 
 
 def _require_new(service: "Service", name: str, snapshot: str) -> None:
@@ -151,19 +145,13 @@ def _open_source(path: Path, image_format: str | None, name: str) -> Source:
 
 
 def _require_raw(path: Path, name: str) -> None:
-    source = RawSource(path)
-    try:
+    with closing(RawSource(path)) as source:
         require_raw(source, name, can_convert=False)
-    finally:
-        source.close()
 
 
 def _read_tail(path: Path, start_bytes: int, end_bytes: int) -> bytes:
-    source = RawSource(path)
-    try:
+    with closing(RawSource(path)) as source:
         return source.read(start_bytes, end_bytes - start_bytes)
-    finally:
-        source.close()
 
 
 async def _remove_left(service: "Service", scratch: str) -> None:
@@ -202,14 +190,11 @@ async def import_changes(
         BaseMismatch: The source was changed while it was read.
     """
     validate_name(snapshot, what="snapshot")
-    source = await offload(lambda: _open_source(path, image_format, volume.name))
-    try:
+    with closing(await offload(lambda: _open_source(path, image_format, volume.name))) as source:
         wanted = await _wanted(source, changed)
         service.branches.note_changed(volume.map_id)
         await service.resize_volume(volume.id, source.size_bytes, shrink=True)
         await _Import(service, volume.map_id, source, progress, is_new=False).copy(wanted)
-    finally:
-        source.close()
     if service.mounted is not None:
         await service.mounted.refresh_volume(volume.name, service.volume_by_id(volume.id).size_bytes)
     (taken,) = await service.create_snapshots([(volume.id, snapshot)])
@@ -226,12 +211,9 @@ async def measure_changes(
     image_format: str | None = None,
 ) -> int:
     """Count the bytes that ``import_changes`` would write; change nothing."""
-    source = await offload(lambda: _open_source(path, image_format, volume.name))
-    try:
+    with closing(await offload(lambda: _open_source(path, image_format, volume.name))) as source:
         wanted = await _wanted(source, changed)
         return await _Import(service, volume.map_id, source, progress, is_new=False, is_dry=True).copy(wanted)
-    finally:
-        source.close()
 
 
 async def _wanted(source: Source, changed: Path | None) -> Iterable[tuple[int, int]]:

@@ -112,8 +112,6 @@ class Upkeep:
             raise _not_striped(volume)
         return await self._mover.move(relocation.follow_stripes(volume_id), [volume_id], rate_bytes, progress)
 
-    # Moves
-
     async def plan_restripe(self, volume_id: VolumeId, *, columns: int | None, unit_bytes: int) -> MovePlan:
         """Say what ``restripe`` would move, after a ``stripe`` with these columns if any are given; change nothing."""
         volume = self._store.catalog.volume(volume_id)
@@ -123,11 +121,11 @@ class Upkeep:
             row = stripes.new_row(self._store, chosen, unit_bytes=unit_bytes)
         if row is None:
             raise _not_striped(volume)
-        wish = relocation.follow_stripes(volume_id, row)
-        return MovePlan(
-            await self._mover.count(wish, [volume_id]),
-            f"so much lies elsewhere than its stripes over storage volumes {_listed(row.columns)} have it",
-        )
+        count = await self._mover.count(relocation.follow_stripes(volume_id, row), [volume_id])
+        over = ", ".join(map(str, row.columns))
+        return MovePlan(count, f"so much lies elsewhere than its stripes over storage volumes {over} have it")
+
+    # Moves
 
     async def migrate(self, volume_id: VolumeId, *, rate_bytes: int | None, progress: Progress) -> MoveReport:
         """Move what a volume and its snapshots store off storage volumes that its placement rules do not allow."""
@@ -329,10 +327,6 @@ class Upkeep:
 
 def _not_striped(volume: Volume) -> UsageError:
     return UsageError(f"volume {volume.name} is not striped; give it columns first", volume=volume.name)
-
-
-def _listed(columns: Sequence[int]) -> str:
-    return ", ".join(map(str, columns))
 
 
 def _plan_balance(rooms: list[Room]) -> tuple[StorageId, StorageId, int] | None:

@@ -1,4 +1,4 @@
-"""A daemon that hears of its own unmounting late: the mount has ended long before.  Called as: POOL MNT [-o OPTS]."""
+"""A daemon that hears of its own unmounting late: the mount has ended long before.  Called as: POOL MNT."""
 
 import sys
 import time
